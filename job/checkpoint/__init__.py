@@ -1,0 +1,1 @@
+"""Checkpoints and the lease that says who may write them."""

@@ -1,0 +1,247 @@
+"""The lease: one attempt at a time may publish into a run.
+
+`lease.json` names the attempt that owns the run and when it last said so. It is only ever written
+conditionally, on the version its writer has read, so of two attempts that start at the same moment
+exactly one gets it. An attempt that finds its lease taken is fenced: it publishes nothing more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from job import run
+from job.errors import Fenced, PreconditionFailed, Preempted, StorageError
+from job.storage import ObjectStore
+
+log = logging.getLogger(__name__)
+
+LEASE_TIME_S = 60.0
+"""A holder that has been silent for so long is taken for dead."""
+RENEWALS = 4
+"""Renewals within a lease time, so that a few may fail."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process on a machine, named so that another one on the same machine can see it is gone."""
+
+    machine: str
+    """Host, boot and process namespace; only within one do process numbers mean anything."""
+    pid: int
+    started: str
+    """Start time in the kernel's own clock, as a process number is used again."""
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        """The caller."""
+        boot = _read("/proc/sys/kernel/random/boot_id")
+        try:
+            namespace = os.readlink("/proc/self/ns/pid")
+        except OSError:
+            namespace = ""
+        machine = f"{socket.gethostname()}/{boot}/{namespace}"
+        return cls(machine=machine, pid=os.getpid(), started=_process(os.getpid())[1])
+
+    def is_known_dead(self) -> bool:
+        """True only if it ran on this very machine and is there no more."""
+        if self.machine != Holder.this_process().machine:
+            return False
+        state, started = _process(self.pid)
+        return not _exists(self.pid) or state in ("Z", "X") or started != self.started
+
+
+@dataclass(frozen=True)
+class _Content:
+    """`lease.json`."""
+
+    attempt: int
+    holder: Holder
+    renewed_at: float
+    """Seconds since 1970, by the holder's clock."""
+    released: bool = False
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> _Content:
+        raw = json.loads(text)
+        return cls(**{**raw, "holder": Holder(**raw["holder"])})
+
+
+class Lease:
+    """A held lease; use `acquire`. Renews itself on a thread of its own until released."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        content: _Content,
+        version: str,
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._content = content
+        self._version = version
+        self._on_lost = on_lost
+        self._lost = False
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
+        self._thread.start()
+
+    @property
+    def attempt(self) -> int:
+        """Number of this attempt; the run's first is 1."""
+        return self._content.attempt
+
+    def check(self) -> None:
+        """Prove that this attempt still owns the run; called before anything is published.
+
+        Raises:
+            Fenced: it does not.
+            StorageError: it cannot be told.
+        """
+        self._renew()
+
+    def release(self) -> None:
+        """Give the run back, so that the next attempt need not wait; harmless if it is lost."""
+        self._done.set()
+        self._thread.join()
+        try:
+            self._renew(released=True)
+        except (Fenced, StorageError) as error:
+            log.info("lease not released: %s", error.message)
+
+    def _renew(self, *, released: bool = False) -> None:
+        with self._lock:
+            if not self._lost:
+                content = replace(self._content, renewed_at=time.time(), released=released)
+                try:
+                    self._version = self._store.write(
+                        run.LEASE, content.to_json(), expected=self._version
+                    )
+                except PreconditionFailed:
+                    self._lost = True
+            if self._lost:
+                raise Fenced(
+                    f"attempt {self.attempt} no longer owns {self._store.uri}: a newer one has "
+                    "taken over",
+                    mend="nothing: the newer attempt goes on",
+                )
+
+    def _keep_renewing(self) -> None:
+        while not self._done.wait(LEASE_TIME_S / RENEWALS):
+            try:
+                self._renew()
+            except Fenced:
+                self._on_lost()
+                return
+            except StorageError as error:
+                log.warning("lease not renewed, trying again: %s", error.message)
+
+
+def acquire(
+    store: ObjectStore,
+    *,
+    on_lost: Callable[[], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> Lease:
+    """Take the run over, as its next attempt.
+
+    At once if nobody holds it, if the holder gave it back, or if it is known to be dead; otherwise
+    after it has been silent for the lease time.
+
+    Args:
+        store: the run's.
+        on_lost: called from another thread when a newer attempt has taken over.
+        stopped: asked while waiting; True gives up.
+
+    Raises:
+        Fenced: another attempt is alive and holds the run, or got it first.
+        Preempted: given up.
+        StorageError: the storage failed.
+    """
+    holder = Holder.this_process()
+    waited_for: _Content | None = None
+    while True:
+        text, version = store.read_versioned(run.LEASE)
+        current = _parse(text, store)
+        if current is not None and not current.released and not current.holder.is_known_dead():
+            alive = waited_for is not None and current != waited_for
+            if alive or current.holder.machine == holder.machine:
+                raise Fenced(
+                    f"another attempt (process {current.holder.pid} on "
+                    f"{current.holder.machine.partition('/')[0]}) is training in {store.uri}",
+                    mend="wait for it, stop it, or choose another --run",
+                )
+            if stopped():
+                raise Preempted("stopped while waiting for the last attempt to be gone")
+            if time.time() - current.renewed_at < LEASE_TIME_S:
+                if waited_for is None:
+                    log.warning(
+                        "the last attempt may still be alive; waiting up to %.0f s for it",
+                        LEASE_TIME_S,
+                    )
+                    waited_for = current
+                time.sleep(1.0)
+                continue
+        content = _Content(
+            attempt=(current.attempt if current else 0) + 1,
+            holder=holder,
+            renewed_at=time.time(),
+        )
+        try:
+            version = store.write(run.LEASE, content.to_json(), expected=version)
+        except PreconditionFailed:
+            raise Fenced(
+                f"another attempt took {store.uri} at this very moment",
+                mend="wait for it, stop it, or choose another --run",
+            ) from None
+        return Lease(store, content, version, on_lost)
+
+
+def _parse(text: bytes, store: ObjectStore) -> _Content | None:
+    if not text:
+        return None
+    try:
+        return _Content.from_json(text)
+    except (ValueError, TypeError, KeyError):
+        raise StorageError(
+            f"{store.uri}/{run.LEASE}: not a lease of this program",
+            mend="make sure no attempt is running, then delete the file",
+        ) from None
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _process(pid: int) -> tuple[str, str]:
+    """State letter and start time of a process, fields 3 and 22 of /proc/PID/stat (proc(5)).
+
+    Empty where there is no such file.
+    """
+    # The command's name, in parentheses, may itself contain spaces and parentheses.
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return (fields[0], fields[19]) if len(fields) > 19 else ("", "")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,298 @@
+"""The configuration: frozen pydantic models, loaded from a preset or YAML file, checked once.
+
+Defaults are those of the S4GAN monitoring guide; where it is silent, the reference's. Every field
+here turns something in the program (a test walks the source to prove it). Knows nothing of torch,
+so that a job can be submitted without it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from job.errors import ConfigError
+
+PRESETS_DIR = Path(__file__).parent / "presets"
+
+FREE_ON_RESUME = frozenset(
+    {"data.workers", "train.log_every", "checkpoint.every", "checkpoint.keep_every"}
+)
+"""Fields a resumed run may change: they alter no weight. All of `wandb` belongs to them too."""
+
+
+def _pair(value: Any) -> Any:
+    """A single number stands for both sides of a crop."""
+    if isinstance(value, (int, str)):
+        return (value, value)
+    return value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """Which images are trained on, and how they are cut and varied."""
+
+    labeled_ratio: float = Field(1.0, gt=0, le=1)
+    """Fraction of the training masks to use; the other images count as unlabeled. Nested: for one
+    seed the 1/8 subset lies inside the 1/4 subset. Rounded up, as the published splits are."""
+    val_split: float = Field(0.2, gt=0, le=0.9)
+    """Fraction of the labeled images held out for validation when there is no `val/` folder."""
+    crop_size: Annotated[
+        tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]], BeforeValidator(_pair)
+    ] = (321, 321)
+    """Height and width of a training crop in pixels, after `image_scale`; one number: a square."""
+    image_scale: float = Field(1.0, gt=0, le=4)
+    """Images are resized by this factor when loaded, in training and after; metrics are taken at
+    the masks' full resolution all the same."""
+    random_mirror: bool = False
+    """Mirror a training crop left to right, every second one on average."""
+    random_scale: bool = False
+    """Scale a training image by a random factor of 0.5 to 1.5 before it is cropped."""
+    workers: int | Literal["auto"] = Field("auto", ge=0)
+    """Processes that load images; auto takes the spare cores, up to 8. Never changes results."""
+
+
+class ModelConfig(_Section):
+    """The two networks."""
+
+    backbone: Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet101"
+    """Dilated backbone of the generator; `tiny` is a small net of ours for CPUs."""
+    weights: str = "imagenet"
+    """Where the backbone starts: `imagenet` (torchvision's, downloaded once), `none`, or a file of
+    a state dict with torchvision's names."""
+    discriminator_channels: int = Field(64, ge=8)
+    """Channels of the discriminator's first convolution; each of the next three doubles them."""
+
+
+class TrainConfig(_Section):
+    """The optimisation."""
+
+    iterations: int = Field(50_000, ge=1)
+    """Optimizer updates of the whole run."""
+    batch_size: int = Field(4, ge=1)
+    """Labeled, and as many unlabeled, images that pass through the networks at once."""
+    accumulate: int = Field(4, ge=1)
+    """Batches whose gradients are added up for one iteration."""
+    learning_rate: float = Field(2.5e-4, gt=0)
+    """Generator backbone, start of the polynomial decay; its head learns 10 times faster."""
+    learning_rate_D: float = Field(1.0e-4, ge=0)
+    """Discriminator, start of the polynomial decay."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of the generator's SGD."""
+    weight_decay: float = Field(5e-4, ge=0)
+    """Of the generator's SGD."""
+    power: float = Field(0.9, ge=0)
+    """Of the polynomial learning rate decay of both networks."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Decides the labeled subset, the data order, every augmentation and the initial weights."""
+    supervised_only: bool = False
+    """Train the generator on the labeled images alone: no discriminator, no unlabeled images. The
+    baseline to hold S4GAN against."""
+    log_every: int = Field(100, ge=1)
+    """Iterations between two lines of losses."""
+    eval_every: int = Field(500, ge=1)
+    """Iterations between two evaluations."""
+
+
+class LossConfig(_Section):
+    """Weights and gates of the losses (Mittal et al. 2019, arXiv:1908.05724)."""
+
+    lambda_fm: float = Field(0.1, ge=0)
+    """Weight of the feature matching loss."""
+    lambda_st: float = Field(1.0, ge=0)
+    """Weight of the self-training loss."""
+    threshold_st: float = Field(0.2, ge=0, le=1)
+    """An unlabeled image trains on its own prediction when the discriminator's score is above."""
+    st_start: int = Field(1000, ge=0)
+    """Last iteration without self-training."""
+
+
+class CheckpointConfig(_Section):
+    """When the state is saved."""
+
+    every: int = Field(500, ge=1)
+    """Iterations between two recovery checkpoints."""
+    keep_every: int = Field(5000, ge=1)
+    """Iterations between two numbered checkpoints that are kept for good."""
+
+
+class WandbConfig(_Section):
+    """Weights & Biases."""
+
+    project: str = Field("s4gan", min_length=1)
+    entity: str | None = None
+    """Team or user; the key's default when empty."""
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with a key, else offline."""
+    tags: tuple[str, ...] = ()
+
+
+class Config(_Section):
+    """All there is to configure; a YAML file has the same sections and keys."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    loss: LossConfig = LossConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain nested dictionaries, lists and scalars: what YAML, JSON and checkpoints hold."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The text of `config.yaml`: every key, in the order of this file."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def preset_names() -> list[str]:
+    """Names accepted by `--config` besides a file."""
+    return sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
+
+
+def load_config(name_or_file: str, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Load a preset or a YAML file over the defaults, then apply the overrides.
+
+    Args:
+        name_or_file: a name of `preset_names()`, or the path of a YAML file.
+        overrides: "section.key" to value; text is read as YAML would read it.
+
+    Raises:
+        ConfigError: no such preset or file, an unknown key (names the nearest valid one), or a
+            value out of range.
+    """
+    source, text = _read_source(name_or_file)
+    return config_from_dict(_apply_overrides(_parse(text, source), overrides or {}), source=source)
+
+
+def config_from_dict(raw: Mapping[str, Any], *, source: str) -> Config:
+    """Validate nested dictionaries; `source` names them in an error.
+
+    Raises:
+        ConfigError: lists every wrong key and value at once.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        problems = [_explain(item) for item in error.errors(include_url=False)]
+        raise ConfigError(f"{source}: " + "\n  ".join(problems)) from None
+
+
+def config_from_yaml(text: str, *, source: str) -> Config:
+    """Inverse of `Config.to_yaml`.
+
+    Raises:
+        ConfigError: not YAML, or not a configuration of this version.
+    """
+    return config_from_dict(_parse(text, source), source=source)
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`section.key=value`, as given to `--set`, with the value read as YAML.
+
+    Raises:
+        ConfigError: no `=` or no dot.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or "." not in key:
+        raise ConfigError(
+            f"--set {text}: not of the form section.key=value",
+            mend="for example: --set train.iterations=20000",
+        )
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not valid YAML ({error})") from None
+
+
+def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two configurations would train differently: key to (ours, theirs)."""
+    other = dict(_flatten(theirs))
+    return {
+        key: (value, other[key])
+        for key, value in _flatten(ours)
+        if value != other[key] and key not in FREE_ON_RESUME and not key.startswith("wandb.")
+    }
+
+
+def valid_keys() -> list[str]:
+    """Every "section.key"."""
+    return [key for key, _ in _flatten(Config())]
+
+
+def _flatten(config: Config) -> Iterator[tuple[str, Any]]:
+    for section, fields in config.to_dict().items():
+        for key, value in fields.items():
+            yield f"{section}.{key}", value
+
+
+def _read_source(name_or_file: str) -> tuple[str, str]:
+    path = Path(name_or_file)
+    if name_or_file in preset_names():
+        path = PRESETS_DIR / f"{name_or_file}.yaml"
+    elif not path.is_file():
+        known = ", ".join(preset_names())
+        near = difflib.get_close_matches(name_or_file, preset_names(), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"--config {name_or_file}: no such preset, and no such file",
+            mend=f"{hint}presets are {known}; or give the path of a YAML file",
+        )
+    try:
+        return str(name_or_file), path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {name_or_file}: cannot be read ({error})") from None
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML ({error})") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: must hold sections such as 'train:', not {raw!r}")
+    # A section with nothing under it (`train:`) means its defaults.
+    return {section: {} if fields is None else fields for section, fields in raw.items()}
+
+
+def _apply_overrides(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {
+        section: dict(fields) if isinstance(fields, dict) else fields
+        for section, fields in raw.items()
+    }
+    for dotted, value in overrides.items():
+        section, _, key = dotted.partition(".")
+        fields = merged.setdefault(section, {})
+        if isinstance(fields, dict):
+            fields[key] = value
+    return merged
+
+
+def _explain(item: Any) -> str:
+    """One of pydantic's errors as a sentence that names the key, the value and the mend."""
+    # Below section and key come only the names of union branches and tuple positions.
+    dotted = ".".join(str(part) for part in item["loc"][:2])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {dotted}{_nearest(dotted)}"
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return f"{dotted}: {message}, got {item['input']!r}"
+
+
+def _nearest(dotted: str) -> str:
+    keys = valid_keys()
+    candidates = keys + sorted({key.partition(".")[0] for key in keys})
+    near = difflib.get_close_matches(dotted, candidates, n=1, cutoff=0.5)
+    # A right key in the wrong section is as common as a misspelt one.
+    same_name = [key for key in keys if key.rpartition(".")[2] == dotted.rpartition(".")[2]]
+    best = (same_name or near)[:1]
+    return f" (did you mean {best[0]}?)" if best else f" (valid: {', '.join(keys)})"

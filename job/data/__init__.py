@@ -1,0 +1,1 @@
+"""Data: layout, splits, checks, and the streams of training images."""

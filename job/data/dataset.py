@@ -1,0 +1,193 @@
+"""The folder layout: which images there are, which have masks, and what the classes are.
+
+    DATA/dataset.yaml            classes, ignore_index, palette
+    DATA/train/images/NAME.jpg   DATA/train/masks/NAME.png
+    DATA/val/images/NAME.jpg     DATA/val/masks/NAME.png      (optional)
+
+An image without a mask is unlabeled. Names may contain folders; an id is the path below `images/`
+without its ending.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from job.errors import DataError
+
+IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+MASK_ENDINGS = frozenset({".png"})
+MAX_CLASSES = 255
+"""Masks are 8 bit, and one value must stay free for "ignore"."""
+
+_KEYS = ("classes", "ignore_index", "palette")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What `dataset.yaml` says."""
+
+    classes: tuple[str, ...]
+    """Names in index order."""
+    ignore_index: int
+    """Mask value of pixels that count for nothing, 0..255."""
+    palette: tuple[tuple[int, int, int], ...]
+    """RGB of each class, 0..255."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, without the ignored one."""
+        return len(self.classes)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image, with its mask if it has one."""
+
+    id: str
+    image: Path
+    mask: Path | None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Everything found under a data folder, sorted by id."""
+
+    root: Path
+    info: DatasetInfo
+    train: tuple[Item, ...]
+    val: tuple[Item, ...]
+    """Empty when there is no `val/` folder."""
+    warnings: tuple[str, ...]
+
+
+def scan_dataset(root: Path) -> Dataset:
+    """List a data folder; opens no image.
+
+    Raises:
+        DataError: no such folder, no images, a broken `dataset.yaml`, a mask without its image,
+            or two images of one name.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such data folder", mend="check --data")
+    info = load_dataset_info(root / "dataset.yaml")
+    if not (root / "train" / "images").is_dir():
+        raise DataError(
+            f"{root / 'train' / 'images'}: no such folder",
+            mend="put the training images there and their masks into train/masks",
+        )
+    train = _scan_split(root / "train")
+    if not train:
+        raise DataError(
+            f"{root / 'train' / 'images'}: holds no image",
+            mend=f"images end in {', '.join(sorted(IMAGE_ENDINGS))}",
+        )
+    val = _scan_split(root / "val") if (root / "val").is_dir() else ()
+    warnings = []
+    unlabeled_val = [item for item in val if item.mask is None]
+    if unlabeled_val:
+        warnings.append(
+            f"{len(unlabeled_val)} images in val/images have no mask and are left out "
+            f"(first: {unlabeled_val[0].image.name})"
+        )
+        val = tuple(item for item in val if item.mask is not None)
+    if (root / "val").is_dir() and not val:
+        raise DataError(
+            f"{root / 'val'}: holds no image with a mask",
+            mend="add val/images and val/masks, or remove val/ to hold out --val-split of train",
+        )
+    return Dataset(root=root, info=info, train=train, val=val, warnings=tuple(warnings))
+
+
+def load_dataset_info(path: Path) -> DatasetInfo:
+    """Read and check `dataset.yaml`.
+
+    Raises:
+        DataError: absent, unreadable, or a wrong key or value.
+    """
+    example = "classes: [sky, road]\n        ignore_index: 255"
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: not there", mend=f"write one beside train/, for example\n        {example}"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(raw, dict):
+        raise DataError(f"{path}: must hold keys, for example\n        {example}")
+    for key in raw:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _KEYS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else f" (valid: {', '.join(_KEYS)})"
+            raise DataError(f"{path}: unknown key {key}{hint}")
+    classes = raw.get("classes")
+    if not isinstance(classes, list) or not 2 <= len(classes) <= MAX_CLASSES:
+        raise DataError(f"{path}: classes must be a list of 2 to {MAX_CLASSES} names")
+    names = tuple(str(name) for name in classes)
+    if len(set(names)) != len(names):
+        raise DataError(f"{path}: two classes have the same name")
+    ignore_index = raw.get("ignore_index", 255)
+    if not isinstance(ignore_index, int) or not 0 <= ignore_index <= 255:
+        raise DataError(f"{path}: ignore_index must be 0..255, got {ignore_index!r}")
+    if ignore_index < len(names):
+        raise DataError(
+            f"{path}: ignore_index {ignore_index} is also the class {names[ignore_index]}",
+            mend=f"use a value from {len(names)} to 255 in the masks and here",
+        )
+    return DatasetInfo(names, ignore_index, _palette(raw.get("palette"), len(names), path))
+
+
+def _palette(raw: Any, num_classes: int, path: Path) -> tuple[tuple[int, int, int], ...]:
+    if raw is None:
+        return default_palette(num_classes)
+    try:
+        palette = tuple((int(r), int(g), int(b)) for r, g, b in raw)
+    except (TypeError, ValueError):
+        raise DataError(f"{path}: palette must be a list of [red, green, blue]") from None
+    if len(palette) < num_classes or any(not 0 <= c <= 255 for rgb in palette for c in rgb):
+        raise DataError(f"{path}: palette needs {num_classes} colours of 0..255")
+    return palette[:num_classes]
+
+
+def default_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
+    """Well separated colours: hues by the golden angle, in two brightnesses."""
+    colours = []
+    for index in range(num_classes):
+        rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1.0, 0.75, 0.95 if index % 2 else 0.7)
+        colours.append((round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])))
+    return tuple(colours)
+
+
+def _scan_split(folder: Path) -> tuple[Item, ...]:
+    images = _by_id(folder / "images", IMAGE_ENDINGS)
+    masks = _by_id(folder / "masks", MASK_ENDINGS)
+    orphans = sorted(set(masks) - set(images))
+    if orphans:
+        near = difflib.get_close_matches(orphans[0], images, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise DataError(
+            f"{masks[orphans[0]]}: no image of that name in {folder / 'images'}{hint}; "
+            f"{len(orphans)} such masks",
+            mend="give image and mask the same name, without a suffix such as _mask",
+        )
+    return tuple(Item(id_, path, masks.get(id_)) for id_, path in sorted(images.items()))
+
+
+def _by_id(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        if path.suffix.lower() not in endings or path.name.startswith("."):
+            continue
+        id_ = path.relative_to(folder).with_suffix("").as_posix()
+        if id_ in found:
+            raise DataError(
+                f"{path}: has the same name as {found[id_].name}", mend="remove one of the two"
+            )
+        found[id_] = path
+    return found

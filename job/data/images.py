@@ -1,0 +1,166 @@
+"""Reading images and masks from files, and cutting the same random window out of both.
+
+Inside the program a mask is uint8 with IGNORE for every pixel that counts for nothing: void in the
+user's mask, and the padding of an image smaller than the crop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from job.errors import DataError
+
+IGNORE = 255
+"""Mask value of ignored pixels inside the program, whatever `dataset.yaml` calls it."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""RGB, of pixels in 0..1. Source: torchvision, "Models and pre-trained weights"."""
+
+SCALE_RANGE = (0.5, 1.5)
+"""Random scale. Source: the S4GAN reference draws from 0.5, 0.6, ... 1.5."""
+
+PADDING_RGB = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+"""Padding is 0 once normalised."""
+
+Array = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A window of a scaled image, and whether it is mirrored."""
+
+    height: int
+    width: int
+    scale: float
+    top: float
+    left: float
+    """Place of the window, 0..1 of the room it has."""
+    mirror: bool
+
+
+def random_crop(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    *,
+    image_scale: float,
+    random_scale: bool,
+    random_mirror: bool,
+) -> Crop:
+    """Draw a crop of `size` (height, width).
+
+    All random numbers are drawn whatever is switched on, so that one switch does not change what
+    another one does.
+    """
+    factor, top, left, coin = rng.random(4)
+    low, high = SCALE_RANGE
+    return Crop(
+        height=size[0],
+        width=size[1],
+        scale=image_scale * (low + (high - low) * float(factor) if random_scale else 1.0),
+        top=float(top),
+        left=float(left),
+        mirror=random_mirror and bool(coin < 0.5),
+    )
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """Decode an image of any mode to RGB.
+
+    Raises:
+        DataError: not an image, or a damaged one.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise DataError(
+            f"{path}: cannot be read as an image ({error})",
+            mend="replace the file, or remove it with its mask",
+        ) from None
+
+
+def read_index_mask(path: Path) -> Image.Image:
+    """Decode a mask; the result has mode L and holds the file's own values.
+
+    Raises:
+        DataError: not an image, damaged, or not an index mask.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode not in ("L", "P"):
+                raise DataError(
+                    f"{path}: a mask must hold class numbers (PNG of mode L or P), "
+                    f"this one has mode {image.mode}",
+                    mend="save it as an 8-bit index PNG; a colour-coded mask must be converted",
+                )
+            # Not convert("L"): for mode P that would give the palette's brightness.
+            return Image.fromarray(np.asarray(image, dtype=np.uint8))
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise DataError(
+            f"{path}: cannot be read as a mask ({error})",
+            mend="replace the file, or remove it: its image then counts as unlabeled",
+        ) from None
+
+
+def with_internal_ignore(mask: Array, ignore_index: int) -> Array:
+    """The user's `ignore_index` becomes IGNORE."""
+    return np.where(mask == ignore_index, np.uint8(IGNORE), mask)
+
+
+def cut_image(image: Image.Image, crop: Crop) -> Array:
+    """Scale, cut, pad and mirror an image; uint8, (height, width, 3)."""
+    canvas = np.empty((crop.height, crop.width, 3), np.uint8)
+    canvas[:] = PADDING_RGB
+    window = _window(image, crop, Image.Resampling.BILINEAR)
+    canvas[: window.shape[0], : window.shape[1]] = window
+    return np.ascontiguousarray(canvas[:, ::-1]) if crop.mirror else canvas
+
+
+def cut_mask(mask: Image.Image, crop: Crop, ignore_index: int) -> Array:
+    """The same for a mask, without mixing labels; uint8, (height, width)."""
+    canvas = np.full((crop.height, crop.width), IGNORE, np.uint8)
+    window = _window(mask, crop, Image.Resampling.NEAREST)
+    canvas[: window.shape[0], : window.shape[1]] = with_internal_ignore(window, ignore_index)
+    return np.ascontiguousarray(canvas[:, ::-1]) if crop.mirror else canvas
+
+
+def valid_pixels(size: tuple[int, int], crop: Crop) -> NDArray[np.bool_]:
+    """Where a crop of an image of `size` (width, height) is image and not padding."""
+    valid = np.zeros((crop.height, crop.width), np.bool_)
+    width, height = _scaled(size, crop.scale)
+    valid[: min(height, crop.height), : min(width, crop.width)] = True
+    return np.ascontiguousarray(valid[:, ::-1]) if crop.mirror else valid
+
+
+def scaled_image(image: Image.Image, image_scale: float) -> Array:
+    """A whole image as the network sees it in evaluation; uint8, (height, width, 3)."""
+    if image_scale != 1.0:
+        image = image.resize(_scaled(image.size, image_scale), Image.Resampling.BILINEAR)
+    return np.array(image)  # a copy: torch wants to own writable memory
+
+
+def _window(image: Image.Image, crop: Crop, resampling: Image.Resampling) -> Array:
+    width, height = _scaled(image.size, crop.scale)
+    visible = (min(width, crop.width), min(height, crop.height))
+    left = int(crop.left * (width - visible[0] + 1))
+    top = int(crop.top * (height - visible[1] + 1))
+    # One resampling of just the window: Pillow maps `box`, in pixels of the original, onto it.
+    across, down = image.width / width, image.height / height
+    box = (
+        left * across,
+        top * down,
+        min((left + visible[0]) * across, image.width),
+        min((top + visible[1]) * down, image.height),
+    )
+    return np.asarray(image.resize(visible, resampling, box=box))
+
+
+def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

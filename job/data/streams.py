@@ -1,0 +1,203 @@
+"""The three streams of training images (labeled, unlabeled, real) as one loader of iterations.
+
+Which images an iteration gets, and how each is cut, is a pure function of (seed, stream, place in
+the stream). The loader has no state: to resume, it is simply asked to start at another iteration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from job.config import Config
+from job.data.dataset import DatasetInfo, Item
+from job.data.images import (
+    Crop,
+    cut_image,
+    cut_mask,
+    random_crop,
+    read_index_mask,
+    read_rgb,
+    valid_pixels,
+)
+from job.data.splits import SplitItems
+from job.errors import DataError
+
+_STREAMS = {"labeled": 1, "unlabeled": 2, "real": 3}
+_ORDER, _CROP = 1, 2
+"""Parts of every random seed; never renumber, or old runs resume with other data."""
+
+
+@dataclass
+class Batch:
+    """All images of one iteration; N = batch_size * accumulate.
+
+    Shape: images uint8 (N, 3, H, W), RGB; masks uint8 (N, H, W), classes or IGNORE; valid bool
+    (N, H, W). The unlabeled and real parts are None when training on the labels alone.
+    """
+
+    labeled_images: Tensor
+    labeled_masks: Tensor
+    unlabeled_images: Tensor | None = None
+    unlabeled_valid: Tensor | None = None
+    """False on padding."""
+    real_images: Tensor | None = None
+    """A second, independent draw of labeled images: what the discriminator learns as real."""
+    real_masks: Tensor | None = None
+    unreadable: list[str] = field(default_factory=list)
+    """Files that could not be decoded; another image stands in their place."""
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **changed)
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory; called by the DataLoader."""
+        return self._map(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """On a device, without waiting for the copy."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def split(self, size: int) -> list[Batch]:
+        """Batches of `size` images each, for gradient accumulation."""
+        count = len(self.labeled_images) // size
+        return [
+            self._map(lambda tensor, start=i * size: tensor[start : start + size])  # type: ignore[misc]
+            for i in range(count)
+        ]
+
+
+class IterationDataset(Dataset[Batch]):
+    """Map-style data set whose index is the iteration, counted from 1."""
+
+    def __init__(self, items: SplitItems, info: DatasetInfo, config: Config) -> None:
+        self._items = items
+        self._info = info
+        self._config = config
+        self._images_per_iteration = config.train.batch_size * config.train.accumulate
+
+    def __getitem__(self, iteration: int) -> Batch:
+        """Load, cut and stack the images of an iteration."""
+        unreadable: list[str] = []
+        images, masks = self._labeled("labeled", iteration, unreadable)
+        batch = Batch(images, masks, unreadable=unreadable)
+        if not self._config.train.supervised_only:
+            batch.unlabeled_images, batch.unlabeled_valid = self._unlabeled(iteration, unreadable)
+            batch.real_images, batch.real_masks = self._labeled("real", iteration, unreadable)
+        return batch
+
+    def _labeled(self, stream: str, iteration: int, unreadable: list[str]) -> tuple[Tensor, Tensor]:
+        images, masks = [], []
+        for index, crop in self._drawn(stream, len(self._items.labeled), iteration):
+            image, mask = _read_or_next(self._items.labeled, index, unreadable)
+            assert mask is not None
+            images.append(cut_image(image, crop))
+            masks.append(cut_mask(mask, crop, self._info.ignore_index))
+        return _to_nchw(images), torch.from_numpy(np.stack(masks))
+
+    def _unlabeled(self, iteration: int, unreadable: list[str]) -> tuple[Tensor, Tensor]:
+        images, valid = [], []
+        for index, crop in self._drawn("unlabeled", len(self._items.unlabeled), iteration):
+            image, _ = _read_or_next(self._items.unlabeled, index, unreadable)
+            images.append(cut_image(image, crop))
+            valid.append(valid_pixels(image.size, crop))
+        return _to_nchw(images), torch.from_numpy(np.stack(valid))
+
+    def _drawn(self, stream: str, num_items: int, iteration: int) -> list[tuple[int, Crop]]:
+        """Index and crop of each image of an iteration."""
+        data, seed, number = self._config.data, self._config.train.seed, _STREAMS[stream]
+        first = (iteration - 1) * self._images_per_iteration
+        return [
+            (
+                drawn_index(seed, number, num_items, place),
+                random_crop(
+                    np.random.default_rng([seed, number, _CROP, place]),
+                    data.crop_size,
+                    image_scale=data.image_scale,
+                    random_scale=data.random_scale,
+                    random_mirror=data.random_mirror,
+                ),
+            )
+            for place in range(first, first + self._images_per_iteration)
+        ]
+
+
+def drawn_index(seed: int, stream: int, num_items: int, place: int) -> int:
+    """Index of the image at a place of an endless stream that shuffles anew for each pass."""
+    epoch, offset = divmod(place, num_items)
+    return int(_permutation(seed, stream, num_items, epoch)[offset])
+
+
+@lru_cache(maxsize=8)
+def _permutation(seed: int, stream: int, num_items: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, stream, _ORDER, epoch]).permutation(num_items)
+
+
+def _read_or_next(
+    items: Sequence[Item], index: int, unreadable: list[str]
+) -> tuple[Image.Image, Image.Image | None]:
+    """Image and mask, or those of the next item that can be decoded, so that a batch stays full."""
+    for offset in range(len(items)):
+        item = items[(index + offset) % len(items)]
+        try:
+            image = read_rgb(item.image)
+            return image, read_index_mask(item.mask) if item.mask is not None else None
+        except DataError:
+            unreadable.append(str(item.image))
+    raise DataError(
+        f"none of {len(items)} training images can be read any more (last: {unreadable[-1]})",
+        mend="check that the data folder is still there",
+    )
+
+
+def _to_nchw(images: Sequence[NDArray[np.uint8]]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def iteration_loader(
+    items: SplitItems, info: DatasetInfo, config: Config, *, first: int, device: torch.device
+) -> DataLoader[Batch]:
+    """Batches of the iterations `first` to the last one, in order, loaded ahead by processes."""
+    workers = _num_workers(config, device)
+    return DataLoader(
+        IterationDataset(items, info, config),
+        batch_size=None,
+        sampler=range(first, config.train.iterations + 1),
+        num_workers=workers,
+        worker_init_fn=_ignore_signals,
+        # Without its own generator the loader would draw from the global one at every start,
+        # and a resumed run would no longer be bit-identical.
+        generator=torch.Generator(),
+        # The trackers' threads make a plain fork unsafe.
+        multiprocessing_context="forkserver" if workers else None,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _num_workers(config: Config, device: torch.device) -> int:
+    if config.data.workers != "auto":
+        return config.data.workers
+    # A CPU run computes on every core already; a GPU run leaves them free.
+    return min(8, max(1, (os.cpu_count() or 2) - 1)) if device.type == "cuda" else 0
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group; only the main process may act on it."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

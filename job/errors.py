@@ -1,0 +1,99 @@
+"""What can go wrong, and who must act: the exception tree and the exit codes.
+
+    JobError
+    |- ConfigError        78  the user's configuration or command line
+    |- DataError          78  the user's images, masks or dataset.yaml
+    |- StorageError       74  the run's folder or bucket refused something
+    |  |- ObjectNotFound      no object under that key
+    |  `- PreconditionFailed  a conditional write lost against another writer
+    |- Fenced             76  another attempt owns the run
+    |- Diverged           70  a loss is NaN or infinite
+    `- Preempted          75  asked to stop before anything was left to save
+
+Knows nothing of the rest of the program.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """The process's exit status says who must act; a scheduler retries PREEMPTED and nothing else.
+
+    Source: the names and numbers of BSD's sysexits(3) where one fits.
+    """
+
+    OK = 0
+    """Finished: all files of the run are in place."""
+    DIVERGED = 70
+    """A loss became NaN or infinite; the newest good checkpoint is kept."""
+    IO_ERROR = 74
+    """The storage behind the run failed (full, read-only, denied)."""
+    PREEMPTED = 75
+    """Asked to stop; the state is saved. Run the same command again to go on."""
+    FENCED = 76
+    """Another attempt owns this run; this one published nothing more."""
+    BAD_CONFIG = 78
+    """The configuration or the data is wrong. Running again cannot help; the message says why."""
+    KILLED_BY_USER = 130
+    """A second Ctrl-C: left at once, without saving."""
+
+
+class JobError(Exception):
+    """An error the user can read: what is wrong, and the mend.
+
+    Args:
+        message: one sentence that names the thing (file, key, flag).
+        mend: what to do about it, in the imperative; empty if the message says it.
+    """
+
+    exit_code: ExitCode = ExitCode.BAD_CONFIG
+
+    def __init__(self, message: str, *, mend: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.mend = mend
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  mend: {self.mend}" if self.mend else self.message
+
+
+class ConfigError(JobError):
+    """A wrong configuration key, value or flag, or a run folder of another configuration."""
+
+
+class DataError(JobError):
+    """Images, masks or `dataset.yaml` that cannot be trained on."""
+
+
+class StorageError(JobError):
+    """The storage refused or failed; never used for "not there"."""
+
+    exit_code = ExitCode.IO_ERROR
+
+
+class ObjectNotFound(StorageError):
+    """No object under the key."""
+
+
+class PreconditionFailed(StorageError):
+    """A conditional write found another version than the one it expected."""
+
+
+class Fenced(JobError):
+    """Another attempt has taken the run over; this one must stop publishing."""
+
+    exit_code = ExitCode.FENCED
+
+
+class Diverged(JobError):
+    """A loss is NaN or infinite: further iterations cannot recover."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class Preempted(JobError):
+    """A stop was asked for at a point where everything worth saving is already saved."""
+
+    exit_code = ExitCode.PREEMPTED

@@ -1,0 +1,136 @@
+"""Using a trained model: scoring it on a data set, and predicting a folder of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from job.data.checks import check_data
+from job.data.dataset import IMAGE_ENDINGS, DatasetInfo, Item, scan_dataset
+from job.data.images import (
+    Array,
+    read_index_mask,
+    read_rgb,
+    scaled_image,
+    with_internal_ignore,
+)
+from job.data.splits import SplitItems
+from job.errors import ConfigError, DataError
+from job.models.files import load_generator
+from job.models.generator import Generator
+from job.monitor.pictures import Example, index_png, overlay
+from job.storage.sync import bring_data
+from job.training.confusion import ConfusionMatrix
+from job.training.evaluation import evaluate, load_ahead, predict
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Result of `evaluate_weights`."""
+
+    split: str
+    images: int
+    miou: float
+    pixel_accuracy: float
+    class_iou: dict[str, float | None]
+
+
+def choose_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def evaluate_weights(weights: Path, data_uri: str, split: str, device: torch.device) -> Scores:
+    """Score a model on all labeled images of a split, at the full resolution of their masks.
+
+    Raises:
+        ConfigError: the weights cannot be used, or do not fit the classes.
+        DataError: the data cannot be used, or the split has no labeled image.
+    """
+    generator, card, _ = load_generator(weights, device)
+    dataset = scan_dataset(bring_data(data_uri))
+    if dataset.info.classes != card.classes:
+        raise ConfigError(
+            f"{dataset.root / 'dataset.yaml'}: its classes ({', '.join(dataset.info.classes)}) are "
+            f"not the model's ({', '.join(card.classes)})",
+            mend="use the data set the model was trained for",
+        )
+    items = tuple(i for i in (dataset.val if split == "val" else dataset.train) if i.mask)
+    if not items:
+        raise DataError(
+            f"{dataset.root / split}: holds no image with a mask", mend="check --data and --split"
+        )
+    check_data(SplitItems(labeled=(), unlabeled=(), val=items, train_sample=()), dataset.info)
+    matrix = evaluate(generator, items, dataset.info, image_scale=card.image_scale, device=device)
+    assert isinstance(matrix, ConfusionMatrix)
+    return Scores(
+        split=split,
+        images=len(items),
+        miou=matrix.miou(),
+        pixel_accuracy=matrix.pixel_accuracy(),
+        class_iou=dict(zip(card.classes, matrix.class_iou(), strict=True)),
+    )
+
+
+def predict_folder(weights: Path, images: Path, out: Path, device: torch.device) -> Iterator[Path]:
+    """Write NAME.png (class numbers, with palette) and NAME_overlay.png for each image.
+
+    Yields:
+        The index PNG of each image once it is written.
+
+    Raises:
+        ConfigError: the weights cannot be used, or the output folder is the input folder.
+        DataError: no image, two of one name, or one that cannot be read.
+    """
+    if not images.is_dir():
+        raise DataError(f"--images {images}: no such folder")
+    if images.resolve() == out.resolve():
+        raise ConfigError(f"--out {out}: is the folder of the images", mend="choose another")
+    paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
+    if not paths:
+        raise DataError(
+            f"--images {images}: holds no image",
+            mend=f"images end in {', '.join(sorted(IMAGE_ENDINGS))}",
+        )
+    targets = [out / path.relative_to(images).with_suffix(".png") for path in paths]
+    for path, target in zip(paths, targets, strict=True):
+        if targets.count(target) > 1:
+            raise DataError(f"{path}: another image has the same name but for its ending")
+    generator, card, _ = load_generator(weights, device)
+
+    for image, target in zip(load_ahead(read_rgb, paths), targets, strict=True):
+        scaled = scaled_image(image, card.image_scale)
+        classes = predict(generator, scaled, (image.height, image.width), device)
+        prediction = classes.to(torch.uint8).cpu().numpy()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        index_png(prediction, card.palette).save(target)
+        picture = overlay(np.asarray(image), prediction, card.palette)
+        picture.save(target.with_name(f"{target.stem}_overlay.png"))
+        yield target
+
+
+def examples(
+    generator: Generator,
+    items: Sequence[Item],
+    info: DatasetInfo,
+    *,
+    image_scale: float,
+    device: torch.device,
+) -> list[Example]:
+    """Predictions of a generator (in evaluation mode) beside the truth, for pictures."""
+    found = []
+    for item in items:
+        assert item.mask is not None
+        image = read_rgb(item.image)
+        truth: Array = with_internal_ignore(
+            np.asarray(read_index_mask(item.mask)), info.ignore_index
+        )
+        scaled = scaled_image(image, image_scale)
+        classes = predict(generator, scaled, truth.shape, device)
+        prediction = classes.to(torch.uint8).cpu().numpy()
+        found.append(Example(item.id, np.asarray(image), truth, prediction))
+    return found

@@ -1,0 +1,1 @@
+"""The two networks, pretrained weights, and model files."""

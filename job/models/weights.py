@@ -1,0 +1,76 @@
+"""Pretrained backbones: torchvision's ImageNet weights, or a file with torchvision's names."""
+
+from __future__ import annotations
+
+import pickle
+import urllib.error
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+
+from job.errors import ConfigError
+from job.models.backbones import RESNETS
+from job.models.generator import Generator
+
+
+def load_backbone_weights(generator: Generator, backbone: str, source: str) -> str:
+    """Start the backbone from `source` (the value of `model.weights`).
+
+    Returns:
+        A sentence for the console.
+
+    Raises:
+        ConfigError: no such weights, they cannot be downloaded, or they do not fit.
+    """
+    if source == "none":
+        return f"{backbone}: random weights"
+    state = _imagenet(backbone) if source == "imagenet" else _from_file(Path(source))
+    own = generator.backbone.state_dict()
+    given = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    wrong = [
+        name
+        for name, value in own.items()
+        if not name.endswith("num_batches_tracked")
+        and (name not in given or given[name].shape != value.shape)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"model.weights {source}: does not fit {backbone}: {len(wrong)} of {len(own)} "
+            f"tensors are absent or of another shape (first: {wrong[0]})",
+            mend="give the state dict of a torchvision ResNet of the same depth",
+        )
+    generator.backbone.load_state_dict(given, strict=False)
+    return f"{backbone}: {len(given)} tensors from {source}"
+
+
+def _imagenet(backbone: str) -> dict[str, Tensor]:
+    if backbone not in RESNETS:
+        raise ConfigError(
+            f"model.weights imagenet: there are none for the backbone {backbone}",
+            mend="add --set model.weights=none",
+        )
+    weights = torchvision.models.get_model_weights(backbone).DEFAULT
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)
+    except (urllib.error.URLError, OSError) as error:
+        raise ConfigError(
+            f"model.weights imagenet: torchvision could not download {weights.url} ({error})",
+            mend="connect to the network once, give a file with --set model.weights=FILE.pth, or "
+            "train from scratch with --set model.weights=none",
+        ) from None
+    return state
+
+
+def _from_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ConfigError(
+            f"model.weights {path}: no such file", mend="give a file, 'imagenet' or 'none'"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: value.float() for name, value in state.items()}
+    except (OSError, RuntimeError, pickle.UnpicklingError, AttributeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.weights {path}: not a state dict ({reason})") from None

@@ -1,0 +1,149 @@
+"""`summary.json`: the guide's closing checklist filled in, and where everything came from."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+import job
+from job.run import RunIdentity
+
+MAX_GAP = 0.15
+"""Largest train/val gap that is no severe overfitting. Source: the monitoring guide's checklist."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the checklist."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def checklist(
+    *,
+    events: Sequence[Mapping[str, Any]],
+    best_path: str,
+    best_verified: bool,
+    wandb_finished: bool,
+    wandb_outcome: str,
+) -> list[Check]:
+    """The guide's five lines, from the ledger and from what was just verified.
+
+    Args:
+        events: the ledger.
+        best_path: where `best_model.pth` is.
+        best_verified: whether it was read back and is what was written.
+        wandb_finished: whether W&B has everything.
+        wandb_outcome: how the mirror ended.
+    """
+    evaluations = [event for event in events if event["event"] == "eval"]
+    best = max(evaluations, key=lambda event: event["val_miou"], default=None)
+    last = evaluations[-1] if evaluations else None
+    gap = last["train_miou"] - last["val_miou"] if last else None
+    unreadable = sum(event["event"] == "unreadable_image" for event in events)
+    return [
+        Check(
+            "Best validation mIoU recorded",
+            best is not None,
+            f"{best['val_miou']:.4f} at iteration {best['iteration']}" if best else "no evaluation",
+        ),
+        Check("best_model.pth exists and verifies", best_verified, best_path),
+        Check(
+            "Training completed without errors",
+            unreadable == 0,
+            f"{unreadable} images could not be decoded" if unreadable else "",
+        ),
+        Check(
+            f"Final train/val gap < {MAX_GAP}",
+            gap is not None and gap < MAX_GAP,
+            f"{gap:.4f}" if gap is not None else "no evaluation",
+        ),
+        Check("W&B run finished successfully", wandb_finished, wandb_outcome),
+    ]
+
+
+def summary(
+    *,
+    run_uri: str,
+    data_uri: str,
+    identity: RunIdentity,
+    config: Mapping[str, Any],
+    classes: Sequence[str],
+    num_images: Mapping[str, int],
+    files: Mapping[str, Mapping[str, Any]],
+    events: Sequence[Mapping[str, Any]],
+    checks: Sequence[Check],
+) -> dict[str, Any]:
+    """Content of `summary.json`."""
+    evaluations = [event for event in events if event["event"] == "eval"]
+    best = max(evaluations, key=lambda event: event["val_miou"], default=None)
+    return {
+        "run": {
+            "uri": run_uri,
+            "run_id": identity.run_id,
+            "created_at": identity.created_at,
+            "attempts": max((event["attempt"] for event in events), default=0),
+        },
+        "best": {
+            "iteration": best["iteration"],
+            "val_miou": best["val_miou"],
+            "train_miou": best["train_miou"],
+            "pixel_accuracy": best["pixel_accuracy"],
+            "class_iou": dict(zip(classes, best["class_iou"], strict=True)),
+        }
+        if best
+        else None,
+        "final": {key: evaluations[-1][key] for key in ("iteration", "val_miou", "train_miou")}
+        if evaluations
+        else None,
+        "files": dict(files),
+        "checklist": [asdict(check) for check in checks],
+        "data": {"uri": data_uri, "images": dict(num_images)},
+        "provenance": provenance(),
+        "config": dict(config),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and machine: what one needs to know to do it again."""
+    return {
+        "s4gan": job.__version__,
+        "git": _git_revision(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def summary_json(content: Mapping[str, Any]) -> bytes:
+    """The text of the file."""
+    return json.dumps(content, indent=1, allow_nan=False).encode()
+
+
+def _git_revision() -> str | None:
+    """Revision of the checkout the program runs from; None for an installed package."""
+    folder = Path(job.__file__).parent.parent
+    if not (folder / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None

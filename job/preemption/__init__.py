@@ -1,0 +1,5 @@
+"""Being asked to stop."""
+
+from job.preemption.stop import StopRequest
+
+__all__ = ["StopRequest"]

@@ -1,0 +1,61 @@
+"""`StopRequest`: one flag that signals raise and the training loop reads at each iteration."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+from job.errors import ExitCode, Preempted
+
+
+class StopRequest:
+    """Whether, and why, this attempt should save and leave. The first reason stays."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody asked."""
+        return self.reason is not None
+
+    def request(self, reason: str) -> None:
+        """Ask; callable from any thread."""
+        if self.reason is None:
+            self.reason = reason
+
+    def raise_if_requested(self) -> None:
+        """For the stages before training, where there is nothing to save.
+
+        Raises:
+            Preempted: a stop was asked for.
+        """
+        if self.requested:
+            raise Preempted(f"stopped by {self.reason} before training began")
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[StopRequest]:
+        """Within this block SIGTERM and SIGINT set the flag; a second SIGINT ends the process."""
+        previous = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        # os.write, not print: the handler may interrupt a print, whose buffer is not re-entrant.
+        if number == signal.SIGINT and self.requested:
+            os.write(sys.__stderr__.fileno(), b"\nleaving at once, without saving\n")  # type: ignore[union-attr]
+            os._exit(ExitCode.KILLED_BY_USER)
+        self.request(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            message = b"\nfinishing this iteration, then saving (Ctrl-C again leaves at once)\n"
+            os.write(sys.__stderr__.fileno(), message)  # type: ignore[union-attr]

@@ -1,0 +1,26 @@
+"""Where runs and data live. `open_store` is the only place that looks at a URI's scheme."""
+
+from pathlib import Path
+
+from job.errors import ConfigError
+from job.storage.local import LocalStore
+from job.storage.store import ABSENT, ObjectInfo, ObjectStore
+
+__all__ = ["ABSENT", "LocalStore", "ObjectInfo", "ObjectStore", "open_store"]
+
+
+def open_store(uri: str) -> ObjectStore:
+    """The store behind a URI; nothing is read or written yet.
+
+    Raises:
+        ConfigError: a scheme this version does not know.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return LocalStore(Path(uri))
+    if scheme == "file":
+        return LocalStore(Path(rest))
+    raise ConfigError(
+        f"{uri}: this version reads and writes folders only, not {scheme}://",
+        mend="give the path of a folder",
+    )

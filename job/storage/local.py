@@ -1,0 +1,190 @@
+"""`LocalStore`: objects as plain files under a folder.
+
+A write goes to a temporary file beside its target, is flushed to the disk and renamed, so a reader
+(or the next attempt after a power cut) sees the old content or the new, never a mixture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from job.errors import ObjectNotFound, PreconditionFailed, StorageError
+from job.storage.store import ABSENT, ObjectInfo
+
+_TEMPORARY = ".tmp-"
+_LOCK = ".lock"
+
+
+class LocalStore:
+    """An `ObjectStore` in a folder, which is created at the first write.
+
+    A conditional write compares and renames under a lock file, so it is atomic among the processes
+    of all machines that share the folder (flock; on NFS too since version 4).
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    @property
+    def uri(self) -> str:
+        """The folder."""
+        return str(self.root)
+
+    def read(self, key: str) -> bytes:
+        """See `ObjectStore.read`."""
+        with self._explained("read", key):
+            return self._path(key).read_bytes()
+
+    def read_versioned(self, key: str) -> tuple[bytes, str]:
+        """See `ObjectStore.read_versioned`; the version is a hash of the content."""
+        try:
+            data = self.read(key)
+        except ObjectNotFound:
+            return b"", ABSENT
+        return data, _version(data)
+
+    def write(self, key: str, data: bytes, *, expected: str | None = None) -> str:
+        """See `ObjectStore.write`."""
+        with self._explained("write", key):
+            path = self._path(key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._locked() if expected is not None else contextlib.nullcontext():
+                if expected is not None:
+                    _, found = self.read_versioned(key)
+                    if found != expected:
+                        raise PreconditionFailed(f"{path}: changed by somebody else")
+                with _replacing(path) as temporary, open(temporary, "wb") as file:
+                    file.write(data)
+                    os.fsync(file.fileno())
+        return _version(data)
+
+    def upload(self, path: Path, key: str) -> None:
+        """See `ObjectStore.upload`; a link, not a copy, where the file system can."""
+        with self._explained("write", key):
+            target = self._path(key)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _replacing(target) as temporary:
+                _link_or_copy(path, temporary)
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+
+    def fetch(self, key: str, directory: Path) -> Path:
+        """See `ObjectStore.fetch`; the stored file itself."""
+        path = self._path(key)
+        if not path.is_file():
+            raise ObjectNotFound(f"{path}: no such file")
+        return path
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        """See `ObjectStore.stat`."""
+        with self._explained("read", key):
+            try:
+                return ObjectInfo(key, self._path(key).stat().st_size)
+            except FileNotFoundError:
+                return None
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """See `ObjectStore.list`."""
+        folder = self._path(prefix.rpartition("/")[0])
+        found = []
+        with self._explained("list", prefix):
+            for path in folder.rglob("*"):
+                key = path.relative_to(self.root).as_posix()
+                ours = not path.name.startswith(_TEMPORARY) and path.name != _LOCK
+                if ours and key.startswith(prefix) and path.is_file():
+                    found.append(ObjectInfo(key, path.stat().st_size))
+        return iter(sorted(found, key=lambda info: info.key))
+
+    def copy(self, source: str, target: str) -> None:
+        """See `ObjectStore.copy`; a second link to the same file."""
+        self.upload(self.fetch(source, self.root), target)
+
+    def delete(self, key: str) -> None:
+        """See `ObjectStore.delete`; folders left empty go too."""
+        path = self._path(key)
+        with self._explained("delete", key):
+            path.unlink(missing_ok=True)
+        for parent in path.parents:
+            if parent == self.root:
+                break
+            try:
+                parent.rmdir()
+            except OSError:
+                break  # not empty: other objects live there
+
+    def local_path(self, key: str) -> Path | None:
+        """See `ObjectStore.local_path`."""
+        return self._path(key)
+
+    def remove_leftovers(self) -> None:
+        """Delete temporary files of writers that were killed; for the sole owner of the folder."""
+        for path in self.root.rglob(f"{_TEMPORARY}*"):
+            path.unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        path = self.root / key
+        if ".." in path.parts:
+            raise StorageError(f"{key}: a key must not contain '..'")
+        return path
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.root / _LOCK, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel even if we are killed
+            yield
+
+    @contextlib.contextmanager
+    def _explained(self, verb: str, key: str) -> Iterator[None]:
+        """Turn the system's errors into ours, with a mend."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise ObjectNotFound(f"{self._path(key)}: no such file") from None
+        except OSError as error:
+            mends = {
+                errno.ENOSPC: "free some disk space; the same command then goes on",
+                errno.EDQUOT: "free some of your disk quota; the same command then goes on",
+                errno.EACCES: f"give this user the right to {verb} there, or choose another folder",
+                errno.EROFS: "the file system is read-only: choose another folder",
+                errno.ENOTDIR: "a file is in the place of a folder: choose another folder",
+                errno.EEXIST: "a file is in the place of a folder: choose another folder",
+            }
+            raise StorageError(
+                f"cannot {verb} {self._path(key)}: {error.strerror}",
+                mend=mends.get(error.errno or 0, ""),
+            ) from error
+
+
+def _version(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that replaces it if the block succeeds."""
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

@@ -1,0 +1,46 @@
+"""Confusion matrix and the scores made from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from job.data.images import IGNORE
+
+
+class ConfusionMatrix:
+    """Counts of (truth, prediction) pairs over pixels; ignored pixels do not count.
+
+    Shape: `counts` int64 (K, K), rows truth, columns prediction.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.num_classes = num_classes
+        self.counts = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)
+
+    def update(self, prediction: Tensor, truth: Tensor) -> None:
+        """Count one or more images.
+
+        Shape: integers of the same shape; prediction 0..K-1, truth 0..K-1 or IGNORE.
+        """
+        counted = truth != IGNORE
+        pairs = truth[counted].long() * self.num_classes + prediction[counted].long()
+        counts = torch.bincount(pairs, minlength=self.num_classes**2)
+        self.counts += counts.view(self.num_classes, self.num_classes)
+
+    def class_iou(self) -> list[float | None]:
+        """Intersection over union of each class; None for one in neither truth nor prediction."""
+        counts = self.counts.double().cpu()
+        hits = counts.diagonal()
+        union = counts.sum(dim=0) + counts.sum(dim=1) - hits
+        return [float(h / u) if u > 0 else None for h, u in zip(hits, union, strict=True)]
+
+    def miou(self) -> float:
+        """Mean IoU over the classes that occur; 0 if none does."""
+        present = [iou for iou in self.class_iou() if iou is not None]
+        return sum(present) / len(present) if present else 0.0
+
+    def pixel_accuracy(self) -> float:
+        """Share of pixels predicted right; 0 if there is none."""
+        counts = self.counts.double().cpu()
+        return float(counts.diagonal().sum() / counts.sum().clamp_min(1))

@@ -1,0 +1,100 @@
+"""Predicting whole images and scoring them at the full resolution of their masks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from job.data.dataset import DatasetInfo, Item
+from job.data.images import Array, read_index_mask, read_rgb, scaled_image, with_internal_ignore
+from job.models.generator import Generator
+from job.training.confusion import ConfusionMatrix
+from job.training.step import normalized
+
+_AHEAD = 4
+"""Images decoded ahead of the network."""
+
+Source = TypeVar("Source")
+Loaded = TypeVar("Loaded")
+
+
+def evaluate(
+    generator: Generator,
+    items: Sequence[Item],
+    info: DatasetInfo,
+    *,
+    image_scale: float,
+    device: torch.device,
+    stopped: Callable[[], bool] = lambda: False,
+) -> ConfusionMatrix | None:
+    """Confusion matrix of a generator over labeled images, one image at a time, not augmented.
+
+    Draws no random number and leaves the generator in the mode it was in.
+
+    Args:
+        generator: on `device`.
+        items: each with a mask.
+        info: their classes.
+        image_scale: as in training.
+        device: where to compute.
+        stopped: asked before each image; True gives up.
+
+    Returns:
+        None if given up.
+
+    Raises:
+        DataError: an image or mask can no longer be read.
+    """
+
+    def load(item: Item) -> tuple[Array, Array]:
+        assert item.mask is not None
+        image = scaled_image(read_rgb(item.image), image_scale)
+        mask = np.asarray(read_index_mask(item.mask))
+        return image, with_internal_ignore(mask, info.ignore_index)
+
+    matrix = ConfusionMatrix(info.num_classes, device)
+    training = generator.training
+    generator.eval()
+    try:
+        for image, mask in load_ahead(load, items):
+            if stopped():
+                return None
+            truth = torch.from_numpy(mask).to(device)
+            matrix.update(predict(generator, image, mask.shape[-2:], device), truth)
+    finally:
+        generator.train(training)
+    return matrix
+
+
+@torch.no_grad()
+def predict(
+    generator: Generator, image: Array, size: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """Most likely class of each pixel, with logits interpolated to `size` before the choice.
+
+    Shape: image uint8 (h, w, 3) -> int64 `size` = (H, W). The generator must be in eval mode.
+    """
+    tensor = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0).to(device)
+    logits = generator(normalized(tensor))
+    if tuple(logits.shape[-2:]) != tuple(size):
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=True)
+    return logits.argmax(dim=1)[0]  # type: ignore[no-any-return]
+
+
+def load_ahead(load: Callable[[Source], Loaded], sources: Iterable[Source]) -> Iterator[Loaded]:
+    """`map(load, sources)` with a few results made ahead on threads, in order, bounded memory."""
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        waiting: deque[Future[Loaded]] = deque()
+        for source in sources:
+            waiting.append(pool.submit(load, source))
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

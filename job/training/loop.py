@@ -1,0 +1,204 @@
+"""The training loop, top to bottom. Saving, evaluating and stopping are decided here, nowhere else.
+
+Knows the protocols of those it reports to, not W&B, not S3.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from job.checkpoint.manager import BestModel, CheckpointManager
+from job.config import Config
+from job.data.dataset import DatasetInfo
+from job.data.splits import SplitItems
+from job.data.streams import iteration_loader
+from job.errors import DataError, Diverged
+from job.events import EvalEvent, Notice, Tracker, TrainEvent
+from job.preemption import StopRequest
+from job.training.evaluation import evaluate
+from job.training.state import TrainState
+from job.training.step import StepLosses, train_step
+
+MAX_UNREADABLE_SHARE = 0.01
+"""More unreadable training images than this (and more than one) end the run."""
+
+
+class BestModelWriter(Protocol):
+    """Writes the model files of a new best; made by the composition root, which knows the card."""
+
+    def __call__(self, state: TrainState, val_miou: float) -> BestModel:
+        """Save both networks of `state` durably and return where they are."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the loop works with, besides the state it changes."""
+
+    config: Config
+    items: SplitItems
+    info: DatasetInfo
+    device: torch.device
+    tracker: Tracker
+    checkpoints: CheckpointManager
+    save_best: BestModelWriter
+    stop: StopRequest
+
+
+def train(state: TrainState, around: Surroundings) -> bool:
+    """Train from where `state` stands to the last iteration, or until a stop is asked for.
+
+    On return the state is saved. Returns whether the run is complete.
+
+    Raises:
+        Diverged: a loss is NaN or infinite; nothing of it was saved.
+        DataError: too many training images cannot be read.
+        Fenced: another attempt has taken over.
+    """
+    config, stop, tracker = around.config, around.stop, around.tracker
+    total = config.train.iterations
+    finite = torch.ones((), dtype=torch.bool, device=around.device)
+    speed = _Speed(config, state.iteration)
+    if state.iteration > 0:
+        _evaluate_if_due(state, around)  # the last attempt may have been stopped before it could
+
+    loader = iteration_loader(
+        around.items, around.info, config, first=state.iteration + 1, device=around.device
+    )
+    for iteration, batch in enumerate(loader, start=state.iteration + 1):
+        _count_unreadable(batch.unreadable, state, around)
+        lr_g, lr_d = state.set_learning_rates(iteration, config)
+        losses = train_step(state, batch.to(around.device), config, iteration)
+        state.iteration = iteration
+        finite &= torch.isfinite(losses.g + losses.d)
+        tracker.step_done(iteration)
+
+        if iteration % config.train.log_every == 0:
+            _raise_if_diverged(finite, iteration, config)
+            tracker.train(_train_event(losses, iteration, lr_g, lr_d, speed.since_last(iteration)))
+        _evaluate_if_due(state, around)
+        numbered = iteration % config.checkpoint.keep_every == 0 or iteration == total
+        if numbered or iteration % config.checkpoint.every == 0 or stop.requested:
+            _raise_if_diverged(finite, iteration, config)
+            around.checkpoints.save(state.state_dict(), best=state.best, numbered=numbered)
+        if stop.requested:
+            break
+    return state.iteration == total and state.evaluated_iteration == total
+
+
+def _evaluate_if_due(state: TrainState, around: Surroundings) -> None:
+    """Evaluate every `train.eval_every` iterations and after the last, unless already done.
+
+    Gives up when a stop is asked for: the evaluation is then owed, and the next attempt begins
+    with it.
+    """
+    config, tracker, iteration = around.config, around.tracker, state.iteration
+    due = iteration % config.train.eval_every == 0 or iteration == config.train.iterations
+    if not due or state.evaluated_iteration == iteration or around.stop.requested:
+        return
+    tracker.evaluation_started(iteration)
+    matrices = []
+    for items in (around.items.train_sample, around.items.val):
+        matrix = evaluate(
+            state.generator,
+            items,
+            around.info,
+            image_scale=config.data.image_scale,
+            device=around.device,
+            stopped=lambda: around.stop.requested,
+        )
+        if matrix is None:
+            return
+        matrices.append(matrix)
+    train_matrix, val_matrix = matrices
+    previous = state.best.val_miou if state.best else None
+    val_miou = val_matrix.miou()
+    event = EvalEvent(
+        iteration=iteration,
+        train_miou=train_matrix.miou(),
+        val_miou=val_miou,
+        class_iou=tuple(val_matrix.class_iou()),
+        pixel_accuracy=val_matrix.pixel_accuracy(),
+        best_miou=val_miou if previous is None else max(previous, val_miou),
+        previous_best=previous,
+    )
+    if event.is_best:
+        state.best = around.save_best(state, val_miou)
+    state.evaluated_iteration = iteration
+    tracker.evaluation(event)
+
+
+def _train_event(
+    losses: StepLosses, iteration: int, lr_g: float, lr_d: float, images_per_s: float
+) -> TrainEvent:
+    """Read the losses back from the device: the one place where the loop waits for it."""
+    return TrainEvent(
+        iteration=iteration,
+        loss_ce=losses.ce.item(),
+        loss_fm=losses.fm.item(),
+        loss_st=losses.st.item(),
+        loss_d=losses.d.item(),
+        loss_g=losses.g.item(),
+        st_count=int(losses.st_count.item()),
+        lr_g=lr_g,
+        lr_d=lr_d,
+        images_per_s=images_per_s,
+    )
+
+
+def _raise_if_diverged(finite: torch.Tensor, iteration: int, config: Config) -> None:
+    if bool(finite):
+        return
+    train = config.train
+    raise Diverged(
+        f"a loss became NaN or infinite at or before iteration {iteration}; the newest checkpoint "
+        "is from before that and stays",
+        mend="start a new run with half the learning rates: "
+        f"--learning-rate {train.learning_rate / 2:g} --learning-rate-D "
+        f"{train.learning_rate_D / 2:g}; and look for broken images or masks",
+    )
+
+
+def _count_unreadable(paths: list[str], state: TrainState, around: Surroundings) -> None:
+    """Report each unreadable image once; end the run when they are too many.
+
+    Raises:
+        DataError: more than MAX_UNREADABLE_SHARE of the images, and more than one.
+    """
+    for path in sorted(set(paths) - state.unreadable):
+        state.unreadable.add(path)
+        around.tracker.notice(
+            Notice(
+                "unreadable_image",
+                f"warning: {path} cannot be decoded; skipped ({len(state.unreadable)} so far)",
+                {"iteration": state.iteration + 1, "path": path},
+            )
+        )
+    num_images = len(around.items.labeled) + len(around.items.unlabeled)
+    if len(state.unreadable) > max(1, MAX_UNREADABLE_SHARE * num_images):
+        raise DataError(
+            f"{len(state.unreadable)} of {num_images} training images cannot be decoded, "
+            f"among them {', '.join(sorted(state.unreadable)[:3])}",
+            mend="replace or remove them, then start again",
+        )
+
+
+class _Speed:
+    """Images a second between two log lines, evaluations and saves included."""
+
+    def __init__(self, config: Config, iteration: int) -> None:
+        streams = 1 if config.train.supervised_only else 2
+        self._images = streams * config.train.batch_size * config.train.accumulate
+        self._since_s = time.monotonic()
+        self._iteration = iteration
+
+    def since_last(self, iteration: int) -> float:
+        """Call once a log line."""
+        now_s = time.monotonic()
+        images = (iteration - self._iteration) * self._images
+        rate = images / max(now_s - self._since_s, 1e-9)
+        self._since_s, self._iteration = now_s, iteration
+        return rate
