@@ -161,7 +161,8 @@ class _Tracking:
 
 
 def _refuse_same_place(data_uri: str, run_uri: str) -> None:
-    if open_store(data_uri).uri == open_store(run_uri).uri:
+    data, store = open_store(data_uri).local_path(""), open_store(run_uri).local_path("")
+    if data is not None and store is not None and data.resolve() == store.resolve():
         raise ConfigError(
             f"--data and --run are both {run_uri}", mend="choose another folder for --run"
         )

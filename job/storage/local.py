@@ -32,11 +32,12 @@ class LocalStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        self._uri = str(root)
 
     @property
     def uri(self) -> str:
-        """The folder."""
-        return str(self.root)
+        """The folder, as it was named."""
+        return self._uri
 
     def read(self, key: str) -> bytes:
         """See `ObjectStore.read`."""

@@ -1,0 +1,102 @@
+"""Fixtures shared by all tests: small real data sets, and a quiet, reproducible torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Before torch is imported: tests run in parallel, one core each, and subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("WANDB_API_KEY", None)
+os.environ["WANDB_MODE"] = "offline"
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+MakeData = Callable[..., Path]
+
+CLASSES = ("background", "square", "disc")
+PALETTE = ((0, 0, 0), (200, 30, 30), (30, 30, 200))
+IGNORE_INDEX = 200
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def draw_scene(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """A noisy grey picture with a red square and a blue disc, and its exact mask.
+
+    Returns uint8 (height, width, 3) and (height, width); a border row is IGNORE_INDEX.
+    """
+    image = rng.integers(90, 140, (height, width, 3)).astype(np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    side = min(height, width) // 3
+    top, left = rng.integers(0, height - side), rng.integers(0, width - side)
+    image[top : top + side, left : left + side] = (220, 40, 40)
+    mask[top : top + side, left : left + side] = 1
+    y, x = np.mgrid[:height, :width]
+    centre_y, centre_x = rng.integers(0, height), rng.integers(0, width)
+    disc = (y - centre_y) ** 2 + (x - centre_x) ** 2 < (side / 2) ** 2
+    image[disc] = (40, 40, 220)
+    mask[disc] = 2
+    mask[0] = IGNORE_INDEX
+    return image, mask
+
+
+@pytest.fixture
+def make_data(tmp_path: Path) -> MakeData:
+    """A function that writes a data set in the folder layout and returns its folder.
+
+    Training ids are train_0000, ...; the first `labeled` of them have masks. Validation ids are
+    val_0000, ...; val=0 makes no val/ folder.
+    """
+
+    def make(
+        *,
+        labeled: int = 8,
+        unlabeled: int = 8,
+        val: int = 4,
+        height: int = 40,
+        width: int = 48,
+        name: str = "data",
+    ) -> Path:
+        root = tmp_path / name
+        rng = np.random.default_rng(1)
+        for part, count, with_mask in (
+            ("train", labeled + unlabeled, labeled),
+            ("val", val, val),
+        ):
+            if count == 0:
+                continue
+            for sub in ("images", "masks"):
+                (root / part / sub).mkdir(parents=True)
+            for index in range(count):
+                image, mask = draw_scene(rng, height, width)
+                file_name = f"{part}_{index:04d}.png"
+                Image.fromarray(image).save(root / part / "images" / file_name)
+                if index < with_mask:
+                    Image.fromarray(mask).save(root / part / "masks" / file_name)
+        info = {
+            "classes": list(CLASSES),
+            "ignore_index": IGNORE_INDEX,
+            "palette": [list(colour) for colour in PALETTE],
+        }
+        (root / "dataset.yaml").write_text(yaml.safe_dump(info))
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout; tests that need it are skipped without."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the real images and weights in {folder}, which is not there")
+    return folder
