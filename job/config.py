@@ -55,7 +55,7 @@ class DataConfig(_Section):
     """Mirror a training crop left to right, every second one on average."""
     random_scale: bool = False
     """Scale a training image by a random factor of 0.5 to 1.5 before it is cropped."""
-    workers: int | Literal["auto"] = Field("auto", ge=0)
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Processes that load images; auto takes the spare cores, up to 8. Never changes results."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: tests run in parallel, one core each, and subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -49,46 +50,47 @@ def draw_scene(rng: np.random.Generator, height: int, width: int) -> tuple[np.nd
     return image, mask
 
 
-@pytest.fixture
-def make_data(tmp_path: Path) -> MakeData:
-    """A function that writes a data set in the folder layout and returns its folder.
+def write_data(
+    root: Path,
+    *,
+    labeled: int = 8,
+    unlabeled: int = 8,
+    val: int = 4,
+    height: int = 40,
+    width: int = 48,
+) -> Path:
+    """Write a data set in the folder layout and return its folder.
 
     Training ids are train_0000, ...; the first `labeled` of them have masks. Validation ids are
     val_0000, ...; val=0 makes no val/ folder.
     """
+    rng = np.random.default_rng(1)
+    for part, count, with_mask in (("train", labeled + unlabeled, labeled), ("val", val, val)):
+        if count == 0:
+            continue
+        for sub in ("images", "masks"):
+            (root / part / sub).mkdir(parents=True)
+        for index in range(count):
+            image, mask = draw_scene(rng, height, width)
+            file_name = f"{part}_{index:04d}.png"
+            Image.fromarray(image).save(root / part / "images" / file_name)
+            if index < with_mask:
+                Image.fromarray(mask).save(root / part / "masks" / file_name)
+    info = {
+        "classes": list(CLASSES),
+        "ignore_index": IGNORE_INDEX,
+        "palette": [list(colour) for colour in PALETTE],
+    }
+    (root / "dataset.yaml").write_text(yaml.safe_dump(info))
+    return root
 
-    def make(
-        *,
-        labeled: int = 8,
-        unlabeled: int = 8,
-        val: int = 4,
-        height: int = 40,
-        width: int = 48,
-        name: str = "data",
-    ) -> Path:
-        root = tmp_path / name
-        rng = np.random.default_rng(1)
-        for part, count, with_mask in (
-            ("train", labeled + unlabeled, labeled),
-            ("val", val, val),
-        ):
-            if count == 0:
-                continue
-            for sub in ("images", "masks"):
-                (root / part / sub).mkdir(parents=True)
-            for index in range(count):
-                image, mask = draw_scene(rng, height, width)
-                file_name = f"{part}_{index:04d}.png"
-                Image.fromarray(image).save(root / part / "images" / file_name)
-                if index < with_mask:
-                    Image.fromarray(mask).save(root / part / "masks" / file_name)
-        info = {
-            "classes": list(CLASSES),
-            "ignore_index": IGNORE_INDEX,
-            "palette": [list(colour) for colour in PALETTE],
-        }
-        (root / "dataset.yaml").write_text(yaml.safe_dump(info))
-        return root
+
+@pytest.fixture
+def make_data(tmp_path: Path) -> MakeData:
+    """`write_data` into tmp_path / `name` ("data")."""
+
+    def make(*, name: str = "data", **options: Any) -> Path:
+        return write_data(tmp_path / name, **options)
 
     return make
 

@@ -1,0 +1,172 @@
+"""The promise the project stands for: killed at any point, resumed, equal to the bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+
+import pytest
+
+from tests.conftest import write_data
+from tests.integration.conftest import Training, assert_same_result, command, training_lines
+
+ITERATIONS = 40
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """Data, and the run that was never stopped."""
+    folder = tmp_path_factory.mktemp("twin")
+    data = write_data(folder / "data")
+    training = Training(command(data, folder / "run"))
+    assert training.finish() == 0, training.output
+    return data, folder / "run"
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_iterations_changes_nothing(twin, start, tmp_path):
+    data, uninterrupted = twin
+    run = tmp_path / "run"
+    at = sorted(random.Random(20).sample(range(2, ITERATIONS - 1), 5))
+    for iteration in at:
+        training = start(command(data, run))
+        training.wait_for_iteration(iteration)
+        training.send(signal.SIGKILL)
+        assert training.finish() == -signal.SIGKILL
+    training = start(command(data, run))
+    assert training.finish() == 0, training.output
+    assert_same_result(run, uninterrupted, ITERATIONS)
+    attempts = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    starts = [e for e in attempts if e["event"] == "attempt_started"]
+    assert [e["attempt"] for e in starts] == [1, 2, 3, 4, 5, 6]
+    for killed_at, event in zip(at, starts[1:], strict=True):
+        assert killed_at - event["resumed_at"] < 7 + 1, "lost more than since the last checkpoint"
+
+
+@pytest.mark.slow
+def test_sigterm_exits_75_and_loses_nothing(twin, start, tmp_path):
+    data, uninterrupted = twin
+    run = tmp_path / "run"
+    reached = 0
+    for iteration in (3, 20, 33):
+        training = start(command(data, run))
+        training.wait_for_iteration(iteration)
+        training.send(signal.SIGTERM)
+        assert training.finish() == 75, training.output
+        saved = training_lines(run)[-1]["iteration"]
+        assert saved >= iteration
+        if reached:
+            assert f"resuming after iteration {reached} " in training.output
+        reached = saved
+        assert f"saved after iteration {reached} of {ITERATIONS}" in training.output
+    assert start(command(data, run)).finish() == 0
+    assert_same_result(run, uninterrupted, ITERATIONS)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_a_second_one_leaves_at_once(twin, start, tmp_path):
+    data, _ = twin
+    run = tmp_path / "run"
+    training = start(command(data, run))
+    training.wait_for_iteration(4)
+    training.send(signal.SIGINT)
+    assert training.finish() == 75
+    assert "Ctrl-C again leaves at once" in training.output
+
+    # An iteration long enough to be in the middle of it when the second one comes.
+    big = {"data__crop_size": 256, "train__batch_size": 8, "train__accumulate": 8}
+    training = start(command(data, tmp_path / "long", train__log_every=1, **big))
+    training.wait_for("backbone:")
+    training.send(signal.SIGINT)
+    training.wait_for("Ctrl-C again")
+    training.send(signal.SIGINT)
+    assert training.finish() == 130
+    assert not (tmp_path / "long" / "latest_checkpoint.pth").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_run_can_be_finished_again(twin, start, tmp_path):
+    data, uninterrupted = twin
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    training = start(command(data, run))
+    assert training.finish() == 0, training.output
+    assert_same_result(run, uninterrupted, ITERATIONS)
+    assert "Finished after 40 iterations" in training.output
+
+
+@pytest.mark.slow
+def test_loader_processes_do_not_change_the_result(twin, start, tmp_path):
+    data, uninterrupted = twin
+    run = tmp_path / "run"
+    training = start(command(data, run, data__workers=2))
+    training.wait_for_iteration(12)
+    training.send(signal.SIGTERM)
+    assert training.finish() == 75, training.output
+    assert start(command(data, run, data__workers=1)).finish() == 0
+    assert_same_result(run, uninterrupted, ITERATIONS)
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_costs_only_the_way_back_to_the_one_before(
+    twin, start, tmp_path
+):
+    data, uninterrupted = twin
+    run = tmp_path / "run"
+    training = start(command(data, run))
+    training.wait_for_iteration(24)
+    training.send(signal.SIGTERM)
+    assert training.finish() == 75
+    newest = json.loads((run / "checkpoints/latest.json").read_text())["checkpoints"][0]
+    state = run / "checkpoints" / newest / "state.pth"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.unlink()  # its plain name is a link to the same file
+    state.write_bytes(content)
+
+    training = start(command(data, run))
+    assert training.finish() == 0, training.output
+    assert "will not be tried again" in training.output
+    assert "resuming after iteration 21 " in training.output
+    reason = json.loads((run / "checkpoints/quarantine" / f"{newest}.json").read_text())["reason"]
+    assert "sha256" in reason
+    assert_same_result(run, uninterrupted, ITERATIONS)
+
+
+@pytest.mark.slow
+def test_two_attempts_at_once_one_trains(twin, start, tmp_path):
+    data, _ = twin
+    run = tmp_path / "run"
+    first = start(command(data, run, train__iterations=2000))
+    first.wait_for_iteration(2)
+    second = start(command(data, run, train__iterations=2000))
+    assert second.finish() == 76
+    assert "is training in" in second.output
+    first.send(signal.SIGTERM)
+    assert first.finish() == 75
+
+
+def test_files_of_a_finished_run(twin):
+    _, run = twin
+    names = {path.name for path in run.iterdir() if path.is_file()}
+    assert names >= {
+        "config.yaml",
+        "run.json",
+        "splits.json",
+        "metrics.jsonl",
+        "latest_checkpoint.pth",
+        "checkpoint_20.pth",
+        "checkpoint_40.pth",
+        "best_model.pth",
+        "best_model_D.pth",
+        "final_model.pth",
+        "predictions.png",
+        "report.html",
+        "summary.json",
+    }
+    assert not (run / ".work").exists()
+    assert not list(run.rglob(".tmp-*"))
+    recovery = [p for p in (run / "checkpoints").iterdir() if (p / "state.pth").exists()]
+    assert len(recovery) == 3
