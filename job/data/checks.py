@@ -108,7 +108,7 @@ def _empty_mask_warnings(items: SplitItems, empty: Sequence[Item]) -> list[str]:
     empty_images = {item.image for item in empty}
     for name, part in (("training", items.labeled), ("validation", items.val)):
         hit = [item for item in part if item.image in empty_images]
-        if len(hit) == len(part):
+        if part and len(hit) == len(part):
             raise DataError(
                 f"every {name} mask is empty: all of it is ignore_index",
                 mend="check ignore_index in dataset.yaml, and how the masks were made",

@@ -121,7 +121,7 @@ def check_same(run: Splits, now: Splits) -> None:
         after = getattr(now, part)
         new, gone = sorted(set(after) - set(before)), sorted(set(before) - set(after))
         if new or gone:
-            examples = ", ".join([f"+{new[0]}"] * bool(new) + [f"-{gone[0]}"] * bool(gone))
+            examples = ", ".join([f"+{id_}" for id_ in new[:1]] + [f"-{id_}" for id_ in gone[:1]])
             changes.append(f"{part} +{len(new)} -{len(gone)} ({examples}, ...)")
     if changes:
         raise ConfigError(

@@ -1,0 +1,245 @@
+"""The other verbs, and what they make of a finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import CLASSES, PALETTE, write_data
+from tests.integration.conftest import Training, command
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Data, a finished run, and its console output."""
+    folder = tmp_path_factory.mktemp("finished")
+    data = write_data(folder / "data")
+    training = Training(command(data, folder / "run", train__iterations=30))
+    assert training.finish() == 0, training.output
+    return data, folder / "run", training.output
+
+
+def s4gan(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "job", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+
+
+def test_evaluate_agrees_with_the_run(finished):
+    data, run, _ = finished
+    result = s4gan("evaluate", "--weights", run / "best_model.pth", "--data", data, "--json")
+    assert result.returncode == 0, result.stderr
+    scores = json.loads(result.stdout)
+    summary = json.loads((run / "summary.json").read_text())
+    assert scores["miou"] == pytest.approx(summary["best"]["val_miou"], abs=1e-12)
+    assert scores["class_iou"] == pytest.approx(summary["best"]["class_iou"], abs=1e-12)
+    assert scores["images"] == 4
+
+    table = s4gan("evaluate", "--weights", run / "best_model.pth", "--data", data)
+    assert f"mIoU            {scores['miou']:.4f}" in table.stdout
+    assert all(name in table.stdout for name in CLASSES)
+
+
+def test_evaluate_on_the_training_images(finished):
+    data, run, _ = finished
+    result = s4gan(
+        "evaluate", "--weights", run / "final_model.pth", "--data", data, "--split=train", "--json"
+    )
+    assert json.loads(result.stdout)["images"] == 8
+
+
+def test_predict_writes_index_and_overlay(finished, tmp_path):
+    data, run, _ = finished
+    out = tmp_path / "out"
+    result = s4gan(
+        "predict",
+        "--weights",
+        run / "best_model.pth",
+        "--images",
+        data / "val/images",
+        "--out",
+        out,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "4 images predicted" in result.stdout
+    with Image.open(out / "val_0000.png") as index:
+        assert (index.mode, index.size) == ("P", (48, 40))
+        assert np.asarray(index).max() < len(CLASSES)
+        assert tuple(index.getpalette()[3:6]) == PALETTE[1]
+    with Image.open(out / "val_0000_overlay.png") as overlay:
+        assert (overlay.mode, overlay.size) == ("RGB", (48, 40))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["evaluate", "--weights", "none.pth", "--data", "{data}"], "none.pth: no such file"),
+        (["evaluate", "--weights", "{run}/config.yaml", "--data", "{data}"], "damaged"),
+        (
+            ["evaluate", "--weights", "{run}/best_model_D.pth", "--data", "{data}"],
+            "not a generator",
+        ),
+        (["evaluate", "--weights", "{run}/latest_checkpoint.pth", "--data", "{data}"], "not a"),
+        (["evaluate", "--weights", "{run}/best_model.pth", "--data", "nowhere"], "no such data"),
+        (
+            [
+                "evaluate",
+                "--weights",
+                "{run}/best_model.pth",
+                "--data",
+                "{data}",
+                "--split",
+                "test",
+            ],
+            "val or train",
+        ),
+        (
+            ["predict", "--weights", "{run}/best_model.pth", "--images", "no", "--out", "o"],
+            "no such",
+        ),
+        (
+            [
+                "predict",
+                "--weights",
+                "{run}/best_model.pth",
+                "--images",
+                "{run}/best",
+                "--out",
+                "o",
+            ],
+            "holds no image",
+        ),
+        (
+            [
+                "predict",
+                "--weights",
+                "{run}/best_model.pth",
+                "--images",
+                "{data}/val/images",
+                "--out",
+                "{data}/val/images",
+            ],
+            "choose another",
+        ),
+        (["train", "--data", "{data}", "--run", "x", "--config", "giude"], "did you mean guide"),
+    ],
+)
+def test_wrong_use_is_told_in_words(finished, arguments, named):
+    data, run, _ = finished
+    result = s4gan(*(text.format(data=data, run=run) for text in arguments))
+    assert result.returncode == 78
+    assert named in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_evaluate_refuses_other_classes(finished, tmp_path):
+    _, run, _ = finished
+    other = write_data(tmp_path / "other")
+    text = (other / "dataset.yaml").read_text().replace("disc", "ball")
+    (other / "dataset.yaml").write_text(text)
+    result = s4gan("evaluate", "--weights", run / "best_model.pth", "--data", other)
+    assert result.returncode == 78
+    assert "are not the model's" in result.stderr
+
+
+def test_the_console_prints_the_guides_lines(finished):
+    _, _, output = finished
+    assert re.search(
+        r"^Iter 30/30 \| Loss_CE: \d+\.\d{3} \| Loss_FM: \d+\.\d{3} \| Loss_ST: \d+\.\d{3} "
+        r"\| Loss_D: \d+\.\d{3} \| ST_Count: \d+$",
+        output,
+        re.M,
+    )
+    rule = "=" * 60
+    assert re.search(
+        rf"^{rule}\nEvaluating at iteration 10\.\.\.\n{rule}\nTraining mIoU: 0\.\d{{4}}\n"
+        rf"Validation mIoU: 0\.\d{{4}}\n\u2713 New best validation mIoU: 0\.\d{{4}}\n{rule}$",
+        output,
+        re.M,
+    )
+
+
+def test_the_end_says_what_came_out_and_how_to_go_on(finished):
+    data, run, output = finished
+    assert "[x] best_model.pth exists and verifies" in output
+    assert f"s4gan evaluate --weights {run}/best_model.pth --data {data}" in output
+    summary = json.loads((run / "summary.json").read_text())
+    assert [check["name"] for check in summary["checklist"]] == [
+        "Best validation mIoU recorded",
+        "best_model.pth exists and verifies",
+        "Training completed without errors",
+        "Final train/val gap < 0.15",
+        "W&B run finished successfully",
+    ]
+    assert set(summary["files"]) == {"best_model.pth", "best_model_D.pth", "final_model.pth"}
+
+
+def test_the_guides_flags_reach_the_configuration(finished, tmp_path):
+    data, _, _ = finished
+    training = Training(
+        [
+            *command(data, tmp_path / "run", train__iterations=1),
+            "--learning-rate=0.003",
+            "--learning-rate-D=0.0004",
+            "--threshold-st=0.35",
+            "--val-split=0.3",
+            "--no-random-mirror",
+            "--random-scale",
+            "--batch-size=3",
+        ]
+    )
+    assert training.finish() == 0, training.output
+    import yaml
+
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["train"]["learning_rate"] == 0.003
+    assert config["train"]["learning_rate_D"] == 0.0004
+    assert config["loss"]["threshold_st"] == 0.35
+    assert config["data"]["val_split"] == 0.3
+    assert config["data"]["random_mirror"] is False
+    assert config["data"]["random_scale"] is True
+    assert config["train"]["batch_size"] == 3
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; sys.argv = ['s4gan', 'train', '--help']\n"
+        "from job.cli import main\n"
+        "try:\n    main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'torchvision', 'wandb', 'matplotlib', 'boto3'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    for flag in ("--learning-rate-D", "--threshold-st", "--no-random-mirror", "--set"):
+        assert flag in result.stdout
+
+
+def test_version():
+    assert re.fullmatch(r"s4gan \d+\.\d+\.\d+\n", s4gan("--version").stdout)
+
+
+def test_the_checkpoint_knows_its_run(finished):
+    import torch
+
+    _, run, _ = finished
+    state = torch.load(run / "latest_checkpoint.pth", weights_only=True)
+    identity = json.loads((run / "run.json").read_text())
+    assert state["run"]["wandb_id"] == identity["wandb_id"]
+    assert state["run"]["config"]["train"]["iterations"] == 30
+    assert set(state) >= {"generator", "discriminator", "optimizer_G", "optimizer_D", "rng"}
+    assert Path(run / "checkpoint_30.pth").exists()
