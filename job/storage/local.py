@@ -131,10 +131,9 @@ class LocalStore:
             path.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
-        path = self.root / key
-        if ".." in path.parts:
+        if ".." in key.split("/"):
             raise StorageError(f"{key}: a key must not contain '..'")
-        return path
+        return self.root / key
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -200,6 +200,15 @@ def test_a_uri_without_scheme_or_with_file_is_a_folder(tmp_path):
     assert open_store("some/folder").uri == "some/folder"
 
 
+def test_the_folder_itself_may_be_named_with_dots(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    store = open_store("../there")
+    store.write("a/key", b"1")
+    assert (tmp_path / "there" / "a" / "key").read_bytes() == b"1"
+    assert [info.key for info in store.list("a/")] == ["a/key"]
+
+
 def test_an_unknown_scheme_is_the_users_error():
     with pytest.raises(ConfigError, match="gs://") as caught:
         open_store("gs://bucket/run")
