@@ -144,6 +144,8 @@ class WandbTracker:
     def _start(self) -> Any:
         import wandb
 
+        # Before anything else of wandb's: it would announce where it found the key.
+        wandb.setup(wandb.Settings(silent=True))
         if self._mode == "online":
             try:
                 run = self._init(wandb)
