@@ -135,6 +135,7 @@ def _charts(events: Sequence[Mapping[str, Any]]) -> str:
     _lines(miou, evaluations, {"train_miou": "training", "val_miou": "validation"}, "mIoU")
     _lines(count, train, {"st_count": "ST_Count"}, "Accepted unlabeled images")
     _lines(rates, train, {"lr_g": "generator", "lr_d": "discriminator"}, "Learning rates")
+    rates.set_yscale("log")  # the two differ by orders of magnitude
     text = io.StringIO()
     with rc_context({"svg.hashsalt": "s4gan", "svg.fonttype": "none"}):  # same input, same page
         figure.savefig(text, format="svg", metadata={"Date": None})
