@@ -36,7 +36,9 @@ def main() -> None:
     try:
         app()
     except JobError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Being stopped before anything was trained is no error.
+        prefix = "" if error.exit_code is ExitCode.PREEMPTED else "error: "
+        print(f"{prefix}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(ExitCode.KILLED_BY_USER)

@@ -183,8 +183,9 @@ def iteration_loader(
         # Without its own generator the loader would draw from the global one at every start,
         # and a resumed run would no longer be bit-identical.
         generator=torch.Generator(),
-        # The trackers' threads make a plain fork unsafe.
-        multiprocessing_context="forkserver" if workers else None,
+        # The trackers' threads make a plain fork unsafe. Of the two others only spawn makes the
+        # loaders our own children, who notice when we are killed and leave too.
+        multiprocessing_context="spawn" if workers else None,
         pin_memory=device.type == "cuda",
     )
 

@@ -6,6 +6,8 @@ import json
 import random
 import shutil
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
@@ -107,6 +109,34 @@ def test_loader_processes_do_not_change_the_result(twin, start, tmp_path):
     assert training.finish() == 75, training.output
     assert start(command(data, run, data__workers=1)).finish() == 0
     assert_same_result(run, uninterrupted, ITERATIONS)
+
+
+@pytest.mark.slow
+def test_loader_processes_do_not_outlive_a_killed_training(twin, start, tmp_path):
+    data, _ = twin
+    training = start(command(data, tmp_path / "run", data__workers=2))
+    training.wait_for_iteration(3)
+    children = children_of(training.process.pid)
+    assert len(children) >= 2
+    training.send(signal.SIGKILL)
+    training.process.wait()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < deadline, "loader processes were left behind"
+        time.sleep(0.2)
+
+
+def children_of(pid: int) -> list[int]:
+    """All processes below one, by walking /proc."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(path.parent.name)] = int(fields[1])
+    found = [child for child, parent in parents.items() if parent == pid]
+    return found + [below for child in found for below in children_of(child)]
 
 
 @pytest.mark.slow
