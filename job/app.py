@@ -231,16 +231,13 @@ def _prepare_data(
     if store.stat(run.LATEST_POINTER) is not None:
         check_same(Splits.from_json(store.read(run.SPLITS)), splits)
     items = items_of(dataset, splits)
-    warnings = [
-        *dataset.warnings,
-        *check_data(items, dataset.info, stopped=lambda: stop.requested),
-    ]
-    for warning in warnings:
-        console.print(f"warning: {warning}")
     console.print(
         f"data: {len(splits.labeled)} labeled, {len(splits.unlabeled)} unlabeled, "
-        f"{len(splits.val)} validation images, {dataset.info.num_classes} classes"
+        f"{len(splits.val)} validation images, {dataset.info.num_classes} classes; checking them"
     )
+    warnings = check_data(items, dataset.info, stopped=lambda: stop.requested)
+    for warning in [*dataset.warnings, *warnings]:
+        console.print(f"warning: {warning}")
     return _Data(data_uri, dataset.info, splits, items)
 
 

@@ -40,6 +40,9 @@ def main() -> None:
         prefix = "" if error.exit_code is ExitCode.PREEMPTED else "error: "
         print(f"{prefix}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # what the system refuses outside a run's own storage
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(ExitCode.IO_ERROR)
     except KeyboardInterrupt:
         sys.exit(ExitCode.KILLED_BY_USER)
 

@@ -16,6 +16,7 @@ Knows nothing of the rest of the program.
 from __future__ import annotations
 
 import enum
+import errno
 
 
 class ExitCode(enum.IntEnum):
@@ -71,6 +72,20 @@ class StorageError(JobError):
     """The storage refused or failed; never used for "not there"."""
 
     exit_code = ExitCode.IO_ERROR
+
+    @classmethod
+    def from_os(cls, verb: str, path: object, error: OSError) -> StorageError:
+        """What the system said when we tried to `verb` ("read", "write") a file, with a mend."""
+        mends = {
+            errno.ENOSPC: "free some disk space; the same command then goes on",
+            errno.EDQUOT: "free some of your disk quota; the same command then goes on",
+            errno.EACCES: f"give this user the right to {verb} there, or choose another folder",
+            errno.EROFS: "the file system is read-only: choose another folder",
+            errno.ENOTDIR: "a file is in the place of a folder: choose another folder",
+            errno.EEXIST: "a file is in the place of a folder: choose another folder",
+        }
+        mend = mends.get(error.errno or 0, "")
+        return cls(f"cannot {verb} {path}: {error.strerror}", mend=mend)
 
 
 class ObjectNotFound(StorageError):

@@ -227,10 +227,7 @@ class CheckpointManager:
             record = _record_of(path)
             self._store.upload(path, key)
         except OSError as error:
-            raise StorageError(
-                f"cannot write {path}: {error.strerror}",
-                mend="free some disk space; the same command then goes on",
-            ) from error
+            raise StorageError.from_os("write", path, error) from error
         except RuntimeError as error:  # torch's own writer reports a full disk so
             raise StorageError(
                 f"cannot write {path}: {str(error).splitlines()[0]}",

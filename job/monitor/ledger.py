@@ -96,9 +96,12 @@ class Ledger:
         if "iteration" in fields:
             head["iteration"] = fields["iteration"]
         head |= {"attempt": self._attempt, "time": round(time.time(), 3)}
-        self._file.write(_line(head | dict(fields)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(_line(head | dict(fields)))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise StorageError.from_os("write", self._file.name, error) from error
 
 
 def _line(event: Mapping[str, Any]) -> str:

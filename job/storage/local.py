@@ -7,7 +7,6 @@ A write goes to a temporary file beside its target, is flushed to the disk and r
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -149,18 +148,7 @@ class LocalStore:
         except FileNotFoundError:
             raise ObjectNotFound(f"{self._path(key)}: no such file") from None
         except OSError as error:
-            mends = {
-                errno.ENOSPC: "free some disk space; the same command then goes on",
-                errno.EDQUOT: "free some of your disk quota; the same command then goes on",
-                errno.EACCES: f"give this user the right to {verb} there, or choose another folder",
-                errno.EROFS: "the file system is read-only: choose another folder",
-                errno.ENOTDIR: "a file is in the place of a folder: choose another folder",
-                errno.EEXIST: "a file is in the place of a folder: choose another folder",
-            }
-            raise StorageError(
-                f"cannot {verb} {self._path(key)}: {error.strerror}",
-                mend=mends.get(error.errno or 0, ""),
-            ) from error
+            raise StorageError.from_os(verb, self._path(key), error) from error
 
 
 def _version(data: bytes) -> str:
