@@ -112,3 +112,8 @@ class Preempted(JobError):
     """A stop was asked for at a point where everything worth saving is already saved."""
 
     exit_code = ExitCode.PREEMPTED
+
+
+def reason(error: BaseException) -> str:
+    """The first line of any exception, or its name if it has no text; for use in our messages."""
+    return (str(error) or type(error).__name__).splitlines()[0]

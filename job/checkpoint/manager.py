@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch
 
 from job import run
 from job.checkpoint.lease import Lease
-from job.errors import ObjectNotFound, PreconditionFailed, StorageError
+from job.errors import ObjectNotFound, PreconditionFailed, StorageError, reason
 from job.storage import ABSENT, ObjectStore
 
 log = logging.getLogger(__name__)
@@ -230,7 +229,7 @@ class CheckpointManager:
             raise StorageError.from_os("write", path, error) from error
         except RuntimeError as error:  # torch's own writer reports a full disk so
             raise StorageError(
-                f"cannot write {path}: {str(error).splitlines()[0]}",
+                f"cannot write {path}: {reason(error)}",
                 mend="free some disk space; the same command then goes on",
             ) from error
         finally:
@@ -280,8 +279,8 @@ class CheckpointManager:
             )
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise _Damaged(f"torch cannot load it ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # torch raises whatever its unpickler stumbles over
+            raise _Damaged(f"torch cannot load it ({reason(error)})") from None
         return state
 
     def _readable_key(self, manifest: _Manifest) -> str:
@@ -290,11 +289,9 @@ class CheckpointManager:
                 return key
         raise _Damaged("its data is missing")
 
-    def _quarantine(self, id_: str, reason: str) -> None:
-        log.warning("checkpoint %s is bad and will not be tried again: %s", id_, reason)
-        self._store.write(
-            run.quarantine_mark(id_), json.dumps({"id": id_, "reason": reason}).encode()
-        )
+    def _quarantine(self, id_: str, why: str) -> None:
+        log.warning("checkpoint %s is bad and will not be tried again: %s", id_, why)
+        self._store.write(run.quarantine_mark(id_), json.dumps({"id": id_, "reason": why}).encode())
 
     def _prune(self, best: BestModel | None) -> None:
         """Delete what the pointer no longer needs; only ever called after a successful publish."""

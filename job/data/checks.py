@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from job.data.dataset import DatasetInfo, Item
-from job.data.images import read_index_mask, read_rgb
+from job.data.images import UNREADABLE, read_index_mask, read_rgb
 from job.data.splits import SplitItems
 from job.errors import DataError, Preempted
 
@@ -99,7 +99,7 @@ def _header_problem(item: Item) -> str | None:
     try:
         with Image.open(item.image):
             return None
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         return f"{item.image}: cannot be read as an image ({error})\n  mend: replace or remove it"
 
 

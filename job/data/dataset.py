@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import colorsys
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def load_dataset_info(path: Path) -> DatasetInfo:
         raise DataError(
             f"{path}: not there", mend=f"write one beside train/, for example\n        {example}"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
     if not isinstance(raw, dict):
         raise DataError(f"{path}: must hold keys, for example\n        {example}")
@@ -129,6 +130,12 @@ def load_dataset_info(path: Path) -> DatasetInfo:
     classes = raw.get("classes")
     if not isinstance(classes, list) or not 2 <= len(classes) <= MAX_CLASSES:
         raise DataError(f"{path}: classes must be a list of 2 to {MAX_CLASSES} names")
+    for name in classes:
+        if not isinstance(name, (str, int)) or isinstance(name, bool):
+            raise DataError(
+                f"{path}: {name!r} is no class name",
+                mend="put names such as on, off, yes, no and null in quotes",
+            )
     names = tuple(str(name) for name in classes)
     if len(set(names)) != len(names):
         raise DataError(f"{path}: two classes have the same name")
@@ -147,9 +154,14 @@ def _palette(raw: Any, num_classes: int, path: Path) -> tuple[tuple[int, int, in
     if raw is None:
         return default_palette(num_classes)
     try:
-        palette = tuple((int(r), int(g), int(b)) for r, g, b in raw)
+        palette = tuple((r, g, b) for r, g, b in raw)
+        whole = all(isinstance(channel, int) for colour in palette for channel in colour)
     except (TypeError, ValueError):
-        raise DataError(f"{path}: palette must be a list of [red, green, blue]") from None
+        whole = False
+    if not whole:
+        raise DataError(
+            f"{path}: palette must be a list of [red, green, blue] in whole numbers of 0..255"
+        )
     if len(palette) < num_classes or any(not 0 <= c <= 255 for rgb in palette for c in rgb):
         raise DataError(f"{path}: palette needs {num_classes} colours of 0..255")
     return palette[:num_classes]
@@ -181,8 +193,8 @@ def _scan_split(folder: Path) -> tuple[Item, ...]:
 
 def _by_id(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
-        if path.suffix.lower() not in endings or path.name.startswith("."):
+    for path in _files(folder):
+        if path.suffix.lower() not in endings:
             continue
         id_ = path.relative_to(folder).with_suffix("").as_posix()
         if id_ in found:
@@ -191,3 +203,12 @@ def _by_id(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
             )
         found[id_] = path
     return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder, links followed, hidden files and folders left out."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted(found)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from job.errors import DataError
 
@@ -29,6 +29,17 @@ PADDING_RGB = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 """Padding is 0 once normalised."""
 
 Array = NDArray[np.uint8]
+
+UNREADABLE = (
+    OSError,  # absent, truncated, not an image (UnidentifiedImageError)
+    ValueError,
+    SyntaxError,  # what Pillow makes of a broken PNG chunk
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for a file it cannot decode."""
+
+_PACKED_GREY = {"L;2": 3, "L;4": 15}
+"""Largest value of grey PNGs of less than 8 bits; Pillow stretches it to 255."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +81,26 @@ def random_crop(
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """Decode an image of any mode to RGB.
+    """Decode an image to RGB: colour, grey of 8 or 16 bits, palette, with or without alpha.
 
     Raises:
-        DataError: not an image, or a damaged one.
+        DataError: not an image, a damaged one, or one of floating point numbers.
     """
     try:
         with Image.open(path) as image:
+            if image.mode == "F":
+                raise DataError(
+                    f"{path}: holds floating point numbers, not colours",
+                    mend="save it as an image of 8 or 16 bits",
+                )
+            if image.mode.startswith("I"):
+                # Pillow would clip 16 bits at 255 and leave a white image.
+                grey = np.asarray(image, np.int64) // 257
+                return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+            if image.mode == "P" and "transparency" in image.info:
+                return image.convert("RGBA").convert("RGB")  # what Pillow advises for them
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{path}: cannot be read as an image ({error})",
             mend="replace the file, or remove it with its mask",
@@ -93,6 +115,7 @@ def read_index_mask(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            packed = _PACKED_GREY.get(str(image.tile[0].args)) if image.tile else None
             image.load()
             if image.mode not in ("L", "P"):
                 raise DataError(
@@ -101,8 +124,9 @@ def read_index_mask(path: Path) -> Image.Image:
                     mend="save it as an 8-bit index PNG; a colour-coded mask must be converted",
                 )
             # Not convert("L"): for mode P that would give the palette's brightness.
-            return Image.fromarray(np.asarray(image, dtype=np.uint8))
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+            numbers = np.asarray(image, dtype=np.uint8)
+            return Image.fromarray(numbers // (255 // packed) if packed else numbers)
+    except UNREADABLE as error:
         raise DataError(
             f"{path}: cannot be read as a mask ({error})",
             mend="replace the file, or remove it: its image then counts as unlabeled",

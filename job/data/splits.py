@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 
 from job.config import Config
 from job.data.dataset import Dataset, Item
@@ -69,15 +70,16 @@ def make_splits(dataset: Dataset, config: Config) -> Splits:
         val = _held_out(with_mask, config.data.val_split)
         held_out = set(val)
         with_mask = [id_ for id_ in with_mask if id_ not in held_out]
-    keep = math.ceil(config.data.labeled_ratio * len(with_mask))
+    # As a decimal fraction: in floating point 0.07 * 100 is a little more than 7.
+    keep = math.ceil(Fraction(str(config.data.labeled_ratio)) * len(with_mask))
     seed = config.train.seed
     labeled = sorted(sorted(with_mask, key=lambda id_: _fraction(id_, f"labeled-{seed}"))[:keep])
     if len(labeled) < config.train.batch_size:
         raise DataError(
             f"only {len(labeled)} labeled training images, fewer than the batch of "
             f"{config.train.batch_size}",
-            mend="label more images, raise data.labeled_ratio, lower --val-split, or use a "
-            f"smaller --batch-size (at most {len(labeled)})",
+            mend="label more images, raise data.labeled_ratio or lower --val-split"
+            + (f", or use a --batch-size of at most {len(labeled)}" if labeled else ""),
         )
     taken = set(labeled) | (set() if dataset.val else set(val))
     unlabeled = [item.id for item in dataset.train if item.id not in taken]
@@ -139,5 +141,6 @@ def _held_out(ids: Sequence[str], val_split: float) -> list[str]:
 
 def _fraction(id_: str, purpose: str) -> float:
     """A hash of the id, uniform in [0, 1)."""
-    digest = hashlib.sha256(f"{purpose}\0{id_}".encode()).digest()
+    # surrogateescape: file names need not be UTF-8.
+    digest = hashlib.sha256(f"{purpose}\0{id_}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:7], "big") / 2**56

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -154,11 +154,15 @@ def _read_or_next(
     """Image and mask, or those of the next item that can be decoded, so that a batch stays full."""
     for offset in range(len(items)):
         item = items[(index + offset) % len(items)]
+        path = item.image
         try:
-            image = read_rgb(item.image)
-            return image, read_index_mask(item.mask) if item.mask is not None else None
+            image = read_rgb(path)
+            if item.mask is None:
+                return image, None
+            path = item.mask
+            return image, read_index_mask(path)
         except DataError:
-            unreadable.append(str(item.image))
+            unreadable.append(str(path))
     raise DataError(
         f"none of {len(items)} training images can be read any more (last: {unreadable[-1]})",
         mend="check that the data folder is still there",
@@ -169,13 +173,46 @@ def _to_nchw(images: Sequence[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
+class _ErrorsAsItems(Dataset[Any]):
+    """Hands a DataError on as an item: raised in a loader process, torch would rewrite its text."""
+
+    def __init__(self, dataset: IterationDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, iteration: int) -> Batch | DataError:
+        try:
+            return self._dataset[iteration]
+        except DataError as error:
+            return error
+
+
+class _IterationLoader(DataLoader[Any]):
+    """A DataLoader whose iterator raises those errors, and can be closed."""
+
+    def __iter__(self) -> Generator[Batch, None, None]:  # type: ignore[override]
+        iterator = super().__iter__()
+        try:
+            for item in iterator:
+                if isinstance(item, DataError):
+                    raise item
+                yield item
+        finally:
+            # Not left to the garbage collector: an error's traceback would keep the loader
+            # processes alive, and the interpreter would wait for them at its end.
+            if self.num_workers:
+                iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
 def iteration_loader(
     items: SplitItems, info: DatasetInfo, config: Config, *, first: int, device: torch.device
-) -> DataLoader[Batch]:
-    """Batches of the iterations `first` to the last one, in order, loaded ahead by processes."""
+) -> _IterationLoader:
+    """Batches of the iterations `first` to the last one, in order, loaded ahead by processes.
+
+    Close its iterator (contextlib.closing) when leaving early, so that the processes end.
+    """
     workers = _num_workers(config, device)
-    return DataLoader(
-        IterationDataset(items, info, config),
+    return _IterationLoader(
+        _ErrorsAsItems(IterationDataset(items, info, config)),
         batch_size=None,
         sampler=range(first, config.train.iterations + 1),
         num_workers=workers,
@@ -194,7 +231,8 @@ def _num_workers(config: Config, device: torch.device) -> int:
     if config.data.workers != "auto":
         return config.data.workers
     # A CPU run computes on every core already; a GPU run leaves them free.
-    return min(8, max(1, (os.cpu_count() or 2) - 1)) if device.type == "cuda" else 0
+    cores = len(os.sched_getaffinity(0))  # a container may have fewer than the machine
+    return min(8, max(1, cores - 1)) if device.type == "cuda" else 0
 
 
 def _ignore_signals(_worker: int) -> None:

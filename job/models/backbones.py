@@ -25,7 +25,8 @@ class Backbone(nn.Module):
     """Images in, features of an eighth of their size out.
 
     Parameters carry torchvision's names, so that its state dicts load as they are.
-    Shape: float32 (N, 3, H, W) normalised -> (N, `out_channels`, ceil(H/8), ceil(W/8)).
+    Shape: float32 (N, 3, H, W) normalised -> (N, `out_channels`, h, w) with h and w about an
+    eighth (321 -> 41).
     """
 
     def __init__(self, name: str) -> None:

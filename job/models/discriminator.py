@@ -53,14 +53,17 @@ class Discriminator(nn.Module):
 def discriminator_input(class_maps: Tensor, images: Tensor, valid: Tensor) -> Tensor:
     """What the discriminator sees: class maps, then the image, blank where not valid.
 
-    The image is stretched to 0..1 by its own extremes, so that it does not matter what else is in
-    the batch. Blanking the same pixels in real and fake keeps "has a hole" from telling them apart.
+    The image is stretched to 0..1 by the extremes of its own valid pixels, so that neither the rest
+    of the batch nor what the holes hide can be read from its brightness. Blanking the same pixels
+    in real and fake keeps "has a hole" from telling them apart.
 
     Shape: class_maps float (N, K, H, W), each pixel summing to 1; images float (N, 3, H, W), any
     range; valid bool (N, H, W) -> (N, K+3, H, W).
     """
     with torch.no_grad():
-        low = images.amin(dim=(1, 2, 3), keepdim=True)
-        high = images.amax(dim=(1, 2, 3), keepdim=True)
+        hidden = ~valid.unsqueeze(1)
+        low = images.masked_fill(hidden, torch.inf).amin(dim=(1, 2, 3), keepdim=True)
+        high = images.masked_fill(hidden, -torch.inf).amax(dim=(1, 2, 3), keepdim=True)
         scaled = (images - low) / (high - low).clamp_min(1e-6)
-    return torch.cat([class_maps, scaled], dim=1) * valid.unsqueeze(1)
+    # Filled, not multiplied: with nothing valid the extremes are infinite, and 0 * inf is NaN.
+    return torch.cat([class_maps, scaled], dim=1).masked_fill(hidden, 0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from job.errors import ConfigError
+from job.errors import ConfigError, reason
 from job.models.generator import Generator
 
 FORMAT = 1
@@ -72,19 +71,21 @@ def load_generator(path: Path, device: torch.device) -> tuple[Generator, ModelCa
         raise ConfigError(f"--weights {path}: no such file", mend=mend)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--weights {path}: damaged ({reason})", mend=mend) from None
+    except Exception as error:  # torch raises whatever its unpickler stumbles over
+        raise ConfigError(f"--weights {path}: damaged ({reason(error)})", mend=mend) from None
     if not isinstance(content, dict) or content.get("kind") != "generator":
         raise ConfigError(f"--weights {path}: not a generator of this program", mend=mend)
-    if content["format"] != FORMAT:
+    if content.get("format") != FORMAT:
         raise ConfigError(
-            f"--weights {path}: has format {content['format']}, this version reads {FORMAT}",
+            f"--weights {path}: has format {content.get('format')}, this version reads {FORMAT}",
             mend="use the version of s4gan that wrote it",
         )
-    raw = content.pop("card")
-    raw["palette"] = tuple(tuple(colour) for colour in raw["palette"])
-    card = ModelCard(**{**raw, "classes": tuple(raw["classes"])})
-    generator = Generator(card.backbone, card.num_classes)
-    generator.load_state_dict(content.pop("state_dict"))
+    try:
+        raw = content.pop("card")
+        raw["palette"] = tuple(tuple(colour) for colour in raw["palette"])
+        card = ModelCard(**{**raw, "classes": tuple(raw["classes"])})
+        generator = Generator(card.backbone, card.num_classes)
+        generator.load_state_dict(content.pop("state_dict"))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"--weights {path}: damaged ({reason(error)})", mend=mend) from None
     return generator.eval().to(device), card, content

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pickle
-import urllib.error
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor
 
-from job.errors import ConfigError
+from job.errors import ConfigError, reason
 from job.models.backbones import RESNETS
 from job.models.generator import Generator
 
@@ -28,17 +27,18 @@ def load_backbone_weights(generator: Generator, backbone: str, source: str) -> s
         return f"{backbone}: random weights"
     state = _imagenet(backbone) if source == "imagenet" else _from_file(Path(source))
     own = generator.backbone.state_dict()
-    given = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    given = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
     wrong = [
         name
         for name, value in own.items()
         if not name.endswith("num_batches_tracked")
         and (name not in given or given[name].shape != value.shape)
     ]
+    wrong += [name for name in given if name not in own]  # a deeper net holds all of a shallower
     if wrong:
         raise ConfigError(
             f"model.weights {source}: does not fit {backbone}: {len(wrong)} of {len(own)} "
-            f"tensors are absent or of another shape (first: {wrong[0]})",
+            f"tensors are absent, of another shape or too many (first: {wrong[0]})",
             mend="give the state dict of a torchvision ResNet of the same depth",
         )
     generator.backbone.load_state_dict(given, strict=False)
@@ -54,9 +54,10 @@ def _imagenet(backbone: str) -> dict[str, Tensor]:
     weights = torchvision.models.get_model_weights(backbone).DEFAULT
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)
-    except (urllib.error.URLError, OSError) as error:
+    # No network, a wrong hash (a login page instead of the file), a damaged file in the cache.
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ConfigError(
-            f"model.weights imagenet: torchvision could not download {weights.url} ({error})",
+            f"model.weights imagenet: torchvision could not get {weights.url} ({reason(error)})",
             mend="connect to the network once, give a file with --set model.weights=FILE.pth, or "
             "train from scratch with --set model.weights=none",
         ) from None
@@ -71,6 +72,5 @@ def _from_file(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: value.float() for name, value in state.items()}
-    except (OSError, RuntimeError, pickle.UnpicklingError, AttributeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"model.weights {path}: not a state dict ({reason})") from None
+    except Exception as error:  # torch raises whatever its unpickler stumbles over
+        raise ConfigError(f"model.weights {path}: not a state dict ({reason(error)})") from None

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from job.config import Config
+from job.errors import reason
 from job.events import EvalEvent, Notice, TrainEvent
 from job.run import RunIdentity
 
@@ -129,14 +130,14 @@ class WandbTracker:
         try:
             self._run = self._start()
         except Exception as error:
-            self._give_up(f"could not start ({_first_line(error)})")
+            self._give_up(f"could not start ({reason(error)})")
         while (act := self._queue.get()) is not None:
             if self._run is None:
                 continue
             try:
                 act(self._run)
             except Exception as error:
-                self._give_up(f"stopped working ({_first_line(error)})")
+                self._give_up(f"stopped working ({reason(error)})")
         if self._run is not None:
             self._finished_online = self._mode == "online"
             self.outcome = self._run.url if self._finished_online else self._offline_outcome()
@@ -152,7 +153,7 @@ class WandbTracker:
                 self._say(f"W&B: {run.url}")
                 return run
             except wandb.Error as error:
-                self._say(f"W&B: not reachable ({_first_line(error)}); going on offline")
+                self._say(f"W&B: not reachable ({reason(error)}); going on offline")
                 # Without it the next init fails with "run ID is in use" (seen with wandb 0.31).
                 wandb.teardown()
                 self._mode = "offline"
@@ -186,9 +187,9 @@ class WandbTracker:
         run.define_metric("Metrics/Validation mIoU", step_metric="iteration", summary="max")
         return run
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, why: str) -> None:
         self._run = None
-        self.outcome = f"{reason}; training was not affected, the ledger has everything"
+        self.outcome = f"{why}; training was not affected, the ledger has everything"
         self._say(f"W&B: {self.outcome}")
 
     def _offline_outcome(self) -> str:
@@ -217,7 +218,3 @@ def _has_key() -> bool:
     except (netrc.NetrcParseError, OSError):
         return False
     return urlparse(wandb.Settings().base_url).hostname in hosts
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,6 +6,7 @@ Knows the protocols of those it reports to, not W&B, not S3.
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,46 +60,73 @@ def train(state: TrainState, around: Surroundings) -> bool:
         Fenced: another attempt has taken over.
     """
     config, stop, tracker = around.config, around.stop, around.tracker
-    total = config.train.iterations
     finite = torch.ones((), dtype=torch.bool, device=around.device)
     speed = _Speed(config, state.iteration)
-    if state.iteration > 0:
-        _evaluate_if_due(state, around)  # the last attempt may have been stopped before it could
+    if state.iteration > 0 and _evaluate_if_due(state, around):
+        _save(state, around)  # the last attempt was stopped before it could evaluate
+    if stop.requested:
+        return _is_complete(state, config)
 
     loader = iteration_loader(
         around.items, around.info, config, first=state.iteration + 1, device=around.device
     )
-    for iteration, batch in enumerate(loader, start=state.iteration + 1):
-        _count_unreadable(batch.unreadable, state, around)
-        lr_g, lr_d = state.set_learning_rates(iteration, config)
-        losses = train_step(state, batch.to(around.device), config, iteration)
-        state.iteration = iteration
-        finite &= torch.isfinite(losses.g + losses.d)
-        tracker.step_done(iteration)
+    with closing(iter(loader)) as batches:
+        for iteration, batch in enumerate(batches, start=state.iteration + 1):
+            _count_unreadable(batch.unreadable, state, around)
+            lr_g, lr_d = state.set_learning_rates(iteration, config)
+            losses = train_step(state, batch.to(around.device), config, iteration)
+            state.iteration = iteration
+            finite &= torch.isfinite(losses.g + losses.d)
+            tracker.step_done(iteration)
 
-        if iteration % config.train.log_every == 0:
-            _raise_if_diverged(finite, iteration, config)
-            tracker.train(_train_event(losses, iteration, lr_g, lr_d, speed.since_last(iteration)))
-        _evaluate_if_due(state, around)
-        numbered = iteration % config.checkpoint.keep_every == 0 or iteration == total
-        if numbered or iteration % config.checkpoint.every == 0 or stop.requested:
-            _raise_if_diverged(finite, iteration, config)
-            around.checkpoints.save(state.state_dict(), best=state.best, numbered=numbered)
-        if stop.requested:
-            break
-    return state.iteration == total and state.evaluated_iteration == total
+            if iteration % config.train.log_every == 0:
+                _raise_if_diverged(finite, state, config)
+                rate = speed.since_last(iteration)
+                tracker.train(_train_event(losses, iteration, lr_g, lr_d, rate))
+            if _evaluation_due(iteration, config):
+                _raise_if_diverged(finite, state, config)
+                _evaluate_if_due(state, around)
+            stopping = stop.requested  # read once: it may be set at any moment
+            if stopping or _checkpoint_due(iteration, config):
+                _raise_if_diverged(finite, state, config)
+                _save(state, around)
+            if stopping:
+                break
+    return _is_complete(state, config)
 
 
-def _evaluate_if_due(state: TrainState, around: Surroundings) -> None:
+def _is_complete(state: TrainState, config: Config) -> bool:
+    return state.iteration == state.evaluated_iteration == config.train.iterations
+
+
+def _evaluation_due(iteration: int, config: Config) -> bool:
+    return iteration % config.train.eval_every == 0 or iteration == config.train.iterations
+
+
+def _checkpoint_due(iteration: int, config: Config) -> bool:
+    return iteration % config.checkpoint.every == 0 or _is_numbered(iteration, config)
+
+
+def _is_numbered(iteration: int, config: Config) -> bool:
+    """Whether the checkpoint of an iteration is kept for good."""
+    return iteration % config.checkpoint.keep_every == 0 or iteration == config.train.iterations
+
+
+def _save(state: TrainState, around: Surroundings) -> None:
+    numbered = _is_numbered(state.iteration, around.config)
+    around.checkpoints.save(state.state_dict(), best=state.best, numbered=numbered)
+
+
+def _evaluate_if_due(state: TrainState, around: Surroundings) -> bool:
     """Evaluate every `train.eval_every` iterations and after the last, unless already done.
 
     Gives up when a stop is asked for: the evaluation is then owed, and the next attempt begins
-    with it.
+    with it. Returns whether it evaluated.
     """
     config, tracker, iteration = around.config, around.tracker, state.iteration
-    due = iteration % config.train.eval_every == 0 or iteration == config.train.iterations
-    if not due or state.evaluated_iteration == iteration or around.stop.requested:
-        return
+    done = state.evaluated_iteration == iteration
+    if done or not _evaluation_due(iteration, config) or around.stop.requested:
+        return False
     tracker.evaluation_started(iteration)
     matrices = []
     for items in (around.items.train_sample, around.items.val):
@@ -111,7 +139,7 @@ def _evaluate_if_due(state: TrainState, around: Surroundings) -> None:
             stopped=lambda: around.stop.requested,
         )
         if matrix is None:
-            return
+            return False
         matrices.append(matrix)
     train_matrix, val_matrix = matrices
     previous = state.best.val_miou if state.best else None
@@ -129,6 +157,7 @@ def _evaluate_if_due(state: TrainState, around: Surroundings) -> None:
         state.best = around.save_best(state, val_miou)
     state.evaluated_iteration = iteration
     tracker.evaluation(event)
+    return True
 
 
 def _train_event(
@@ -149,13 +178,19 @@ def _train_event(
     )
 
 
-def _raise_if_diverged(finite: torch.Tensor, iteration: int, config: Config) -> None:
-    if bool(finite):
+def _raise_if_diverged(finite: torch.Tensor, state: TrainState, config: Config) -> None:
+    """Called before anything is reported or saved.
+
+    Raises:
+        Diverged: a loss so far, or a weight now, is NaN or infinite.
+    """
+    weights = [*state.generator.parameters(), *state.discriminator.parameters()]
+    if bool(finite & torch.stack([weight.isfinite().all() for weight in weights]).all()):
         return
     train = config.train
     raise Diverged(
-        f"a loss became NaN or infinite at or before iteration {iteration}; the newest checkpoint "
-        "is from before that and stays",
+        f"training diverged: a loss or weight became NaN or infinite at or before iteration "
+        f"{state.iteration}; the newest checkpoint is from before that and stays",
         mend="start a new run with half the learning rates: "
         f"--learning-rate {train.learning_rate / 2:g} --learning-rate-D "
         f"{train.learning_rate_D / 2:g}; and look for broken images or masks",

@@ -164,7 +164,7 @@ def set_random_state(state: dict[str, Any]) -> None:
         random.setstate((version, tuple(internal), gauss))
         np.random.set_state(tuple(state["numpy"]))
         torch.set_rng_state(state["torch"].cpu())
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"the checkpoint's random state is not ours ({error})") from None
     # A checkpoint may move between a CPU and a GPU, or between GPU counts; then the streams of the
     # new devices keep the seed's, and the resume is equal in law but not in bits.

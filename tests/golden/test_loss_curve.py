@@ -17,12 +17,26 @@ from tests.conftest import write_data
 from tests.integration.conftest import Training, command, training_lines
 
 CURVE = Path(__file__).with_name("loss_curve.json")
-KEYS = ("iteration", "loss_ce", "loss_fm", "loss_st", "loss_d", "loss_g", "st_count", "lr_g", "lr_d")
+CALM = 0.0005
+"""Small enough that rounding does not grow from step to step."""
+KEYS = (
+    "iteration",
+    "loss_ce",
+    "loss_fm",
+    "loss_st",
+    "loss_d",
+    "loss_g",
+    "st_count",
+    "lr_g",
+    "lr_d",
+)
 
 
 def test_losses_are_those_on_record(tmp_path):
     data = write_data(tmp_path / "data")
-    training = Training(command(data, tmp_path / "run", train__iterations=16))
+    training = Training(
+        command(data, tmp_path / "run", train__iterations=16, train__learning_rate=CALM)
+    )
     assert training.finish() == 0, training.output
     curve = [
         {key: event[key] for key in KEYS}
@@ -34,5 +48,5 @@ def test_losses_are_those_on_record(tmp_path):
     recorded = json.loads(CURVE.read_text())
     assert len(curve) == len(recorded) == 16
     for now, then in zip(curve, recorded, strict=True):
-        # Other processors and torch versions round otherwise; a change of the method is larger.
-        assert now == pytest.approx(then, rel=2e-3, abs=1e-5), f"iteration {then['iteration']}"
+        # Other processors round otherwise (1e-7 seen); a change of the method is larger.
+        assert now == pytest.approx(then, rel=1e-4, abs=1e-6), f"iteration {then['iteration']}"

@@ -1,0 +1,123 @@
+"""Dilated backbones: output stride 8 everywhere, and torchvision's names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from job.models.backbones import BACKBONES, RESNETS, Backbone
+
+
+def shapes_only(name: str) -> Backbone:
+    """A backbone without memory behind its tensors: shapes and names are the real ones."""
+    with torch.device("meta"):
+        return Backbone(name).eval()
+
+
+def convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+
+
+def test_the_resnets_make_41x41_features_of_the_papers_crop() -> None:
+    sizes = {}
+    for name in RESNETS:
+        backbone = shapes_only(name)
+        sizes[name] = tuple(backbone(torch.zeros(2, 3, 321, 321, device="meta")).shape)
+    assert sizes == {
+        "resnet18": (2, 512, 41, 41),
+        "resnet34": (2, 512, 41, 41),
+        "resnet50": (2, 2048, 41, 41),
+        "resnet101": (2, 2048, 41, 41),
+    }
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_the_stem_goes_321_161_81_as_deeplab_does(name: str) -> None:
+    backbone = shapes_only(name)
+    stem = backbone.bn1(backbone.conv1(torch.zeros(1, 3, 321, 321, device="meta")))
+    assert stem.shape[-2:] == (161, 161)
+    assert backbone.maxpool(stem).shape[-2:] == (81, 81)
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_the_stem_gives_an_even_size_a_pixel_more_as_deeplab_does(name: str) -> None:
+    backbone = shapes_only(name)
+    assert backbone.maxpool(torch.zeros(1, 64, 160, 160, device="meta")).shape[-2:] == (81, 81)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("size", [(33, 33), (321, 321), (129, 65), (257, 41)])
+def test_features_are_an_eighth_of_the_image(name: str, size: tuple[int, int]) -> None:
+    backbone = shapes_only(name)
+    features = backbone(torch.zeros(1, 3, *size, device="meta"))
+    eighth = tuple(-(-side // 8) for side in size)
+    assert features.shape == (1, backbone.out_channels, *eighth)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_smallest_crop_of_the_configuration_passes(name: str) -> None:
+    features = shapes_only(name)(torch.zeros(1, 3, 32, 32, device="meta"))
+    assert min(features.shape[-2:]) >= 4
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(("stage", "dilation"), [("layer3", 2), ("layer4", 4)])
+def test_every_block_of_the_last_two_stages_is_dilated_and_none_strided(
+    name: str, stage: str, dilation: int
+) -> None:
+    blocks = list(getattr(shapes_only(name), stage))
+    for block in blocks:
+        assert isinstance(block, (BasicBlock, Bottleneck))
+        wide = [layer for layer in convolutions(block) if layer.kernel_size == (3, 3)]
+        assert len(wide) == (2 if isinstance(block, BasicBlock) else 1)
+        assert {layer.dilation for layer in wide} == {(dilation, dilation)}
+        assert {layer.padding for layer in wide} == {(dilation, dilation)}
+        assert {layer.stride for layer in convolutions(block)} == {(1, 1)}
+
+
+@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("stage", ["layer1", "layer2"])
+def test_the_first_two_stages_are_torchvisions(name: str, stage: str) -> None:
+    with torch.device("meta"):
+        original = RESNETS[name](weights=None)
+
+    def geometry(net: nn.Module) -> list[tuple[object, ...]]:
+        return [
+            (layer.kernel_size, layer.stride, layer.dilation, layer.padding)
+            for layer in convolutions(getattr(net, stage))
+        ]
+
+    assert geometry(shapes_only(name)) == geometry(original)
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_tensors_have_torchvisions_names_and_shapes(name: str) -> None:
+    with torch.device("meta"):
+        original = RESNETS[name](weights=None).state_dict()
+    wanted = {k: v.shape for k, v in original.items() if not k.startswith("fc.")}
+    assert {k: v.shape for k, v in shapes_only(name).state_dict().items()} == wanted
+
+
+def test_before_the_dilated_stages_values_are_torchvisions() -> None:
+    backbone = Backbone("resnet18").eval()
+    original = torchvision.models.resnet18(weights=None).eval()
+    original.load_state_dict(backbone.state_dict(), strict=False)
+    images = torch.randn(1, 3, 33, 33)
+    with torch.no_grad():
+        # Odd sizes: ceil mode changes nothing there.
+        ours = backbone.layer2(backbone.layer1(backbone.maxpool(backbone.conv1(images))))
+        theirs = original.layer2(original.layer1(original.maxpool(original.conv1(images))))
+    assert torch.equal(ours, theirs)
+
+
+def test_the_tiny_backbone_is_tiny() -> None:
+    count = sum(p.numel() for p in Backbone("tiny").parameters())
+    assert 300_000 < count < 700_000
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(KeyError):
+        Backbone("vgg16")

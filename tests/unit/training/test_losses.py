@@ -1,0 +1,259 @@
+"""Every loss against numbers worked out by hand, and none of them ever NaN."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.data.images import IGNORE
+from job.training.losses import (
+    cross_entropy,
+    discriminator_loss,
+    feature_matching,
+    gate,
+    one_hot_maps,
+    self_training,
+)
+
+
+def labels(*values: int) -> torch.Tensor:
+    """One image of one row."""
+    return torch.tensor([[values]], dtype=torch.uint8)
+
+
+def logits_of(*pixels: tuple[float, ...]) -> torch.Tensor:
+    """One image of one row; each pixel's logits."""
+    return torch.tensor(pixels).T[None, :, None, :].clone().requires_grad_()
+
+
+# ---------------------------------------------------------------------------- cross-entropy
+
+
+def test_cross_entropy_is_the_mean_over_labeled_pixels() -> None:
+    logits = logits_of((2.0, 0.0), (2.0, 0.0), (9.0, -9.0))
+    right, wrong = math.log1p(math.exp(-2)), math.log1p(math.exp(2))
+    loss = cross_entropy(logits, labels(0, 1, IGNORE))
+    assert loss.item() == pytest.approx((right + wrong) / 2)
+
+
+def test_cross_entropy_of_equal_logits_is_log_k() -> None:
+    logits = torch.zeros(2, 5, 4, 4)
+    loss = cross_entropy(logits, torch.zeros(2, 4, 4, dtype=torch.uint8))
+    assert loss.item() == pytest.approx(math.log(5))
+
+
+def test_cross_entropy_weighs_pixels_not_images() -> None:
+    logits = torch.tensor([[[[0.0, 0.0]], [[0.0, 0.0]]], [[[4.0, 4.0]], [[0.0, 0.0]]]])
+    truth = torch.tensor([[[0, 0]], [[1, IGNORE]]], dtype=torch.uint8)
+    wanted = (2 * math.log(2) + math.log1p(math.exp(4))) / 3
+    assert cross_entropy(logits, truth).item() == pytest.approx(wanted)
+
+
+def test_cross_entropy_over_no_labeled_pixel_is_0_with_zero_gradient() -> None:
+    # The reference gives NaN, and one such batch ends its training.
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = cross_entropy(logits, torch.full((2, 4, 4), IGNORE, dtype=torch.uint8))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_ignored_pixels_get_no_gradient() -> None:
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    truth = torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
+    truth[:, 1] = IGNORE
+    cross_entropy(logits, truth).backward()
+    assert not logits.grad[:, :, 1].any()
+    rest = logits.grad[:, :, [0, 2, 3]]
+    assert (rest != 0).all()
+
+
+def test_cross_entropy_equals_torchs_own_mean() -> None:
+    logits = torch.randn(2, 3, 5, 6)
+    truth = torch.randint(0, 3, (2, 5, 6), dtype=torch.uint8)
+    truth[0, :2] = IGNORE
+    wanted = F.cross_entropy(logits, truth.long(), ignore_index=IGNORE)
+    torch.testing.assert_close(cross_entropy(logits, truth), wanted)
+
+
+# ---------------------------------------------------------------------------- feature matching
+
+
+def test_feature_matching_is_the_mean_distance_of_the_mean_features() -> None:
+    fake = torch.tensor([[1.0, 2.0], [3.0, 4.0]])  # mean 2, 3
+    real = torch.tensor([[0.0, 10.0]])
+    assert feature_matching(fake, real).item() == pytest.approx((2 + 7) / 2)
+
+
+def test_feature_matching_of_equal_means_is_0_even_if_no_image_is_equal() -> None:
+    fake = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    real = torch.tensor([[3.0, 2.0], [1.0, 4.0]])
+    assert feature_matching(fake, real).item() == 0
+
+
+def test_feature_matching_pulls_on_the_fake_features_alone() -> None:
+    fake = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    real = torch.tensor([[0.0, 10.0]], requires_grad=True)
+    feature_matching(fake, real).backward()
+    # d/df of mean_c |mean_b f - r|: the sign over batch size and channels.
+    assert torch.equal(fake.grad, torch.tensor([[0.25, -0.25], [0.25, -0.25]]))
+    assert real.grad is None
+
+
+# ---------------------------------------------------------------------------- the gate
+
+
+def test_a_score_exactly_at_the_threshold_is_not_accepted() -> None:
+    assert gate(torch.tensor([0.0]), 0.5).tolist() == [False]
+    assert gate(torch.tensor([1e-3]), 0.5).tolist() == [True]
+    assert gate(torch.tensor([-1e-3]), 0.5).tolist() == [False]
+
+
+@given(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_no_score_is_above_itself(values: list[float]) -> None:
+    scores = torch.tensor(values)
+    for index, probability in enumerate(scores.sigmoid().tolist()):
+        accepted = gate(scores, probability)
+        assert not accepted[index]
+        assert accepted.tolist() == [p > probability for p in scores.sigmoid().tolist()]
+
+
+def test_the_gate_compares_probabilities_not_logits() -> None:
+    quarter = math.log(0.25 / 0.75)
+    scores = torch.tensor([quarter - 0.01, quarter + 0.01, 0.2])
+    assert gate(scores, 0.25).tolist() == [False, True, True]
+
+
+def test_threshold_0_takes_all_and_1_takes_none() -> None:
+    scores = torch.tensor([-50.0, 0.0, 50.0])
+    assert gate(scores, 0.0).all()
+    assert not gate(scores, 1.0).any()
+
+
+def test_the_gate_is_outside_the_graph() -> None:
+    accepted = gate(torch.zeros(2, requires_grad=True), 0.2)
+    assert accepted.dtype == torch.bool
+    assert accepted.shape == (2,)
+    assert not accepted.requires_grad
+
+
+# ---------------------------------------------------------------------------- self-training
+
+
+def test_self_training_is_the_cross_entropy_with_the_own_most_likely_class() -> None:
+    logits = logits_of((2.0, 0.0), (0.0, 1.0))
+    loss = self_training(logits, torch.tensor([True]), torch.ones(1, 1, 2, dtype=torch.bool))
+    wanted = (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1))) / 2
+    assert loss.item() == pytest.approx(wanted)
+
+
+def test_self_training_leaves_out_padding_and_refused_images() -> None:
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    valid = torch.ones(2, 4, 4, dtype=torch.bool)
+    valid[0, :, 2:] = False
+    loss = self_training(logits, torch.tensor([True, False]), valid)
+    loss.backward()
+    kept = logits[0, :, :, :2]
+    wanted = F.cross_entropy(kept[None], kept[None].argmax(dim=1))
+    torch.testing.assert_close(loss, wanted)
+    assert not logits.grad[1].any()
+    assert not logits.grad[0, :, :, 2:].any()
+    assert (logits.grad[0, :, :, :2] != 0).all()
+
+
+@pytest.mark.parametrize("why", ["none accepted", "none valid"])
+def test_self_training_on_nothing_is_0_with_zero_gradient(why: str) -> None:
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = self_training(
+        logits,
+        torch.full((2,), why != "none accepted"),
+        torch.full((2, 4, 4), why != "none valid"),
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@given(seed=st.integers(0, 2**16), count=st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_masking_equals_selecting(seed: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, 4, 5, 6, generator=generator, requires_grad=True)
+    accepted = torch.rand(count, generator=generator) < 0.5
+    valid = torch.rand(count, 5, 6, generator=generator) < 0.8
+    masked = self_training(logits, accepted, valid)
+    masked_gradient = torch.autograd.grad(masked, logits)[0]
+
+    # As the reference does: pick images, then pixels; nothing picked gives no loss at all.
+    chosen = logits[accepted].permute(0, 2, 3, 1)[valid[accepted]]
+    if len(chosen) == 0:
+        assert masked.item() == 0
+        assert not masked_gradient.any()
+        return
+    selected = F.cross_entropy(chosen, chosen.argmax(dim=1))
+    torch.testing.assert_close(masked, selected)
+    torch.testing.assert_close(masked_gradient, torch.autograd.grad(selected, logits)[0])
+
+
+def test_self_training_makes_the_prediction_more_certain() -> None:
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    valid = torch.ones(1, 4, 4, dtype=torch.bool)
+    self_training(logits, torch.tensor([True]), valid).backward()
+    before = logits.detach()
+    after = before - logits.grad
+    assert (after.softmax(1).amax(1) > before.softmax(1).amax(1)).all()
+
+
+# ---------------------------------------------------------------------------- discriminator
+
+
+def test_a_guessing_discriminator_costs_log_2() -> None:
+    zeros = torch.zeros(4)
+    assert discriminator_loss(zeros, zeros).item() == pytest.approx(math.log(2))
+
+
+def test_discriminator_loss_is_the_mean_of_the_two_halves() -> None:
+    fake, real = torch.tensor([1.0, -1.0]), torch.tensor([2.0])
+    fake_half = (math.log1p(math.exp(1)) + math.log1p(math.exp(-1))) / 2
+    real_half = math.log1p(math.exp(-2))
+    wanted = (fake_half + real_half) / 2
+    assert discriminator_loss(fake, real).item() == pytest.approx(wanted)
+
+
+def test_discriminator_loss_pushes_fake_down_and_real_up() -> None:
+    fake = torch.zeros(2, requires_grad=True)
+    real = torch.zeros(2, requires_grad=True)
+    discriminator_loss(fake, real).backward()
+    assert torch.equal(fake.grad, torch.full((2,), 0.125))
+    assert torch.equal(real.grad, torch.full((2,), -0.125))
+
+
+def test_a_discriminator_sure_of_the_wrong_thing_costs_much_but_not_infinity() -> None:
+    loss = discriminator_loss(torch.tensor([1000.0]), torch.tensor([-1000.0]))
+    assert loss.item() == pytest.approx(1000)
+
+
+# ---------------------------------------------------------------------------- one-hot
+
+
+def test_one_hot_maps_are_zero_in_every_class_where_ignored() -> None:
+    maps = one_hot_maps(labels(2, IGNORE, 0), 3)
+    assert maps.dtype == torch.float32
+    assert maps[0, :, 0].T.tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("classes", [2, 21, 255])
+def test_one_hot_maps_equal_torchs_own_where_labeled(classes: int) -> None:
+    truth = torch.randint(0, classes, (2, 7, 5), dtype=torch.uint8)
+    truth[:, 0] = IGNORE
+    maps = one_hot_maps(truth, classes)
+    assert maps.shape == (2, classes, 7, 5)
+    wanted = F.one_hot(truth[:, 1:].long(), classes).permute(0, 3, 1, 2).float()
+    assert torch.equal(maps[:, :, 1:], wanted)
+    assert not maps[:, :, 0].any()

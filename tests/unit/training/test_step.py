@@ -1,0 +1,634 @@
+"""One iteration: who gets which gradient, what the gate sees, and what must not matter."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from torch import Tensor, nn
+
+from job.config import Config
+from job.data.images import IGNORE, IMAGENET_MEAN, IMAGENET_STD, PADDING_RGB
+from job.data.streams import Batch
+from job.models.discriminator import Discriminator, discriminator_input
+from job.training.losses import one_hot_maps
+from job.training.state import TrainState
+from job.training.step import StepLosses, normalized, train_step
+from tests.unit.training.tiny import CLASSES, SIZE, new_state, random_batch, tiny_config
+
+Gradients = dict[str, Tensor]
+
+
+def gradients(network: nn.Module) -> Gradients:
+    """Of every parameter; fails if one has none."""
+    found = {}
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.clone()
+    return found
+
+
+def assert_same(one: Gradients, other: Gradients) -> None:
+    assert set(one) == set(other)
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def assert_close(one: Gradients, other: Gradients) -> None:
+    assert set(one) == set(other)
+    for name, value in one.items():
+        scale = float(other[name].abs().max())
+        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-5 * scale + 1e-9)
+
+
+def differ(one: Gradients, other: Gradients) -> bool:
+    return any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def still_state(config: Config, *, dropout: bool = True) -> TrainState:
+    """A state whose weights a step does not change, so that its gradients can be looked at."""
+    state = new_state(config)
+    for group in (*state.optimizer_G.param_groups, *state.optimizer_D.param_groups):
+        group["lr"] = 0.0
+    if not dropout:
+        state.discriminator.dropout.p = 0.0
+    # As if trained for a while: gradients of a head that is almost 0 say little.
+    with torch.no_grad():
+        for branch in state.generator.head.branches:
+            branch.weight.mul_(5)
+    return state
+
+
+def step(
+    config: Config, batch: Batch, *, iteration: int = 1, dropout: bool = True, seed: int = 7
+) -> tuple[StepLosses, Gradients, Gradients]:
+    """Losses and both networks' gradients of one step from one and the same state."""
+    state = still_state(config, dropout=dropout)
+    torch.manual_seed(seed)
+    losses = train_step(state, batch, config, iteration)
+    of_d = gradients(state.discriminator) if batch.unlabeled_images is not None else {}
+    return losses, gradients(state.generator), of_d
+
+
+# ------------------------------------------------------- against an independent computation
+
+
+def slow_step(
+    state: TrainState, batch: Batch, config: Config, *, self_training: bool
+) -> tuple[dict[str, float], Gradients, Gradients]:
+    """The paper's formulas, part by part, with autograd asked for each network's own gradients.
+
+    Selects where the program masks, and shares no function with it but the two networks.
+    """
+    generator, discriminator = state.generator, state.discriminator
+    of_g = [torch.zeros_like(p) for p in generator.parameters()]
+    of_d = [torch.zeros_like(p) for p in discriminator.parameters()]
+    sums = dict.fromkeys(("ce", "fm", "st", "d", "st_count"), 0.0)
+    parts = config.train.accumulate
+
+    def prepared(images: Tensor) -> Tensor:
+        floats = images.float() / 255
+        return torch.stack([TF.normalize(x, IMAGENET_MEAN, IMAGENET_STD) for x in floats])
+
+    def seen(maps: Tensor, images: Tensor, valid: Tensor) -> Tensor:
+        rows = []
+        for m, x, v in zip(maps, images.float(), valid, strict=True):
+            stretched = (x - x.min()) / (x.max() - x.min())
+            rows.append(torch.cat([m, stretched]) * v)
+        return torch.stack(rows)
+
+    for index in range(parts):
+        part = slice(index * config.train.batch_size, (index + 1) * config.train.batch_size)
+        truth = batch.labeled_masks[part].long()
+        ce = F.cross_entropy(
+            generator(prepared(batch.labeled_images[part])), truth, ignore_index=IGNORE
+        )
+        assert batch.unlabeled_images is not None
+        assert batch.unlabeled_valid is not None
+        assert batch.real_images is not None
+        assert batch.real_masks is not None
+        unlabeled_valid = batch.unlabeled_valid[part]
+        real_masks = batch.real_masks[part].long()
+        logits = generator(prepared(batch.unlabeled_images[part]))
+        both = unlabeled_valid & (real_masks != IGNORE)
+        maps = F.one_hot(real_masks.clamp_max(CLASSES), CLASSES + 1)[..., :CLASSES]
+        fake = seen(logits.softmax(dim=1), batch.unlabeled_images[part], both)
+        real = seen(maps.permute(0, 3, 1, 2).float(), batch.real_images[part], both)
+        fake_score, fake_features = discriminator(fake)
+        real_score, real_features = discriminator(real)
+        fm = F.l1_loss(fake_features.mean(dim=0), real_features.mean(dim=0).detach())
+        picked = [i for i, p in enumerate(fake_score.sigmoid()) if p > config.loss.threshold_st]
+        chosen = logits[picked].permute(0, 2, 3, 1)[unlabeled_valid[picked]]
+        st = F.cross_entropy(chosen, chosen.argmax(dim=1)) if picked and self_training else 0 * ce
+        g = ce + config.loss.lambda_fm * fm + config.loss.lambda_st * st
+        probabilities = discriminator(fake.detach())[0].sigmoid()
+        fake_half = F.binary_cross_entropy(probabilities, torch.zeros_like(probabilities))
+        real_half = F.binary_cross_entropy(real_score.sigmoid(), torch.ones_like(real_score))
+        d = (fake_half + real_half) / 2
+        for total, more in zip(
+            of_g, torch.autograd.grad(g, list(generator.parameters())), strict=True
+        ):
+            total += more / parts
+        for total, more in zip(
+            of_d, torch.autograd.grad(d, list(discriminator.parameters())), strict=True
+        ):
+            total += more / parts
+        values = {"ce": ce, "fm": fm, "st": st, "d": d}
+        for name, value in values.items():
+            sums[name] += value.item() / parts
+        sums["st_count"] += len(picked)
+    names_g = [name for name, _ in generator.named_parameters()]
+    names_d = [name for name, _ in discriminator.named_parameters()]
+    return (
+        sums,
+        dict(zip(names_g, of_g, strict=True)),
+        dict(zip(names_d, of_d, strict=True)),
+    )
+
+
+@pytest.mark.parametrize("self_training", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_computes_what_the_paper_says(accumulate: int, self_training: bool) -> None:
+    config = tiny_config(
+        train__accumulate=accumulate,
+        loss__lambda_fm=3.0,
+        loss__lambda_st=0.7,
+        loss__st_start=0 if self_training else 1,
+    )
+    batch = random_batch(config)
+    state = still_state(config, dropout=False)
+    threshold = sorted(scores(state, batch))[accumulate - 1]  # some pass, some do not
+    config = with_threshold(config, threshold)
+    wanted, wanted_g, wanted_d = slow_step(
+        copy.deepcopy(state), batch, config, self_training=self_training
+    )
+    losses = train_step(state, batch, config, 1)
+    assert 0 < losses.st_count.item() < config.train.batch_size * accumulate
+    for name, value in wanted.items():
+        assert getattr(losses, name).item() == pytest.approx(value, rel=1e-4), name
+    total = wanted["ce"] + 3.0 * wanted["fm"] + 0.7 * wanted["st"]
+    assert losses.g.item() == pytest.approx(total, rel=1e-4)
+    assert_close(gradients(state.generator), wanted_g)
+    assert_close(gradients(state.discriminator), wanted_d)
+
+
+def scores(state: TrainState, batch: Batch) -> list[float]:
+    """Probability of each unlabeled image to be real, without dropout, part by part."""
+    state = copy.deepcopy(state)
+    state.discriminator.eval()
+    found: list[float] = []
+    with torch.no_grad():
+        for part in batch.split(2):
+            assert part.unlabeled_images is not None
+            assert part.unlabeled_valid is not None
+            assert part.real_masks is not None
+            maps = state.generator(normalized(part.unlabeled_images)).softmax(dim=1)
+            valid = part.unlabeled_valid & (part.real_masks != IGNORE)
+            fake = discriminator_input(maps, part.unlabeled_images.float(), valid)
+            found += state.discriminator(fake)[0].sigmoid().tolist()
+    return found
+
+
+def with_threshold(config: Config, threshold: float) -> Config:
+    loss = config.loss.model_copy(update={"threshold_st": threshold})
+    return config.model_copy(update={"loss": loss})
+
+
+# ---------------------------------------------------------------------------- who gets what
+
+
+def test_the_discriminator_learns_nothing_from_the_generators_losses() -> None:
+    batch = random_batch(tiny_config())
+    _, of_g, of_d = step(tiny_config(loss__lambda_fm=0.0, loss__lambda_st=0.0), batch)
+    _, of_g_much, of_d_much = step(tiny_config(loss__lambda_fm=1e4, loss__lambda_st=1e4), batch)
+    assert differ(of_g, of_g_much)
+    assert_same(of_d, of_d_much)
+
+
+def test_the_generator_learns_nothing_from_the_discriminators_loss() -> None:
+    # With both weights 0 all that reaches the generator is the cross-entropy, to the bit.
+    config = tiny_config(loss__lambda_fm=0.0, loss__lambda_st=0.0)
+    batch = random_batch(config)
+    _, of_g, of_d = step(config, batch)
+    assert all(float(value.abs().sum()) > 0 for value in of_d.values())
+    alone = tiny_config(train__supervised_only=True)
+    labels_only = dataclasses.replace(
+        batch, unlabeled_images=None, unlabeled_valid=None, real_images=None, real_masks=None
+    )
+    _, wanted, _ = step(alone, labels_only)
+    assert_same(of_g, wanted)
+
+
+def test_feature_matching_reaches_backbone_and_head() -> None:
+    batch = random_batch(tiny_config())
+    _, without, _ = step(tiny_config(loss__lambda_fm=0.0), batch)
+    _, with_fm, _ = step(tiny_config(loss__lambda_fm=1.0), batch)
+    for name in ("backbone.conv1.weight", "head.branches.3.weight"):
+        assert not torch.equal(without[name], with_fm[name])
+
+
+def test_gradients_of_the_last_step_do_not_leak_into_the_next() -> None:
+    config = tiny_config()
+    batch = random_batch(config)
+    state = still_state(config, dropout=False)
+    train_step(state, random_batch(config, seed=2), config, 1)
+    train_step(state, batch, config, 1)
+    _, wanted_g, wanted_d = step(config, batch, dropout=False)
+    assert_same(gradients(state.generator), wanted_g)
+    assert_same(gradients(state.discriminator), wanted_d)
+
+
+def test_the_discriminators_parameters_require_gradients_again_after_a_step() -> None:
+    config = tiny_config()
+    state = new_state(config)
+    train_step(state, random_batch(config), config, 1)
+    assert all(p.requires_grad for p in state.discriminator.parameters())
+
+
+def test_both_networks_move() -> None:
+    config = tiny_config(train__learning_rate_D=1e-3)
+    state = new_state(config)
+    before = copy.deepcopy(state)
+    train_step(state, random_batch(config), config, 1)
+    for name in ("generator", "discriminator"):
+        old = dict(getattr(before, name).named_parameters())
+        for key, value in getattr(state, name).named_parameters():
+            assert not torch.equal(value, old[key]), key
+
+
+def test_both_networks_stay_in_training_mode() -> None:
+    config = tiny_config()
+    state = new_state(config)
+    train_step(state, random_batch(config), config, 1)
+    for network in (state.generator, state.discriminator):
+        assert all(module.training for module in network.modules())
+
+
+def test_losses_carry_no_graph() -> None:
+    config = tiny_config()
+    losses = train_step(new_state(config), random_batch(config), config, 1)
+    assert not any(value.requires_grad for value in vars(losses).values())
+    assert all(value.shape == () for value in vars(losses).values())
+
+
+def test_batch_norm_sees_labeled_and_unlabeled_images_apart() -> None:
+    config = tiny_config()
+    state = new_state(config)
+    train_step(state, random_batch(config), config, 1)
+    assert state.generator.backbone.bn1.num_batches_tracked.item() == 2
+    batch = random_batch(config)
+    assert batch.unlabeled_images is not None
+    dark = dataclasses.replace(batch, unlabeled_images=batch.unlabeled_images // 4)
+    assert step(config, batch)[0].ce.item() == step(config, dark)[0].ce.item()
+
+
+# ---------------------------------------------------------------------------- the gate
+
+
+@contextmanager
+def recorded(discriminator: Discriminator) -> Iterator[list[tuple[bool, bool, Tensor]]]:
+    """Each call: whether in training mode, whether its weights learn, and the logits."""
+    calls: list[tuple[bool, bool, Tensor]] = []
+
+    def note(module: nn.Module, _inputs: Any, outputs: Any) -> None:
+        learns = any(p.requires_grad for p in module.parameters())
+        calls.append((module.training, learns, outputs[0].detach().clone()))
+
+    handle = discriminator.register_forward_hook(note)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def test_the_gate_scores_without_dropout_and_all_else_with() -> None:
+    config = tiny_config()
+    state, batch = still_state(config), random_batch(config)
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with recorded(state.discriminator) as calls:
+            train_step(state, batch, config, 1)
+        runs.append(calls)
+    first, second = runs
+    scored = [i for i, (training, _, _) in enumerate(first) if not training]
+    assert len(scored) == 1
+    for i, (one, other) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(one[2], other[2]) is (i in scored)
+
+
+def test_the_discriminators_weights_are_fixed_until_its_own_loss() -> None:
+    config = tiny_config()
+    state = new_state(config)
+    with recorded(state.discriminator) as calls:
+        train_step(state, random_batch(config), config, 1)
+    learns = [call[1] for call in calls]
+    assert learns == sorted(learns)
+    assert learns[-2:] == [True, True]  # fake and real
+    assert sum(learns) == 2
+
+
+def test_the_gate_is_no_lottery_and_strict() -> None:
+    config = tiny_config(train__accumulate=3)
+    batch = random_batch(config)
+    state = still_state(config)
+    by_score = sorted(scores(state, batch))
+    assert len(set(by_score)) == 6
+    for passing, threshold in ((5, by_score[0]), (3, by_score[2]), (0, by_score[-1])):
+        strict = with_threshold(config, threshold)
+        counts = set()
+        for seed in range(3):
+            torch.manual_seed(seed)
+            counts.add(train_step(state, batch, strict, 1).st_count.item())
+        assert counts == {passing}
+
+
+def test_self_training_is_off_up_to_st_start_and_on_after() -> None:
+    config = tiny_config(loss__st_start=3)
+    batch = random_batch(config)
+    losses = {i: step(config, batch, iteration=i) for i in (1, 2, 3, 4, 100)}
+    assert [losses[i][0].st.item() > 0 for i in losses] == [False, False, False, True, True]
+    _, of_g_without, _ = step(tiny_config(loss__lambda_st=0.0), batch)
+    assert_same(losses[3][1], of_g_without)
+    assert differ(losses[4][1], of_g_without)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(2, 1), (2, 3), (3, 2), (1, 4)])
+@pytest.mark.parametrize("st_start", [0, 10])
+def test_st_count_counts_every_accumulated_batch_before_st_start_too(
+    batch_size: int, accumulate: int, st_start: int
+) -> None:
+    config = tiny_config(
+        train__batch_size=batch_size, train__accumulate=accumulate, loss__st_start=st_start
+    )
+    batch = random_batch(config)
+    assert step(config, batch)[0].st_count.item() == batch_size * accumulate
+    assert step(with_threshold(config, 1.0), batch)[0].st_count.item() == 0
+
+
+def test_no_accepted_image_gives_no_self_training_and_a_finite_step() -> None:
+    config = tiny_config(loss__threshold_st=1.0)
+    batch = random_batch(config)
+    losses, of_g, _ = step(config, batch)
+    assert losses.st.item() == 0
+    assert_same(of_g, step(tiny_config(loss__lambda_st=0.0), batch)[1])
+
+
+def test_padding_does_not_train_itself() -> None:
+    config = tiny_config(loss__lambda_fm=0.0)
+    batch = random_batch(config)
+    all_padding = dataclasses.replace(
+        batch, unlabeled_valid=torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
+    )
+    assert step(config, batch)[0].st.item() > 0
+    losses, of_g, of_d = step(config, all_padding)
+    assert losses.st.item() == 0
+    assert_same(of_g, step(tiny_config(loss__lambda_fm=0.0, loss__lambda_st=0.0), batch)[1])
+    assert all(torch.isfinite(value).all() for value in of_d.values())
+
+
+# ---------------------------------------------------------------------------- accumulation
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(2, 2), (1, 3), (2, 3)])
+def test_accumulated_gradients_are_the_mean_of_the_parts(batch_size: int, accumulate: int) -> None:
+    config = tiny_config(train__batch_size=batch_size, train__accumulate=accumulate)
+    one_part = tiny_config(train__batch_size=batch_size)
+    batch = random_batch(config)
+    losses, of_g, of_d = step(config, batch, dropout=False)
+    parts = [step(one_part, part, dropout=False) for part in batch.split(batch_size)]
+    assert len(parts) == accumulate
+    for name in ("ce", "fm", "st", "d", "g"):
+        mean = sum(getattr(part, name).item() for part, _, _ in parts) / accumulate
+        assert getattr(losses, name).item() == pytest.approx(mean, rel=1e-5)
+    for total, index in ((of_g, 1), (of_d, 2)):
+        mean_of_parts = {
+            name: torch.stack([part[index][name] for part in parts]).mean(dim=0) for name in total
+        }
+        assert_close(total, mean_of_parts)
+
+
+def test_each_network_is_updated_once_an_iteration() -> None:
+    config = tiny_config(train__accumulate=3)
+    state = new_state(config)
+    train_step(state, random_batch(config), config, 1)
+    steps = {int(entry["step"]) for entry in state.optimizer_D.state.values()}
+    assert steps == {1}
+
+
+# ---------------------------------------------------------------------------- special cases
+
+
+def test_on_labels_alone_the_discriminator_is_not_touched() -> None:
+    config = tiny_config(train__supervised_only=True, train__learning_rate_D=1.0)
+    state = new_state(config)
+    before = copy.deepcopy(state.discriminator.state_dict())
+    head = state.generator.head.branches[0].weight.clone()
+    losses = train_step(state, random_batch(config), config, 5)
+    after = state.discriminator.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not state.optimizer_D.state
+    assert all(p.grad is None for p in state.discriminator.parameters())
+    assert not torch.equal(state.generator.head.branches[0].weight, head)
+    assert losses.g.item() == losses.ce.item() > 0
+    assert [v.item() for v in (losses.fm, losses.st, losses.d, losses.st_count)] == [0] * 4
+
+
+def test_labels_that_are_all_ignored_give_a_finite_step() -> None:
+    config = tiny_config()
+    batch = random_batch(config)
+    assert batch.real_masks is not None
+    batch.labeled_masks[:] = IGNORE
+    batch.real_masks[:] = IGNORE
+    state = new_state(config)
+    losses = train_step(state, batch, config, 1)
+    assert losses.ce.item() == 0
+    assert all(math.isfinite(value.item()) for value in vars(losses).values())
+    for network in (state.generator, state.discriminator):
+        assert all(torch.isfinite(p).all() for p in network.parameters())
+
+
+def test_constant_images_give_a_finite_step() -> None:
+    config = tiny_config()
+    batch = random_batch(config)
+    for images in (batch.labeled_images, batch.unlabeled_images, batch.real_images):
+        assert images is not None
+        images[:] = 7
+    state = new_state(config)
+    losses = train_step(state, batch, config, 1)
+    assert all(math.isfinite(value.item()) for value in vars(losses).values())
+    assert all(torch.isfinite(p).all() for p in state.generator.parameters())
+
+
+# ------------------------------------------------------------- what the discriminator must not see
+
+
+class PerPixel(nn.Module):
+    """A generator whose logits at a pixel depend on that pixel alone.
+
+    With the real one, what a hole shows is also seen by its neighbours, through the convolutions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Conv2d(3, CLASSES, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        result: Tensor = self.weights(images)
+        return result
+
+
+def per_pixel_losses(batch: Batch, config: Config) -> dict[str, Tensor]:
+    """Losses and the discriminator's gradients, everything from one seed."""
+    state = new_state(config)
+    torch.manual_seed(3)
+    generator = PerPixel()
+    state = TrainState(
+        generator,  # type: ignore[arg-type]
+        state.discriminator,
+        torch.optim.SGD(generator.parameters(), lr=0.0),
+        torch.optim.SGD(state.discriminator.parameters(), lr=0.0),
+    )
+    losses = train_step(state, batch, config, 1)
+    return {
+        **{name: getattr(losses, name) for name in ("ce", "fm", "st", "d", "st_count")},
+        **gradients(state.discriminator),
+        **gradients(generator),
+    }
+
+
+def holes_of(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Pixels that must not matter: of the unlabeled images (padding), of the real ones (void)."""
+    assert batch.unlabeled_valid is not None
+    assert batch.real_masks is not None
+    void = batch.real_masks == IGNORE
+    return ~batch.unlabeled_valid, void | ~batch.unlabeled_valid
+
+
+def bounded_batch(config: Config, low: int, high: int) -> Batch:
+    """All values within the bounds, and both bounds reached where both images are valid."""
+    batch = random_batch(config)
+    for images in (batch.unlabeled_images, batch.real_images):
+        assert images is not None
+        images[:] = images.float().div(255).mul(high - low).add(low).round().to(torch.uint8)
+        images[:, :, SIZE // 2, 0], images[:, :, SIZE // 2, 1] = low, high
+    return batch
+
+
+def painted(images: Tensor | None, where: Tensor, paint: Callable[[Tensor], Tensor]) -> Tensor:
+    assert images is not None
+    return torch.where(where.unsqueeze(1), paint(images), images)
+
+
+@pytest.mark.parametrize("stream", ["unlabeled", "real"])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        pytest.param(0, 255, id="full-contrast"),
+        pytest.param(100, 150, id="low-contrast"),
+    ],
+)
+def test_what_padding_and_void_show_does_not_matter(stream: str, low: int, high: int) -> None:
+    config = tiny_config()
+    batch = bounded_batch(config, low, high)
+    padding, void = holes_of(batch)
+    hole = padding if stream == "unlabeled" else void
+    images = batch.unlabeled_images if stream == "unlabeled" else batch.real_images
+    repainted = painted(images, hole, lambda images: 255 - images // 8)
+    changed = dataclasses.replace(batch, **{f"{stream}_images": repainted})
+    before, after = per_pixel_losses(batch, config), per_pixel_losses(changed, config)
+    assert_close(after, before)
+
+
+def test_what_a_labeled_image_shows_under_ignored_labels_does_not_matter() -> None:
+    config = tiny_config()
+    batch = random_batch(config)
+    ignored = batch.labeled_masks == IGNORE
+    repainted = painted(batch.labeled_images, ignored, lambda images: 255 - images)
+    changed = dataclasses.replace(batch, labeled_images=repainted)
+    assert_close(per_pixel_losses(changed, config), per_pixel_losses(batch, config))
+
+
+def test_what_is_visible_does_matter() -> None:
+    # Else the test above would prove less than it says.
+    config = tiny_config()
+    batch = bounded_batch(config, 0, 255)
+    padding, void = holes_of(batch)
+    for stream, hole in (("unlabeled", padding), ("real", void)):
+        images = batch.unlabeled_images if stream == "unlabeled" else batch.real_images
+        repainted = painted(images, ~hole, lambda images: 255 - images)
+        changed = dataclasses.replace(batch, **{f"{stream}_images": repainted})
+        assert (
+            per_pixel_losses(changed, config)["d"].item()
+            != per_pixel_losses(batch, config)["d"].item()
+        )
+
+
+def test_labels_under_the_padding_of_the_fake_do_not_matter() -> None:
+    config = tiny_config()
+    batch = random_batch(config)
+    padding, _ = holes_of(batch)
+    assert batch.real_masks is not None
+    changed = dataclasses.replace(
+        batch, real_masks=torch.where(padding, (batch.real_masks + 1) % CLASSES, batch.real_masks)
+    )
+    assert_same(per_pixel_losses(changed, config), per_pixel_losses(batch, config))
+
+
+def test_fake_and_real_have_the_same_holes() -> None:
+    config = tiny_config()
+    batch = random_batch(config)
+    padding, void = holes_of(batch)
+    state = new_state(config)
+    seen: list[Tensor] = []
+    handle = state.discriminator.register_forward_pre_hook(
+        lambda _module, inputs: seen.append(inputs[0].detach())
+    )
+    train_step(state, batch, config, 1)
+    handle.remove()
+    for given in seen:
+        blank = (given == 0).all(dim=1)
+        assert torch.equal(blank, padding | void)
+
+
+def test_real_samples_show_the_labels_and_fakes_the_predictions() -> None:
+    config = tiny_config()
+    batch = random_batch(config)
+    assert batch.real_masks is not None
+    _, void = holes_of(batch)
+    state = new_state(config)
+    seen: list[Tensor] = []
+    handle = state.discriminator.register_forward_pre_hook(
+        lambda _module, inputs: seen.append(inputs[0].detach()[:, :CLASSES])
+    )
+    train_step(state, batch, config, 1)
+    handle.remove()
+    wanted = one_hot_maps(batch.real_masks, CLASSES) * ~void.unsqueeze(1)
+    is_real = [torch.equal(given, wanted) for given in seen]
+    assert sum(is_real) == 2  # once for each network's loss
+    for given in [given for given, real in zip(seen, is_real, strict=True) if not real]:
+        sums = given.sum(dim=1)
+        torch.testing.assert_close(sums[~void], torch.ones_like(sums[~void]))
+        assert float(given.max()) < 1
+
+
+# ---------------------------------------------------------------------------- normalisation
+
+
+def test_images_are_normalised_by_imagenets_statistics() -> None:
+    images = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8)
+    wanted = torch.stack([TF.normalize(x / 255, IMAGENET_MEAN, IMAGENET_STD) for x in images])
+    torch.testing.assert_close(normalized(images), wanted)
+
+
+def test_padding_is_almost_0_once_normalised() -> None:
+    padding = torch.tensor(PADDING_RGB, dtype=torch.uint8).view(1, 3, 1, 1)
+    assert normalized(padding).abs().max() < 0.01
