@@ -208,7 +208,10 @@ def _by_id(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
 def _files(folder: Path) -> list[Path]:
     """All files below a folder, links followed, hidden files and folders left out."""
     found = []
+    seen = {folder.resolve()}  # a link to a folder above would lead in circles
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if Path(parent, name).resolve() not in seen]
+        seen.update(Path(parent, name).resolve() for name in folders)
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(found)

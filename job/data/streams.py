@@ -201,6 +201,8 @@ class _IterationLoader(DataLoader[Any]):
             # processes alive, and the interpreter would wait for them at its end.
             if self.num_workers:
                 iterator._shutdown_workers()  # type: ignore[attr-defined]
+                for worker in iterator._workers:  # type: ignore[attr-defined]
+                    worker.kill()  # one that hangs in a read would be waited for as well
 
 
 def iteration_loader(
@@ -231,8 +233,10 @@ def _num_workers(config: Config, device: torch.device) -> int:
     if config.data.workers != "auto":
         return config.data.workers
     # A CPU run computes on every core already; a GPU run leaves them free.
+    if device.type != "cuda":
+        return 0
     cores = len(os.sched_getaffinity(0))  # a container may have fewer than the machine
-    return min(8, max(1, cores - 1)) if device.type == "cuda" else 0
+    return min(8, max(1, cores - 1))
 
 
 def _ignore_signals(_worker: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -18,6 +19,13 @@ RULE = "=" * 60
 class SafeConsole(Console):
     """A console whose reader may go away (`s4gan train | head`) without ending the training."""
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich prints; a disk that takes no more output silences it."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.on_broken_pipe()
+
     def on_broken_pipe(self) -> None:
         """Write no more, instead of rich's own exit."""
         self.quiet = True
@@ -29,7 +37,7 @@ def make_console() -> SafeConsole:
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")
-    return SafeConsole(highlight=False, markup=False, soft_wrap=True)
+    return SafeConsole(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def train_line(event: TrainEvent, iterations: int) -> str:

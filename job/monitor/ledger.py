@@ -30,16 +30,21 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise StorageError.from_os("read", path, error) from error
     lines.pop()  # empty, or a line whose end was never written
     events = []
     for number, line in enumerate(lines, start=1):
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except ValueError:
+            event = None
+        if not isinstance(event, dict) or "event" not in event:
             raise StorageError(
-                f"{path}: line {number} is not JSON",
+                f"{path}: line {number} is no event",
                 mend="the file was changed from outside: remove that line",
-            ) from None
+            )
+        events.append(event)
     return events
 
 
@@ -57,17 +62,23 @@ class Ledger:
         self, path: Path, *, attempt: int, iteration: int, evaluated_iteration: int
     ) -> None:
         self._attempt = attempt
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [
             event
             for event in read_ledger(path)
             if event.get("iteration", 0)
             <= (evaluated_iteration if event["event"] == "eval" else iteration)
         ]
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text("".join(_line(event) for event in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".tmp-{path.name}")
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(_line(event) for event in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        except OSError as error:
+            raise StorageError.from_os("write", path, error) from error
 
     def train(self, event: TrainEvent) -> None:
         """Append a "train" line."""

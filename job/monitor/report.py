@@ -109,17 +109,12 @@ def _class_table(class_iou: Mapping[str, float | None]) -> str:
 def _attempts(events: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for event in events:
+        name = f"attempt {event['attempt']}"
         if event["event"] == "attempt_started":
-            rows.append(
-                (f"attempt {event['attempt']}", f"began after iteration {event['resumed_at']}")
-            )
+            rows.append((name, f"began after iteration {event['resumed_at']}"))
         elif event["event"] == "attempt_ended":
-            rows.append(
-                (
-                    f"attempt {event['attempt']}",
-                    f"{_text(event['reason'])} (saved at {event['saved_at']})",
-                )
-            )
+            saved = f" (saved at {event['saved_at']})" if "saved_at" in event else ""
+            rows.append((name, _text(event["reason"]) + saved))
     return _table(rows)
 
 

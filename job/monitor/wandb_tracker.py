@@ -159,7 +159,8 @@ class WandbTracker:
                 self._mode = "offline"
         else:
             files = self._directory / "wandb"
-            self._say(f"W&B: offline, files in {files} (set WANDB_API_KEY to go online)")
+            hint = " (set WANDB_API_KEY to go online)" if not _has_key() else ""
+            self._say(f"W&B: offline, files in {files}{hint}")
         return self._init(wandb)
 
     def _init(self, wandb: Any) -> Any:
@@ -208,13 +209,13 @@ def _has_key() -> bool:
     """Whether wandb would find a key: in the environment, or in the netrc file of `wandb login`."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    if not path.is_file():
-        return False
+    try:
+        path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+        hosts = netrc.netrc(path).hosts
+    except (netrc.NetrcParseError, OSError, ValueError, RuntimeError):
+        return False  # no such file, not one we can read, or a user without a home
     import wandb
 
-    try:
-        hosts = netrc.netrc(path).hosts
-    except (netrc.NetrcParseError, OSError):
-        return False
-    return urlparse(wandb.Settings().base_url).hostname in hosts
+    server = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
+    # Logins of wandb before 0.31 are kept under its former server, and still used.
+    return bool({urlparse(server).netloc, "api.wandb.ai"} & set(hosts))

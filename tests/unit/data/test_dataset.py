@@ -145,6 +145,14 @@ def test_images_in_a_linked_folder_are_found(root: Path, tmp_path: Path) -> None
     assert ids(scan_dataset(root).train) == ["a", "bonn/1"]
 
 
+# BUG: os.walk with followlinks enters a link to a folder above again and again, some 40 times.
+def test_a_link_to_a_folder_above_is_not_followed_in_circles(root: Path) -> None:
+    images = root / "train" / "images"
+    write_image(images / "a.png")
+    os.symlink(images, images / "again")
+    assert ids(scan_dataset(root).train) == ["a"]
+
+
 def test_the_images_folder_itself_may_be_a_link(root: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "elsewhere" / "1.png")
     (root / "train").mkdir()
