@@ -344,6 +344,11 @@ def test_one_name_in_train_and_val_means_two_images() -> None:
     assert items.labeled[0].image == Path("train/images/a.jpg")
 
 
+def test_an_unlabeled_image_named_like_one_of_val_stays_unlabeled() -> None:
+    dataset = make_dataset(["a"], ["u", "v"], ["u"])
+    assert make_splits(dataset, configured()).unlabeled == ("u", "v")
+
+
 # ---------------------------------------------------------------- splits.json and resuming
 
 ids = st.lists(st.text(max_size=6), max_size=5, unique=True).map(tuple)

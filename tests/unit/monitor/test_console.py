@@ -97,11 +97,10 @@ def tracked(console: Console, *, iterations: int = 50_000, start: int = 0) -> Co
 
 
 def plain() -> tuple[SafeConsole, io.StringIO]:
-    """A console as `make_console` makes it, on something that is no terminal."""
+    """The real console, on something that is no terminal."""
     out = io.StringIO()
-    console = SafeConsole(
-        file=out, highlight=False, markup=False, soft_wrap=True, force_terminal=False
-    )
+    console = make_console()
+    console.file = out
     return console, out
 
 
