@@ -24,7 +24,7 @@ from job.data.checks import check_data
 from job.data.dataset import DatasetInfo, scan_dataset
 from job.data.images import IMAGENET_MEAN, IMAGENET_STD
 from job.data.splits import SplitItems, Splits, check_same, items_of, make_splits
-from job.errors import ConfigError, ExitCode, JobError, ObjectNotFound
+from job.errors import ConfigError, ExitCode, JobError, ObjectNotFound, reason
 from job.events import Notice, Tracker
 from job.inference import choose_device, examples
 from job.models.files import ModelCard, load_generator, model_file
@@ -311,25 +311,31 @@ def _tracking(attempt: _Attempt, state: TrainState, stop: StopRequest) -> Iterat
     )
     trackers = Trackers([ledger, progress, wandb])
     trackers.notice(Notice("attempt_started", "", {"resumed_at": state.iteration}))
-    code, reason = ExitCode.OK, "finished"
+    code, ended = ExitCode.OK, "finished"
     try:
         with progress:
             yield _Tracking(trackers, wandb, ledger_path)
         if state.evaluated_iteration < total:
-            code, reason = ExitCode.PREEMPTED, stop.reason or "stopped"
+            code, ended = ExitCode.PREEMPTED, stop.reason or "stopped"
     except torch.OutOfMemoryError:
-        code, reason = ExitCode.BAD_CONFIG, "out of memory"
+        code, ended = ExitCode.BAD_CONFIG, "out of memory"
         raise _out_of_memory(attempt.config) from None
     except JobError as error:
-        code, reason = error.exit_code, error.message
+        code, ended = error.exit_code, error.message
+        raise
+    except BaseException as error:
+        code, ended = ExitCode.SOFTWARE, reason(error)
         raise
     finally:
-        fields = {"reason": reason, "exit_code": int(code), "saved_at": state.iteration}
-        if code not in (ExitCode.OK, ExitCode.PREEMPTED):
-            del fields["saved_at"]  # the loop raised: what was saved last is in an older line
-        ledger.notice(Notice("attempt_ended", "", fields))
-        ledger.close()
-        wandb.close(exit_code=int(code), preempted=code is ExitCode.PREEMPTED)
+        fields: dict[str, Any] = {"reason": ended, "exit_code": int(code)}
+        if code in (ExitCode.OK, ExitCode.PREEMPTED):
+            # Otherwise the loop raised, and what was saved last stands in an older line.
+            fields["saved_at"] = state.iteration
+        try:
+            ledger.notice(Notice("attempt_ended", "", fields))
+        finally:
+            ledger.close()
+            wandb.close(exit_code=int(code), preempted=code is ExitCode.PREEMPTED)
 
 
 def _out_of_memory(config: Config) -> ConfigError:

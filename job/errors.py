@@ -27,6 +27,8 @@ class ExitCode(enum.IntEnum):
 
     OK = 0
     """Finished: all files of the run are in place."""
+    SOFTWARE = 1
+    """A fault of this program, or of the machine; Python's own status for a traceback."""
     DIVERGED = 70
     """A loss became NaN or infinite; the newest good checkpoint is kept."""
     IO_ERROR = 74

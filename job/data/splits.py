@@ -1,7 +1,8 @@
 """Which training images count as labeled, unlabeled and held out; the same on every machine.
 
 Every choice is made by a hash of the image's id, not by its place in a listing: adding images
-never moves an old one to another side, and a smaller labeled subset lies inside a larger one.
+never moves an old one into or out of the held-out part, and a smaller labeled subset lies inside
+a larger one.
 """
 
 from __future__ import annotations

@@ -593,9 +593,6 @@ def test_a_worker_killed_for_memory_ends_the_process_with_an_error(tmp_path: Pat
     assert run_script(_LOST_WORKER, tmp_path, "SIGKILL") == ("", 1)
 
 
-# BUG: _shutdown_workers ends a worker that does not answer (it hangs in a read from a network
-# disk, say) by SIGTERM, which it ignores; the interpreter then waits for it for ever. To mend:
-# afterwards worker.kill() for each of iterator._workers.
 def test_a_worker_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
     assert run_script(_LOST_WORKER, tmp_path, "SIGSTOP") == ("left\n", 0)
 
@@ -633,7 +630,6 @@ def test_auto_counts_only_the_cores_it_may_run_on(
     assert loader.num_workers == 2
 
 
-# BUG: os.sched_getaffinity exists on Linux alone, and is asked for even where no GPU is.
 def test_a_system_that_does_not_tell_its_cores_apart_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

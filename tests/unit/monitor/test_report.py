@@ -210,8 +210,6 @@ def test_each_attempt_has_its_beginning_and_end(page: Page) -> None:
     assert page.says("attempt 2began after iteration 5")
 
 
-# BUG: app.py leaves "saved_at" out when an attempt fails (a full disk, say); the run that is then
-# gone on with and finished ends in a KeyError here, each time, and never gets its report.
 def test_an_attempt_that_failed_is_shown_too() -> None:
     ended = {"event": "attempt_ended", "attempt": 2, "reason": "disk full", "exit_code": 74}
     text = report_html(content(), [*EVENTS, ended], config_yaml="", predictions_png=b"")

@@ -131,6 +131,16 @@ def log_in(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- real wandb
 
 
+def comes_to_hold(record: Path, text: bytes) -> bool:
+    """wandb's own process closes the file, a moment after `finish` has returned."""
+    give_up_at = time.monotonic() + 10
+    while time.monotonic() < give_up_at:
+        if text in record.read_bytes():
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def test_without_a_key_a_real_run_is_written_offline_and_one_line_said(
     mirror: Callable[..., Mirror], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,9 +151,8 @@ def test_without_a_key_a_real_run_is_written_offline_and_one_line_said(
     files = ours.folder / "wandb"
     assert ours.said == [f"W&B: offline, files in {files} (set WANDB_API_KEY to go online)"]
     (record,) = files.rglob("*.wandb")
-    content = record.read_bytes()
-    assert b"Training Loss/Cross Entropy" in content
-    assert b"Metrics/Train-Val Gap" in content
+    assert comes_to_hold(record, b"Training Loss/Cross Entropy")
+    assert comes_to_hold(record, b"Metrics/Train-Val Gap")
     assert ours.tracker.outcome == f"offline; upload with: wandb sync {record.parent}"
     assert not ours.tracker.finished_online
     assert capfd.readouterr() == ("", "")
@@ -172,7 +181,7 @@ def test_a_server_that_does_not_answer_leads_to_a_real_offline_run(
     assert line.endswith("); going on offline")
     folder = Path(ours.tracker.outcome.removeprefix("offline; upload with: wandb sync "))
     (record,) = folder.glob("*.wandb")
-    assert b"Training Loss/Cross Entropy" in record.read_bytes()
+    assert comes_to_hold(record, b"Training Loss/Cross Entropy")
     assert not ours.tracker.finished_online
 
 
@@ -467,7 +476,6 @@ def test_with_a_key_the_mode_is_the_configured_one_then_the_variables(
     assert init.modes == modes
 
 
-# BUG: who chose `offline` is told to set a key all the same, which would change nothing.
 def test_who_chose_offline_is_not_told_to_set_a_key(
     init: RecordedInit, mirror: Callable[..., Mirror], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -550,8 +558,6 @@ def test_a_netrc_without_our_host_or_broken_means_offline(
     assert mode_found(init, mirror) == "offline"
 
 
-# BUG: logins of older wandb stand under api.wandb.ai; wandb >= 0.31, whose default host is
-# another, still uses them, but we say there is no key and stay offline.
 def test_a_login_of_an_older_wandb_is_found(
     init: RecordedInit,
     mirror: Callable[..., Mirror],
@@ -562,7 +568,6 @@ def test_a_login_of_an_older_wandb_is_found(
     assert mode_found(init, mirror) == "online"
 
 
-# BUG: wandb.Settings() alone does not read WANDB_BASE_URL, and wandb looks a port up with its host.
 @pytest.mark.parametrize("host", ["wandb.example.com", "localhost:8080"])
 def test_a_login_at_ones_own_server_is_found(
     init: RecordedInit,
@@ -576,8 +581,6 @@ def test_a_login_at_ones_own_server_is_found(
     assert mode_found(init, mirror) == "online"
 
 
-# BUG: a netrc file of another encoding raises UnicodeDecodeError in the constructor, which ends
-# the training.
 def test_a_netrc_that_is_not_text_means_offline(
     init: RecordedInit,
     mirror: Callable[..., Mirror],
@@ -588,8 +591,6 @@ def test_a_netrc_that_is_not_text_means_offline(
     assert mode_found(init, mirror) == "offline"
 
 
-# BUG: without HOME and without an entry for the user (containers under an arbitrary user id),
-# Path.expanduser raises RuntimeError in the constructor, which ends the training.
 def test_a_user_without_a_home_is_offline(
     init: RecordedInit, mirror: Callable[..., Mirror], monkeypatch: pytest.MonkeyPatch
 ) -> None:
