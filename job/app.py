@@ -7,6 +7,7 @@ import datetime
 import io
 import logging
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -440,6 +441,8 @@ def _prediction_sheet(attempt: _Attempt, best_path: Path) -> bytes:
 def _print_end(attempt: _Attempt, state: TrainState, checks: list[Check]) -> None:
     uri, best = attempt.store.uri, state.best
     assert best is not None
+    # As it was called, so that the lines below can be pasted: it may not be on the PATH.
+    s4gan = sys.argv[0] if Path(sys.argv[0]).name == "s4gan" else "s4gan"
     lines = [
         "",
         f"Finished after {state.iteration} iterations; best validation mIoU {best.val_miou:.4f} "
@@ -456,7 +459,7 @@ def _print_end(attempt: _Attempt, state: TrainState, checks: list[Check]) -> Non
         f"Report:    {uri}/{run.REPORT}",
         "",
         "Go on with:",
-        f"  s4gan evaluate --weights {uri}/{run.BEST_MODEL} --data {attempt.data.uri}",
-        f"  s4gan predict --weights {uri}/{run.BEST_MODEL} --images FOLDER --out FOLDER",
+        f"  {s4gan} evaluate --weights {uri}/{run.BEST_MODEL} --data {attempt.data.uri}",
+        f"  {s4gan} predict --weights {uri}/{run.BEST_MODEL} --images FOLDER --out FOLDER",
     ]
     attempt.console.print("\n".join(lines))

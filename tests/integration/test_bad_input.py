@@ -264,3 +264,19 @@ def test_an_unknown_scheme(make_data, s4gan):
     code, _, err = s4gan(["train", "--data", str(make_data()), "--run", "gs://bucket/run"])
     assert code == 78
     assert "gs://" in err
+
+
+def test_a_fault_is_recorded_as_a_fault(make_data, train, tmp_path, monkeypatch):
+    from job.training import loop
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a fault of the program")
+
+    monkeypatch.setattr(loop, "train_step", broken)
+    with pytest.raises(ZeroDivisionError):
+        train(make_data())
+    *_, ended = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert ended["reason"] == "a fault of the program"
+    assert ended["exit_code"] == 1
+    assert "saved_at" not in ended
+    assert json.loads((tmp_path / "run/lease.json").read_text())["released"]
