@@ -21,7 +21,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-demo: setup ## train a small S4GAN on the CPU (about 4 minutes); Ctrl-C and again resumes
+demo: setup ## train a small S4GAN on the CPU (2 to 4 minutes); Ctrl-C and again resumes
 	$(BIN)/python scripts/make_demo_data.py demo/data
 	$(BIN)/s4gan train --config demo --data demo/data --run demo/run
 

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import io
 import logging
+import shlex
 import shutil
 import sys
 import tempfile
@@ -442,6 +443,7 @@ def _print_end(attempt: _Attempt, state: TrainState, checks: list[Check]) -> Non
     uri, best = attempt.store.uri, state.best
     assert best is not None
     # As it was called, so that the lines below can be pasted: it may not be on the PATH.
+    weights = shlex.quote(f"{uri}/{run.BEST_MODEL}")
     s4gan = sys.argv[0] if Path(sys.argv[0]).name == "s4gan" else "s4gan"
     lines = [
         "",
@@ -459,7 +461,7 @@ def _print_end(attempt: _Attempt, state: TrainState, checks: list[Check]) -> Non
         f"Report:    {uri}/{run.REPORT}",
         "",
         "Go on with:",
-        f"  {s4gan} evaluate --weights {uri}/{run.BEST_MODEL} --data {attempt.data.uri}",
-        f"  {s4gan} predict --weights {uri}/{run.BEST_MODEL} --images FOLDER --out FOLDER",
+        f"  {s4gan} evaluate --weights {weights} --data {shlex.quote(attempt.data.uri)}",
+        f"  {s4gan} predict --weights {weights} --images FOLDER --out FOLDER",
     ]
     attempt.console.print("\n".join(lines))

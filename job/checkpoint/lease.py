@@ -129,6 +129,12 @@ class Lease:
                         run.LEASE, content.to_json(), expected=self._version
                     )
                 except PreconditionFailed:
+                    if not self._store.read_versioned(run.LEASE)[0]:
+                        raise StorageError(
+                            f"{self._store.uri}: its {run.LEASE} is gone; somebody has deleted "
+                            "the run, or a part of it",
+                            mend="start again, with another --run if this one is to stay deleted",
+                        ) from None
                     self._lost = True
             if self._lost:
                 raise Fenced(

@@ -160,6 +160,15 @@ def test_a_lease_is_renewed_in_the_background(store, monkeypatch):
     lease.release()
 
 
+def test_a_run_deleted_under_an_attempt_is_said_to_be_deleted(store):
+    lease = take(store)
+    store.delete(run.LEASE)
+    with pytest.raises(StorageError, match="somebody has deleted") as caught:
+        lease.check()
+    assert not isinstance(caught.value, Fenced)
+    lease.release()
+
+
 def test_a_foreign_lease_file_is_an_error(store):
     store.write(run.LEASE, b"not json")
     with pytest.raises(StorageError, match="not a lease"):
