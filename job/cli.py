@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,8 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.addLevelName(logging.WARNING, "warning")
     logging.addLevelName(logging.ERROR, "error")
+    # Until the run has its own handlers, seconds of imports away, nothing is there to be saved.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.PREEMPTED))
     try:
         app()
     except JobError as error:

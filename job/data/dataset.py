@@ -23,6 +23,8 @@ from job.errors import DataError
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 MASK_ENDINGS = frozenset({".png"})
+NOT_MASK_ENDINGS = (IMAGE_ENDINGS | {".tif", ".tiff", ".bmp", ".gif"}) - MASK_ENDINGS
+"""Pictures that somebody took for masks; left out in silence they would cost labels."""
 MAX_CLASSES = 255
 """Masks are 8 bit, and one value must stay free for "ignore"."""
 
@@ -179,6 +181,12 @@ def default_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
 def _scan_split(folder: Path) -> tuple[Item, ...]:
     images = _by_id(folder / "images", IMAGE_ENDINGS)
     masks = _by_id(folder / "masks", MASK_ENDINGS)
+    others = [p for p in _files(folder / "masks") if p.suffix.lower() in NOT_MASK_ENDINGS]
+    if others:
+        raise DataError(
+            f"{others[0]}: masks must be PNG; {len(others)} such files",
+            mend="save them as 8-bit index PNGs (JPEG changes the numbers)",
+        )
     orphans = sorted(set(masks) - set(images))
     if orphans:
         near = difflib.get_close_matches(orphans[0], images, n=1)

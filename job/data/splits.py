@@ -32,6 +32,8 @@ class Splits:
     val: tuple[str, ...]
     train_sample: tuple[str, ...]
     """The labeled images on which the training mIoU is measured."""
+    classes: tuple[str, ...] = ()
+    """Names in index order: the same ids with other classes are other data."""
 
     def to_json(self) -> bytes:
         """Content of `splits.json`."""
@@ -97,6 +99,7 @@ def make_splits(dataset: Dataset, config: Config) -> Splits:
         unlabeled=tuple(unlabeled),
         val=tuple(val),
         train_sample=tuple(sorted(sample[:TRAIN_SAMPLE_IMAGES])),
+        classes=dataset.info.classes,
     )
 
 
@@ -120,8 +123,10 @@ def check_same(run: Splits, now: Splits) -> None:
         ConfigError: names the part, how many ids came and went, and one of each.
     """
     changes = []
-    for part, before in asdict(run).items():
-        after = getattr(now, part)
+    if run.classes != now.classes:
+        changes.append(f"classes are {', '.join(now.classes)}, were {', '.join(run.classes)}")
+    for part in ("labeled", "unlabeled", "val", "train_sample"):
+        before, after = getattr(run, part), getattr(now, part)
         new, gone = sorted(set(after) - set(before)), sorted(set(before) - set(after))
         if new or gone:
             examples = ", ".join([f"+{id_}" for id_ in new[:1]] + [f"-{id_}" for id_ in gone[:1]])

@@ -280,3 +280,13 @@ def test_a_fault_is_recorded_as_a_fault(make_data, train, tmp_path, monkeypatch)
     assert ended["exit_code"] == 1
     assert "saved_at" not in ended
     assert json.loads((tmp_path / "run/lease.json").read_text())["released"]
+
+
+def test_a_run_is_not_resumed_with_other_classes(make_data, train):
+    data = make_data()
+    assert train(data, train__iterations=2)[0] == 0
+    path = data / "dataset.yaml"
+    path.write_text(path.read_text().replace("disc", "ball"))
+    code, _, err = train(data, train__iterations=2)
+    assert code == 78
+    assert "classes are background, square, ball, were background, square, disc" in err

@@ -465,3 +465,10 @@ def test_default_colours_differ_and_are_8_bit(num_classes: int) -> None:
     assert len(set(palette)) == num_classes
     assert all(0 <= channel <= 255 for colour in palette for channel in colour)
     assert (255, 255, 255) not in palette  # white means "no class" in pictures
+
+
+def test_a_mask_that_is_no_png_is_refused_not_dropped(root: Path) -> None:
+    write_image(root / "train" / "images" / "a.png")
+    write_image(root / "train" / "masks" / "a.jpg")
+    with pytest.raises(DataError, match=r"a\.jpg: masks must be PNG"):
+        scan_dataset(root)

@@ -221,7 +221,7 @@ def test_adding_unlabeled_images_changes_only_the_unlabeled_part() -> None:
 def test_every_id_of_a_part_is_sorted() -> None:
     dataset = make_dataset(numbered(50), numbered(30, "a"))
     splits = make_splits(dataset, configured(ratio=0.4))
-    for part in dataclasses.astuple(splits):
+    for part in (splits.labeled, splits.unlabeled, splits.val, splits.train_sample):
         assert list(part) == sorted(part)
 
 
@@ -362,12 +362,13 @@ def test_splits_survive_json(splits: Splits) -> None:
 
 
 def test_the_json_names_every_part() -> None:
-    splits = Splits(("a",), ("b",), ("c",), ("a",))
+    splits = Splits(("a",), ("b",), ("c",), ("a",), ("sky", "road"))
     assert json.loads(splits.to_json()) == {
         "labeled": ["a"],
         "unlabeled": ["b"],
         "val": ["c"],
         "train_sample": ["a"],
+        "classes": ["sky", "road"],
     }
 
 
