@@ -4,10 +4,12 @@
     |- ConfigError        78  the user's configuration or command line
     |- DataError          78  the user's images, masks or dataset.yaml
     |- StorageError       74  the run's folder or bucket refused something
+    |  |- AccessDenied        the identity of this process may not do it
     |  |- ObjectNotFound      no object under that key
     |  `- PreconditionFailed  a conditional write lost against another writer
     |- Fenced             76  another attempt owns the run
     |- Diverged           70  a loss is NaN or infinite
+    |- NoProgress         93  attempt after attempt fails alike at the same place
     `- Preempted          75  asked to stop before anything was left to save
 
 Knows nothing of the rest of the program.
@@ -22,7 +24,8 @@ import errno
 class ExitCode(enum.IntEnum):
     """The process's exit status says who must act; a scheduler retries PREEMPTED and nothing else.
 
-    Source: the names and numbers of BSD's sysexits(3) where one fits.
+    Source: the names and numbers of BSD's sysexits(3) where one fits; 93 for "do not requeue" is
+    NVIDIA Resiliency Extension's.
     """
 
     OK = 0
@@ -39,6 +42,8 @@ class ExitCode(enum.IntEnum):
     """Another attempt owns this run; this one published nothing more."""
     BAD_CONFIG = 78
     """The configuration or the data is wrong. Running again cannot help; the message says why."""
+    NO_PROGRESS = 93
+    """Several attempts failed alike without a new checkpoint: running again cannot help."""
     KILLED_BY_USER = 130
     """A second Ctrl-C: left at once, without saving."""
 
@@ -90,6 +95,10 @@ class StorageError(JobError):
         return cls(f"cannot {verb} {path}: {error.strerror}", mend=mend)
 
 
+class AccessDenied(StorageError):
+    """The identity of this process lacks a permission; the mend names it."""
+
+
 class ObjectNotFound(StorageError):
     """No object under the key."""
 
@@ -108,6 +117,12 @@ class Diverged(JobError):
     """A loss is NaN or infinite: further iterations cannot recover."""
 
     exit_code = ExitCode.DIVERGED
+
+
+class NoProgress(JobError):
+    """Attempts keep failing in the same way without a new checkpoint in between."""
+
+    exit_code = ExitCode.NO_PROGRESS
 
 
 class Preempted(JobError):

@@ -20,7 +20,11 @@ def open_store(uri: str) -> ObjectStore:
         return LocalStore(Path(uri))
     if scheme == "file":
         return LocalStore(Path(rest))
+    if scheme == "s3":
+        from job.storage.s3 import S3Store  # boto3 takes a while to import
+
+        return S3Store(uri)
     raise ConfigError(
-        f"{uri}: this version reads and writes folders only, not {scheme}://",
-        mend="give the path of a folder",
+        f"{uri}: this version reads and writes folders and s3://, not {scheme}://",
+        mend="give the path of a folder, or s3://BUCKET/PREFIX",
     )

@@ -12,6 +12,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,9 +88,18 @@ class LocalStore:
         """See `ObjectStore.stat`."""
         with self._explained("read", key):
             try:
-                return ObjectInfo(key, self._path(key).stat().st_size)
+                return _info(key, self._path(key).stat())
             except FileNotFoundError:
                 return None
+
+    def age_s(self, key: str) -> float:
+        """See `ObjectStore.age_s`; by the clock that stamps a new file, a file server's own."""
+        with self._explained("read", key):
+            written = self._path(key).stat().st_mtime
+            with tempfile.TemporaryFile(dir=self.root) as now:
+                now.write(b".")
+                now.flush()
+                return os.fstat(now.fileno()).st_mtime - written
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`."""
@@ -100,12 +110,18 @@ class LocalStore:
                 key = path.relative_to(self.root).as_posix()
                 ours = not path.name.startswith(_TEMPORARY) and path.name != _LOCK
                 if ours and key.startswith(prefix) and path.is_file():
-                    found.append(ObjectInfo(key, path.stat().st_size))
+                    found.append(_info(key, path.stat()))
         return iter(sorted(found, key=lambda info: info.key))
 
-    def copy(self, source: str, target: str) -> None:
+    def copy(self, source: str, target: str, *, expected: str | None = None) -> None:
         """See `ObjectStore.copy`; a second link to the same file."""
-        self.upload(self.fetch(source, self.root), target)
+        path = self.fetch(source, self.root)
+        with self._locked() if expected is not None else contextlib.nullcontext():
+            if expected is not None:
+                found = self.stat(target)
+                if (found.version if found else ABSENT) != expected:
+                    raise PreconditionFailed(f"{self._path(target)}: changed by somebody else")
+            self.upload(path, target)
 
     def delete(self, key: str) -> None:
         """See `ObjectStore.delete`; folders left empty go too."""
@@ -149,6 +165,12 @@ class LocalStore:
             raise ObjectNotFound(f"{self._path(key)}: no such file") from None
         except OSError as error:
             raise StorageError.from_os(verb, self._path(key), error) from error
+
+
+def _info(key: str, status: os.stat_result) -> ObjectInfo:
+    """The version of a file of any size: every write here makes a new inode."""
+    version = f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
+    return ObjectInfo(key, status.st_size, version)
 
 
 def _version(data: bytes) -> str:

@@ -18,6 +18,8 @@ class ObjectInfo:
     key: str
     size: int
     """Bytes."""
+    version: str = ABSENT
+    """Changes whenever the object is written; S3's ETag. Only ever compared, never computed."""
 
 
 class ObjectStore(Protocol):
@@ -42,7 +44,8 @@ class ObjectStore(Protocol):
 
         Args:
             key: where.
-            data: its content.
+            data: its content. With `expected`, no other writer may write the same bytes: where a
+                reply is lost, equal content is how a writer recognises its own success.
             expected: the version the object must have now (ABSENT: none); None writes anyway.
 
         Raises:
@@ -59,13 +62,28 @@ class ObjectStore(Protocol):
         """
 
     def stat(self, key: str) -> ObjectInfo | None:
-        """Size of an object; None if it is not there."""
+        """Size and version of an object; None if it is not there."""
+
+    def age_s(self, key: str) -> float:
+        """Seconds since the object was last written, by the storage's own clock.
+
+        The clocks of two machines may differ by minutes; the storage has only one.
+        """
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """All objects whose key starts with `prefix`, sorted by key."""
 
-    def copy(self, source: str, target: str) -> None:
-        """Make `target` the same object as `source`, without moving data where possible."""
+    def copy(self, source: str, target: str, *, expected: str | None = None) -> None:
+        """Make `target` the same object as `source`, without moving data where possible.
+
+        Args:
+            source: an object.
+            target: where.
+            expected: as in `write`, with the version that `stat` gave.
+
+        Raises:
+            PreconditionFailed: as in `write`.
+        """
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens if it is not there."""
