@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,25 +20,37 @@ import torch
 from rich.console import Console
 
 from job import run
+from job.checkpoint.interval import SaveSchedule
 from job.checkpoint.lease import Lease, acquire
 from job.checkpoint.manager import BestModel, CheckpointManager
+from job.checkpoint.publisher import Publisher
 from job.config import Config, config_from_dict, config_from_yaml, differences
 from job.data.checks import check_data
 from job.data.dataset import DatasetInfo, scan_dataset
 from job.data.images import IMAGENET_MEAN, IMAGENET_STD
 from job.data.splits import SplitItems, Splits, check_same, items_of, make_splits
-from job.errors import ConfigError, ExitCode, JobError, ObjectNotFound, reason
+from job.errors import (
+    ConfigError,
+    ExitCode,
+    JobError,
+    NoProgress,
+    ObjectNotFound,
+    Preempted,
+    StorageError,
+    reason,
+)
 from job.events import Notice, Tracker
 from job.inference import choose_device, examples
 from job.models.files import ModelCard, load_generator, model_file
 from job.monitor import Trackers
+from job.monitor.attempts import crash_loop, fingerprint, interruption_history
 from job.monitor.console import ConsoleTracker
-from job.monitor.ledger import Ledger, read_ledger
+from job.monitor.ledger import Ledger, LedgerMirror, read_ledger
 from job.monitor.pictures import prediction_sheet
 from job.monitor.report import report_html
 from job.monitor.summary import Check, checklist, summary, summary_json
 from job.monitor.wandb_tracker import WandbTracker
-from job.preemption import StopRequest
+from job.preemption import StopRequest, watch_spot
 from job.run import RunIdentity
 from job.storage import LocalStore, ObjectStore, open_store
 from job.storage.sync import bring_data
@@ -51,59 +64,78 @@ SHEET_IMAGES = 6
 """Validation images on `predictions.png`."""
 
 
-def train(config: Config, *, data_uri: str, run_uri: str, console: Console) -> ExitCode:
+def train(
+    config: Config,
+    *,
+    data_uri: str,
+    run_uri: str,
+    console: Console,
+    resume_anyway: bool = False,
+) -> ExitCode:
     """One attempt: take the run over, go on from its newest checkpoint, train, leave its files.
 
+    Args:
+        config: what to train.
+        data_uri: folder or s3:// prefix of the data set.
+        run_uri: folder or s3:// prefix of the run; the same one resumes.
+        console: where to print.
+        resume_anyway: go on with another configuration or other images than the run began with.
+
     Returns:
-        OK when the run is finished, PREEMPTED when it was asked to stop and is saved.
+        OK: the run is finished.
 
     Raises:
+        Preempted: it was asked to stop, and is saved.
         JobError: with the exit code of what went wrong; the run's checkpoints stay good.
     """
     # 1. Resolve the run.
     store = open_store(run_uri)
-    _refuse_same_place(data_uri, run_uri)
-    _refuse_other_config(_config_of_run(store), config, store)
+    _refuse_same_place(open_store(data_uri), store)
+    changed = _refuse_other_config(_config_of_run(store), config, store, resume_anyway)
     device = choose_device()
-    # 2. Take the lease.
+    # 2. Take the lease, open the ledger, listen for the end.
     with (
         StopRequest().on_signals() as stop,
         _leased(store, stop) as lease,
         _scratch(store) as scratch,
+        _recorded(store, lease, scratch, console, config) as record,
+        watch_spot(stop, record.tell),
     ):
         # 3. Bring the data, look at it, split it as the run began.
-        data = _prepare_data(store, config, data_uri, stop, console)
+        data = _prepare_data(store, config, data_uri, stop, console, resume_anyway)
         identity = _open_run(store, config, data)
         # 4. Restore the newest checkpoint that verifies, or begin.
-        checkpoints = CheckpointManager(store, lease, scratch)
-        attempt = _Attempt(config, store, scratch, lease, identity, data, device, console)
-        state = _restore_or_begin(attempt, checkpoints)
+        manager = CheckpointManager(store, lease, scratch)
+        attempt = _Attempt(config, store, scratch, lease, identity, data, device, console, record)
+        state = _restore_or_begin(attempt, manager, changed, resume_anyway)
         stop.raise_if_requested()
-        # 5. Start the trackers.
+        # 5. Start the trackers and the publisher.
         with _tracking(attempt, state, stop) as tracking:
-            # 6. Train.
-            complete = run_loop(
-                state,
-                Surroundings(
-                    config=config,
-                    items=data.items,
-                    info=data.info,
-                    device=device,
-                    tracker=tracking.trackers,
-                    checkpoints=checkpoints,
-                    save_best=_best_writer(attempt, checkpoints),
-                    stop=stop,
-                ),
-            )
-        if not complete:
-            # 7. Asked to stop; the loop has saved.
-            console.print(
-                f"Stopped by {stop.reason}; saved after iteration {state.iteration} of "
-                f"{config.train.iterations}. Run the same command again to go on from there."
-            )
-            return ExitCode.PREEMPTED
-        # 8. Done: final weights, pictures, checklist, report. Doing this twice is harmless.
-        _finish(attempt, checkpoints, state, tracking)
+            with _publishing(attempt, manager, stop) as publisher:
+                # 6. Train.
+                complete = run_loop(
+                    state,
+                    Surroundings(
+                        config=config,
+                        items=data.items,
+                        info=data.info,
+                        device=device,
+                        tracker=tracking.trackers,
+                        checkpoints=publisher,
+                        schedule=_save_schedule(attempt),
+                        save_best=_best_writer(attempt, publisher),
+                        stop=stop,
+                    ),
+                )
+            if not complete:
+                # 7. Asked to stop; the loop has saved, if there was time.
+                saved = record.resumed_at if record.saved_at is None else record.saved_at
+                raise Preempted(
+                    f"Stopped by {stop.reason}; saved after iteration {saved} of "
+                    f"{config.train.iterations}. Run the same command again to go on from there."
+                )
+            # 8. Done: final weights, pictures, checklist, report. Doing this twice is harmless.
+        _finish(attempt, manager, state, tracking)
         return ExitCode.OK
 
 
@@ -115,6 +147,29 @@ class _Data:
     info: DatasetInfo
     splits: Splits
     items: SplitItems
+
+
+class _Record:
+    """The attempt's own line in the run's history, and how others add to it."""
+
+    def __init__(self, ledger: Ledger, mirror: LedgerMirror, console: Console) -> None:
+        self.ledger = ledger
+        self.mirror = mirror
+        self.resumed_at = 0
+        self.saved_at: int | None = None
+        """Iteration of the newest checkpoint of this attempt."""
+        self._console = console
+
+    def tell(self, notice: Notice) -> None:
+        """A notice for console and ledger; callable from any thread, never raises."""
+        if notice.message:
+            self._console.print(notice.message)
+        if notice.kind == "checkpoint":
+            self.saved_at = notice.fields["saved_at"]
+        try:
+            self.ledger.notice(notice)
+        except StorageError as error:
+            log.warning("%s", error.message)
 
 
 @dataclass(frozen=True)
@@ -129,6 +184,7 @@ class _Attempt:
     data: _Data
     device: torch.device
     console: Console
+    record: _Record
 
     @property
     def live_folder(self) -> Path:
@@ -156,17 +212,21 @@ class _Tracking:
 
     trackers: Tracker
     wandb: WandbTracker
-    ledger_path: Path
 
 
 # ---------------------------------------------------------------- 1 and 2: the run and its lease
 
 
-def _refuse_same_place(data_uri: str, run_uri: str) -> None:
-    data, store = open_store(data_uri).local_path(""), open_store(run_uri).local_path("")
-    if data is not None and store is not None and data.resolve() == store.resolve():
+def _refuse_same_place(data: ObjectStore, store: ObjectStore) -> None:
+    data_folder, run_folder = data.local_path(""), store.local_path("")
+    if data_folder is not None and run_folder is not None:
+        same = data_folder.resolve() == run_folder.resolve()
+    else:
+        # Everything below an s3:// prefix is data, so a run below it would become data too.
+        same = f"{store.uri}/".startswith(f"{data.uri}/")
+    if same:
         raise ConfigError(
-            f"--data and --run are both {run_uri}", mend="choose another folder for --run"
+            f"--run {store.uri} lies in --data {data.uri}", mend="choose another place for --run"
         )
 
 
@@ -181,16 +241,23 @@ def _config_of_run(store: ObjectStore) -> Config | None:
     return config_from_yaml(text, source=f"{store.uri}/{run.CONFIG}")
 
 
-def _refuse_other_config(before: Config | None, now: Config, store: ObjectStore) -> None:
+def _refuse_other_config(
+    before: Config | None, now: Config, store: ObjectStore, resume_anyway: bool
+) -> list[str]:
+    """The fields that differ from what the run began with, a line each, if that is wanted.
+
+    Raises:
+        ConfigError: some do, and it is not wanted.
+    """
     changed = differences(before, now) if before is not None else {}
-    if changed:
-        fields = "\n  ".join(
-            f"{key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items()
-        )
+    lines = [f"{key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items()]
+    if lines and not resume_anyway:
         raise ConfigError(
-            f"{store.uri}: this run began with another configuration\n  {fields}",
-            mend=f"choose another --run, or go on with --config {store.uri}/{run.CONFIG}",
+            f"{store.uri}: this run began with another configuration\n  " + "\n  ".join(lines),
+            mend=f"choose another --run, go on with --config {store.uri}/{run.CONFIG}, or accept "
+            "the change with --resume-anyway",
         )
+    return lines
 
 
 @contextlib.contextmanager
@@ -222,15 +289,77 @@ def _scratch(store: ObjectStore) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _recorded(
+    store: ObjectStore, lease: Lease, scratch: Path, console: Console, config: Config
+) -> Iterator[_Record]:
+    """The ledger, told of the attempt's start and of how it ended.
+
+    Raises:
+        NoProgress: the attempt failed as several before it, none of which saved anything.
+    """
+    path = store.local_path(run.LEDGER) or scratch / run.LEDGER
+    mirror = LedgerMirror(store, lease, path)
+    ledger = Ledger(path, attempt=lease.attempt)
+    record = _Record(ledger, mirror, console)
+    before = lease.predecessor
+    fields: dict[str, Any] = {}
+    if before is not None:
+        fields = {"predecessor": before.attempt, "predecessor_last_seen": before.last_seen}
+    record.tell(Notice("attempt_started", "", fields))
+    failure: BaseException | None = None
+    try:
+        yield record
+    except torch.OutOfMemoryError:
+        failure = _out_of_memory(config)
+        raise failure from None
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        code, why = _how_it_ended(failure)
+        ending: dict[str, Any] = {"reason": why, "exit_code": int(code)}
+        if record.saved_at is not None:
+            ending["saved_at"] = record.saved_at
+        if failure is not None:
+            ending["fingerprint"] = fingerprint(failure)
+        record.tell(Notice("attempt_ended", "", ending))
+        ledger.close()
+        mirror.close()
+        story = crash_loop(read_ledger(path)) if failure is not None else None
+        if story is not None:
+            if not isinstance(failure, JobError):
+                traceback.print_exception(failure)
+            raise NoProgress(
+                f"{store.uri}: several attempts in a row failed alike, without a new checkpoint\n  "
+                + story,
+                mend="running it again will not help: mend the cause above first",
+            ) from failure
+
+
+def _how_it_ended(failure: BaseException | None) -> tuple[ExitCode, str]:
+    """Exit code and reason of an attempt, by the exception that ended it."""
+    if failure is None:
+        return ExitCode.OK, "finished"
+    if isinstance(failure, JobError):
+        return failure.exit_code, failure.message
+    return ExitCode.SOFTWARE, reason(failure)
+
+
 # ------------------------------------------------------------------------- 3: the data
 
 
 def _prepare_data(
-    store: ObjectStore, config: Config, data_uri: str, stop: StopRequest, console: Console
+    store: ObjectStore,
+    config: Config,
+    data_uri: str,
+    stop: StopRequest,
+    console: Console,
+    resume_anyway: bool,
 ) -> _Data:
     dataset = scan_dataset(bring_data(data_uri))
     splits = make_splits(dataset, config)
-    if store.stat(run.LATEST_POINTER) is not None:
+    if store.stat(run.LATEST_POINTER) is not None and not resume_anyway:
         check_same(Splits.from_json(store.read(run.SPLITS)), splits)
     items = items_of(dataset, splits)
     console.print(
@@ -259,12 +388,15 @@ def _open_run(store: ObjectStore, config: Config, data: _Data) -> RunIdentity:
 # ------------------------------------------------------------------------- 4: the state
 
 
-def _restore_or_begin(attempt: _Attempt, checkpoints: CheckpointManager) -> TrainState:
-    console, config = attempt.console, attempt.config
-    saved = checkpoints.restore()
+def _restore_or_begin(
+    attempt: _Attempt, manager: CheckpointManager, changed: list[str], resume_anyway: bool
+) -> TrainState:
+    console, config, record = attempt.console, attempt.config, attempt.record
+    saved = manager.restore()
     if saved is not None:
         raw = saved["run"]["config"]
-        _refuse_other_config(config_from_dict(raw, source="the checkpoint"), config, attempt.store)
+        before = config_from_dict(raw, source="the checkpoint")
+        changed = _refuse_other_config(before, config, attempt.store, resume_anyway) or changed
     state, note = new_train_state(
         config, attempt.data.info.num_classes, attempt.device, pretrained=saved is None
     )
@@ -272,11 +404,25 @@ def _restore_or_begin(attempt: _Attempt, checkpoints: CheckpointManager) -> Trai
     console.print(f"device: {_device_name(attempt.device)}")
     if saved is None:
         console.print(f"backbone: {note}")
+    else:
+        state.load_state_dict(saved)
+    record.ledger.rewind(iteration=state.iteration, evaluated_iteration=state.evaluated_iteration)
+    record.resumed_at = state.iteration
+    record.tell(Notice("training_started", "", {"resumed_at": state.iteration}))
+    if changed:
+        text = "\n  ".join(changed)
+        record.tell(
+            Notice(
+                "configuration_changed",
+                f"warning: going on with another configuration, as asked:\n  {text}",
+                {"changes": changed},
+            )
+        )
+    if saved is None:
         return state
-    state.load_state_dict(saved)
     if state.best is not None:
         try:
-            checkpoints.point_best(state.best)
+            manager.point_best(state.best)
         except ObjectNotFound as error:
             log.warning("the best model so far is gone (%s); looking for a new one", error.message)
             state.best = None
@@ -298,46 +444,63 @@ def _device_name(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def _tracking(attempt: _Attempt, state: TrainState, stop: StopRequest) -> Iterator[_Tracking]:
-    """Console, ledger and W&B, told of the attempt's start and of how it ended."""
-    ledger_path = attempt.live_folder / run.LEDGER
-    ledger = Ledger(
-        ledger_path,
-        attempt=attempt.lease.attempt,
-        iteration=state.iteration,
-        evaluated_iteration=state.evaluated_iteration,
-    )
+    """Console, ledger and W&B; W&B is told how the attempt ended."""
     total = attempt.config.train.iterations
     progress = ConsoleTracker(attempt.console, total, state.iteration)
     wandb = WandbTracker(
         attempt.config, attempt.identity, attempt.live_folder, attempt.console.print
     )
-    trackers = Trackers([ledger, progress, wandb])
-    trackers.notice(Notice("attempt_started", "", {"resumed_at": state.iteration}))
-    code, ended = ExitCode.OK, "finished"
+    trackers = Trackers([attempt.record.ledger, progress, wandb])
+    failure: BaseException | None = None
     try:
         with progress:
-            yield _Tracking(trackers, wandb, ledger_path)
-        if state.evaluated_iteration < total:
-            code, ended = ExitCode.PREEMPTED, stop.reason or "stopped"
-    except torch.OutOfMemoryError:
-        code, ended = ExitCode.BAD_CONFIG, "out of memory"
-        raise _out_of_memory(attempt.config) from None
-    except JobError as error:
-        code, ended = error.exit_code, error.message
-        raise
+            yield _Tracking(trackers, wandb)
     except BaseException as error:
-        code, ended = ExitCode.SOFTWARE, reason(error)
+        failure = error
         raise
     finally:
-        fields: dict[str, Any] = {"reason": ended, "exit_code": int(code)}
-        if code in (ExitCode.OK, ExitCode.PREEMPTED):
-            # Otherwise the loop raised, and what was saved last stands in an older line.
-            fields["saved_at"] = state.iteration
-        try:
-            ledger.notice(Notice("attempt_ended", "", fields))
-        finally:
-            ledger.close()
-            wandb.close(exit_code=int(code), preempted=code is ExitCode.PREEMPTED)
+        code, _ = _how_it_ended(failure)
+        wandb.close(
+            exit_code=int(code),
+            preempted=code is ExitCode.PREEMPTED,
+            within_s=stop.seconds_left,
+        )
+        _keep_wandb_files(attempt, wandb)
+
+
+def _keep_wandb_files(attempt: _Attempt, wandb: WandbTracker) -> None:
+    """Move what W&B has written offline from this machine's disk into the run."""
+    if attempt.live_folder != attempt.scratch or wandb.finished_online:
+        return
+    files = [path for path in (attempt.scratch / "wandb").rglob("*") if path.is_file()]
+    try:
+        for path in files:
+            if not path.is_symlink():
+                attempt.store.upload(path, path.relative_to(attempt.scratch).as_posix())
+    except JobError as error:
+        log.warning("W&B's offline files were not kept: %s", error.message)
+
+
+@contextlib.contextmanager
+def _publishing(
+    attempt: _Attempt, manager: CheckpointManager, stop: StopRequest
+) -> Iterator[Publisher]:
+    publisher = Publisher(
+        manager,
+        tell=attempt.record.tell,
+        before_pointer=attempt.record.mirror.publish,
+        on_fenced=lambda: stop.request("a newer attempt"),
+    )
+    try:
+        yield publisher
+    finally:
+        publisher.close(within_s=stop.seconds_left)
+
+
+def _save_schedule(attempt: _Attempt) -> SaveSchedule:
+    events = read_ledger(attempt.record.ledger.path)
+    history = interruption_history(events, attempt.lease.attempt)
+    return SaveSchedule(attempt.config.checkpoint.every, history)
 
 
 def _out_of_memory(config: Config) -> ConfigError:
@@ -350,9 +513,9 @@ def _out_of_memory(config: Config) -> ConfigError:
     )
 
 
-def _best_writer(attempt: _Attempt, checkpoints: CheckpointManager) -> BestModelWriter:
+def _best_writer(attempt: _Attempt, publisher: Publisher) -> BestModelWriter:
     def save_best(state: TrainState, val_miou: float) -> BestModel:
-        return checkpoints.save_best(
+        return publisher.save_best(
             {
                 run.BEST_MODEL: _model_file(attempt, state, "generator", val_miou=val_miou),
                 run.BEST_MODEL_D: _model_file(attempt, state, "discriminator", val_miou=val_miou),
@@ -379,15 +542,15 @@ def _model_file(attempt: _Attempt, state: TrainState, kind: str, **facts: Any) -
 
 
 def _finish(
-    attempt: _Attempt, checkpoints: CheckpointManager, state: TrainState, tracking: _Tracking
+    attempt: _Attempt, manager: CheckpointManager, state: TrainState, tracking: _Tracking
 ) -> None:
     store, data = attempt.store, attempt.data
     assert state.best is not None  # a complete run has evaluated at least once
-    final = checkpoints.save_file(_model_file(attempt, state, "generator"), run.FINAL_MODEL)
-    best_path = checkpoints.verify_best(state.best)
+    final = manager.save_file(_model_file(attempt, state, "generator"), run.FINAL_MODEL)
+    best_path = manager.verify_best(state.best)
     store.write(run.PREDICTIONS, _prediction_sheet(attempt, best_path))
 
-    events = read_ledger(tracking.ledger_path)
+    events = read_ledger(attempt.record.ledger.path)
     checks = checklist(
         events=events,
         best_path=f"{store.uri}/{run.BEST_MODEL}",
@@ -406,7 +569,7 @@ def _finish(
             "unlabeled": len(data.splits.unlabeled),
             "validation": len(data.splits.val),
         },
-        files={name: asdict(record) for name, record in state.best.files.items()}
+        files={name: asdict(record) for name, record in manager.best_files(state.best).items()}
         | {run.FINAL_MODEL: asdict(final)},
         events=events,
         checks=checks,

@@ -97,6 +97,13 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other key; repeatable."),
     ] = None,
+    resume_anyway: Annotated[
+        bool,
+        typer.Option(
+            "--resume-anyway",
+            help="Go on with another configuration or other images than the run began with.",
+        ),
+    ] = False,
 ) -> None:
     """Train, or go on training; ends with best_model.pth, a report and a checklist in the run."""
     flags: dict[str, Any] = {
@@ -115,7 +122,13 @@ def train(
     from job.app import train as run_attempt
     from job.monitor.console import make_console
 
-    code = run_attempt(resolved, data_uri=data, run_uri=run, console=make_console())
+    code = run_attempt(
+        resolved,
+        data_uri=data,
+        run_uri=run,
+        console=make_console(),
+        resume_anyway=resume_anyway,
+    )
     raise typer.Exit(code)
 
 

@@ -117,8 +117,9 @@ class LossConfig(_Section):
 class CheckpointConfig(_Section):
     """When the state is saved."""
 
-    every: int = Field(500, ge=1)
-    """Iterations between two recovery checkpoints."""
+    every: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Iterations between two recovery checkpoints; auto weighs what a save costs against how often
+    the run is interrupted."""
     keep_every: int = Field(5000, ge=1)
     """Iterations between two numbered checkpoints that are kept for good."""
 

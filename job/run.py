@@ -40,6 +40,15 @@ def unique_id(iteration: int, attempt: int) -> str:
     return f"{iteration:09d}-a{attempt:04d}-{secrets.token_hex(3)}"
 
 
+def attempt_in(unique_id: str) -> int:
+    """The attempt that made a `unique_id`.
+
+    Raises:
+        ValueError: not one of ours.
+    """
+    return int(unique_id.split("-")[1].removeprefix("a"))
+
+
 def checkpoint_state(checkpoint_id: str) -> str:
     """Key of a checkpoint's data."""
     return f"{CHECKPOINTS}{checkpoint_id}/state.pth"
@@ -53,6 +62,11 @@ def checkpoint_manifest(checkpoint_id: str) -> str:
 def quarantine_mark(checkpoint_id: str) -> str:
     """Key of the note why a checkpoint is never tried again."""
     return f"{QUARANTINE}{checkpoint_id}.json"
+
+
+def best_manifest(best_id: str) -> str:
+    """Key of the sizes and hashes of a best model's files."""
+    return f"{BEST}{best_id}/manifest.json"
 
 
 def best_file(best_id: str, name: str) -> str:

@@ -1,8 +1,11 @@
 """The lease: one attempt at a time may publish into a run.
 
-`lease.json` names the attempt that owns the run and when it last said so. It is only ever written
-conditionally, on the version its writer has read, so of two attempts that start at the same moment
-exactly one gets it. An attempt that finds its lease taken is fenced: it publishes nothing more.
+`lease.json` names the attempt that owns the run. It is only ever written conditionally, on the
+version its writer has read, so of two attempts that start at the same moment exactly one gets it.
+An attempt that finds its lease taken is fenced: it publishes nothing more.
+
+How long a holder has been silent is told by the storage's clock and by our own, never by comparing
+the clocks of two machines.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from job import run
-from job.errors import Fenced, PreconditionFailed, Preempted, StorageError
-from job.storage import ObjectStore
+from job.errors import Fenced, ObjectNotFound, PreconditionFailed, Preempted, StorageError
+from job.storage import ABSENT, ObjectStore
 
 log = logging.getLogger(__name__)
 
@@ -27,35 +30,60 @@ LEASE_TIME_S = 60.0
 """A holder that has been silent for so long is taken for dead."""
 RENEWALS = 4
 """Renewals within a lease time, so that a few may fail."""
+POLL_S = 1.0
+"""Between two looks at a lease that is waited for."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process on a machine, named so that another one on the same machine can see it is gone."""
+    """A process on a machine, and the job it works for, so that others can tell when it is gone."""
 
     machine: str
     """Host, boot and process namespace; only within one do process numbers mean anything."""
     pid: int
     started: str
     """Start time in the kernel's own clock, as a process number is used again."""
+    job: str = ""
+    """The scheduler's id of the job; empty outside of one."""
+    job_attempt: int = 0
+    """The scheduler's number of this try of the job."""
 
     @classmethod
     def this_process(cls) -> Holder:
-        """The caller."""
+        """The caller. Source of the names: AWS Batch User Guide, job environment variables."""
         boot = _read("/proc/sys/kernel/random/boot_id")
         try:
             namespace = os.readlink("/proc/self/ns/pid")
         except OSError:
             namespace = ""
         machine = f"{socket.gethostname()}/{boot}/{namespace}"
-        return cls(machine=machine, pid=os.getpid(), started=_process(os.getpid())[1])
+        attempt = os.environ.get("AWS_BATCH_JOB_ATTEMPT", "")
+        return cls(
+            machine=machine,
+            pid=os.getpid(),
+            started=_process(os.getpid())[1],
+            job=os.environ.get("AWS_BATCH_JOB_ID", ""),
+            job_attempt=int(attempt) if attempt.isdecimal() else 0,
+        )
 
-    def is_known_dead(self) -> bool:
-        """True only if it ran on this very machine and is there no more."""
-        if self.machine != Holder.this_process().machine:
+    def is_known_dead(self, successor: Holder) -> bool:
+        """Whether `successor` need not wait for it.
+
+        A scheduler starts the next try of a job only after it has given up the one before. A
+        process is known to be gone only on its own machine.
+        """
+        if self.job and self.job == successor.job and self.job_attempt < successor.job_attempt:
+            return True
+        if self.machine != successor.machine:
             return False
         state, started = _process(self.pid)
         return not _exists(self.pid) or state in ("Z", "X") or started != self.started
+
+    def is_known_alive(self, successor: Holder) -> bool:
+        """Whether waiting for it is in vain; asked of those that are not known to be dead."""
+        if self.machine == successor.machine:
+            return True
+        return bool(self.job) and self.job == successor.job and self != successor
 
 
 @dataclass(frozen=True)
@@ -65,7 +93,7 @@ class _Content:
     attempt: int
     holder: Holder
     renewed_at: float
-    """Seconds since 1970, by the holder's clock."""
+    """Seconds since 1970, by the holder's clock; to be read by people and for its own durations."""
     released: bool = False
 
     def to_json(self) -> bytes:
@@ -77,6 +105,17 @@ class _Content:
         return cls(**{**raw, "holder": Holder(**raw["holder"])})
 
 
+@dataclass(frozen=True)
+class Predecessor:
+    """The attempt that held the run before."""
+
+    attempt: int
+    last_seen: float
+    """Seconds since 1970, by its own clock."""
+    released: bool
+    """Whether it ended by itself; False if it was killed."""
+
+
 class Lease:
     """A held lease; use `acquire`. Renews itself on a thread of its own until released."""
 
@@ -86,7 +125,9 @@ class Lease:
         content: _Content,
         version: str,
         on_lost: Callable[[], None],
+        predecessor: Predecessor | None,
     ) -> None:
+        self.predecessor = predecessor
         self._store = store
         self._content = content
         self._version = version
@@ -111,6 +152,26 @@ class Lease:
         """
         self._renew()
 
+    def publish(self, key: str, data: bytes, version: str) -> str:
+        """Write an object that only the holder of the lease may write; returns its version.
+
+        Args:
+            key: where.
+            data: its content, which nobody else writes.
+            version: the one last read or written.
+
+        Raises:
+            Fenced: another attempt has taken over; nothing was written.
+        """
+        while True:
+            try:
+                return self._store.write(key, data, expected=version)
+            except PreconditionFailed:
+                # Either we are the stale attempt (then this raises), or a stale one had passed its
+                # own check just before we took the lease: the lease decides, so we write again.
+                self.check()
+                _, version = self._store.read_versioned(key)
+
     def release(self) -> None:
         """Give the run back, so that the next attempt need not wait; harmless if it is lost."""
         self._done.set()
@@ -122,26 +183,34 @@ class Lease:
 
     def _renew(self, *, released: bool = False) -> None:
         with self._lock:
-            if not self._lost:
+            while not self._lost:
                 content = replace(self._content, renewed_at=time.time(), released=released)
                 try:
                     self._version = self._store.write(
                         run.LEASE, content.to_json(), expected=self._version
                     )
+                    return
                 except PreconditionFailed:
-                    if not self._store.read_versioned(run.LEASE)[0]:
-                        raise StorageError(
-                            f"{self._store.uri}: its {run.LEASE} is gone; somebody has deleted "
-                            "the run, or a part of it",
-                            mend="start again, with another --run if this one is to stay deleted",
-                        ) from None
-                    self._lost = True
-            if self._lost:
-                raise Fenced(
-                    f"attempt {self.attempt} no longer owns {self._store.uri}: a newer one has "
-                    "taken over",
-                    mend="nothing: the newer attempt goes on",
-                )
+                    self._version = self._version_if_still_ours()
+            raise Fenced(
+                f"attempt {self.attempt} no longer owns {self._store.uri}: a newer one has "
+                "taken over",
+                mend="nothing: the newer attempt goes on",
+            )
+
+    def _version_if_still_ours(self) -> str:
+        """Look again: a renewal that failed on the network may have arrived all the same."""
+        text, version = self._store.read_versioned(run.LEASE)
+        found = _parse(text, self._store)
+        if found is None:
+            raise StorageError(
+                f"{self._store.uri}: its {run.LEASE} is gone; somebody has deleted "
+                "the run, or a part of it",
+                mend="start again, with another --run if this one is to stay deleted",
+            )
+        ours = (self._content.attempt, self._content.holder)
+        self._lost = (found.attempt, found.holder) != ours
+        return version
 
     def _keep_renewing(self) -> None:
         while not self._done.wait(LEASE_TIME_S / RENEWALS):
@@ -176,13 +245,18 @@ def acquire(
         StorageError: the storage failed.
     """
     holder = Holder.this_process()
-    waited_for: _Content | None = None
+    waiting_since_s: float | None = None
+    waited_for = ABSENT
     while True:
         text, version = store.read_versioned(run.LEASE)
         current = _parse(text, store)
-        if current is not None and not current.released and not current.holder.is_known_dead():
-            alive = waited_for is not None and current != waited_for
-            if alive or current.holder.machine == holder.machine:
+        if (
+            current is not None
+            and not current.released
+            and not current.holder.is_known_dead(holder)
+        ):
+            renewed = waiting_since_s is not None and version != waited_for
+            if renewed or current.holder.is_known_alive(holder):
                 raise Fenced(
                     f"another attempt (process {current.holder.pid} on "
                     f"{current.holder.machine.partition('/')[0]}) is training in {store.uri}",
@@ -190,14 +264,19 @@ def acquire(
                 )
             if stopped():
                 raise Preempted("stopped while waiting for the last attempt to be gone")
-            if time.time() - current.renewed_at < LEASE_TIME_S:
-                if waited_for is None:
+            if waiting_since_s is None:
+                try:
+                    silent_s = store.age_s(run.LEASE)
+                except ObjectNotFound:  # given up between the two requests
+                    continue
+                waiting_since_s, waited_for = time.monotonic() - silent_s, version
+                if silent_s < LEASE_TIME_S:
                     log.warning(
                         "the last attempt may still be alive; waiting up to %.0f s for it",
-                        LEASE_TIME_S,
+                        LEASE_TIME_S - silent_s,
                     )
-                    waited_for = current
-                time.sleep(1.0)
+            if time.monotonic() - waiting_since_s < LEASE_TIME_S:
+                time.sleep(POLL_S)
                 continue
         content = _Content(
             attempt=(current.attempt if current else 0) + 1,
@@ -211,7 +290,10 @@ def acquire(
                 f"another attempt took {store.uri} at this very moment",
                 mend="wait for it, stop it, or choose another --run",
             ) from None
-        return Lease(store, content, version, on_lost)
+        before = (
+            Predecessor(current.attempt, current.renewed_at, current.released) if current else None
+        )
+        return Lease(store, content, version, on_lost, before)
 
 
 def _parse(text: bytes, store: ObjectStore) -> _Content | None:

@@ -11,7 +11,8 @@ A process killed between any two of them leaves the previous checkpoint in force
 names (`latest_checkpoint.pth`, `checkpoint_5000.pth`, `best_model.pth`) are made after that as
 second names of the same data, and made again at the next restore if a kill came in between.
 
-Knows nothing of networks: a state is a dictionary of tensors and plain values.
+Knows nothing of networks: a state is a dictionary of tensors and plain values. Saves are done by
+one thread at a time; `job.checkpoint.publisher` keeps them off the training thread.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,13 @@ from job.storage import ABSENT, ObjectStore
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 KEEP_RECOVERY = 3
 """Recovery checkpoints that stay: enough to fall back twice."""
+STATE = "state.pth"
+"""Name of a checkpoint's one file in its manifest."""
+READS = 2
+"""Times a damaged file is read before it is believed to be damaged where it lies."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +54,37 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class SaveCost:
+    """What publishing one state took."""
+
+    size: int
+    """Bytes."""
+    serialise_s: float
+    publish_s: float
+    """Upload, manifest and pointer."""
+
+    @property
+    def seconds(self) -> float:
+        """From a finished copy in memory to durable."""
+        return self.serialise_s + self.publish_s
+
+
+@dataclass(frozen=True)
 class BestModel:
-    """Where the best model so far lies."""
+    """The best model so far."""
 
     id: str
     iteration: int
     val_miou: float
-    files: Mapping[str, FileRecord]
-    """By plain name: `best_model.pth`, `best_model_D.pth`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {**asdict(self), "files": {n: asdict(r) for n, r in self.files.items()}}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> BestModel:
         """Inverse of `to_dict`."""
-        files = {name: FileRecord(**record) for name, record in raw["files"].items()}
-        return cls(**{**raw, "files": files})
+        return cls(**raw)
 
 
 @dataclass(frozen=True)
@@ -75,7 +94,8 @@ class _Manifest:
     id: str
     iteration: int
     attempt: int
-    state: FileRecord
+    files: Mapping[str, FileRecord]
+    """One, `STATE`; every manifest of a run has this field."""
     keys: tuple[str, ...]
     """Where the state can be read: its own data, then the plain name of a numbered one."""
     best_id: str | None
@@ -88,7 +108,12 @@ class _Manifest:
     @classmethod
     def from_json(cls, text: bytes) -> _Manifest:
         raw = json.loads(text)
-        return cls(**{**raw, "state": FileRecord(**raw["state"]), "keys": tuple(raw["keys"])})
+        return cls(**{**raw, "files": records_from(raw["files"]), "keys": tuple(raw["keys"])})
+
+
+def records_from(raw: Mapping[str, Mapping[str, Any]]) -> dict[str, FileRecord]:
+    """The "files" of a manifest."""
+    return {name: FileRecord(**record) for name, record in raw.items()}
 
 
 class CheckpointManager:
@@ -104,15 +129,29 @@ class CheckpointManager:
         self._store = store
         self._lease = lease
         self._scratch = scratch
-        self._ids, self._pointer_version = self._read_pointer()
+        text, self._pointer_version = store.read_versioned(run.LATEST_POINTER)
+        self._ids: list[str] = json.loads(text)["checkpoints"] if text else []
+        self._manifests: dict[str, _Manifest] = {}
+        self._data_deleted: set[str] = set()
+        self._best_ids: set[str] = set()
+        self._swept = False
+        self._prune_failed = False
 
-    def save(self, state: Mapping[str, Any], *, best: BestModel | None, numbered: bool) -> None:
+    def save(
+        self,
+        state: Mapping[str, Any],
+        *,
+        best: BestModel | None,
+        numbered: bool,
+        before_pointer: Callable[[], None] = lambda: None,
+    ) -> SaveCost:
         """Publish a state (with its "iteration"); on return it is durable.
 
         Args:
             state: tensors and plain values.
             best: the best model at this point.
             numbered: also keep it for good, as `checkpoint_ITERATION.pth`.
+            before_pointer: makes durable what must not be older than the checkpoint (the ledger).
 
         Raises:
             Fenced: another attempt has published; this one's state was not.
@@ -122,21 +161,31 @@ class CheckpointManager:
         iteration = int(state["iteration"])
         id_ = run.unique_id(iteration, self._lease.attempt)
         key, plain = run.checkpoint_state(id_), run.numbered_checkpoint(iteration)
-        record = self._upload(state, key)
+        record, serialise_s, upload_s = self._upload(state, key)
+        began_s = time.monotonic()
         manifest = _Manifest(
             id=id_,
             iteration=iteration,
             attempt=self._lease.attempt,
-            state=record,
+            files={STATE: record},
             keys=(key, plain) if numbered else (key,),
             best_id=best.id if best else None,
         )
+        before_pointer()
         self._store.write(run.checkpoint_manifest(id_), manifest.to_json(), expected=ABSENT)
+        self._manifests[id_] = manifest
         if numbered:
-            self._store.copy(key, plain)
+            self._point(key, plain)
         self._publish_pointer([id_, *self._ids])
-        self._store.copy(key, run.LATEST_CHECKPOINT)
-        self._prune(best)
+        cost = SaveCost(record.size, serialise_s, upload_s + time.monotonic() - began_s)
+        self._point(key, run.LATEST_CHECKPOINT)
+        try:
+            self._prune(best)
+        except StorageError as error:
+            if not self._prune_failed:  # once is enough; they only cost money
+                log.warning("old checkpoints could not be deleted: %s", error)
+            self._prune_failed = True
+        return cost
 
     def restore(self) -> dict[str, Any] | None:
         """The newest state that verifies; None if the run has no checkpoint yet.
@@ -152,12 +201,12 @@ class CheckpointManager:
             try:
                 manifest = self._manifest(id_)
                 state = self._verified_state(manifest)
+                self._point(self._readable_key(manifest), run.LATEST_CHECKPOINT)
             except _Damaged as damage:
                 self._quarantine(id_, str(damage))
                 continue
             # What came after it was bad, or belongs to a future that will be trained again.
             self._ids = self._ids[self._ids.index(id_) :]
-            self._store.copy(self._readable_key(manifest), run.LATEST_CHECKPOINT)
             return state
         if self._ids:
             raise StorageError(
@@ -167,45 +216,69 @@ class CheckpointManager:
             )
         return None
 
-    def save_best(
-        self, files: Mapping[str, Mapping[str, Any]], *, iteration: int, val_miou: float
-    ) -> BestModel:
-        """Publish the files of a new best model under a new name and under their plain names.
+    def new_best(self, iteration: int, val_miou: float) -> BestModel:
+        """Name a new best model, whose files `save_best` is to publish."""
+        return BestModel(run.unique_id(iteration, self._lease.attempt), iteration, val_miou)
+
+    def save_best(self, best: BestModel, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Publish the files of a new best model under its own and under their plain names.
 
         Args:
+            best: from `new_best`.
             files: plain name to content.
-            iteration: of the weights.
-            val_miou: their score, 0..1.
 
         Raises:
             Fenced: another attempt has taken over.
+            StorageError: the storage failed; it can be done again.
         """
         self._lease.check()
-        id_ = run.unique_id(iteration, self._lease.attempt)
+        self._best_ids.add(best.id)
         records = {
-            name: self._upload(content, run.best_file(id_, name)) for name, content in files.items()
+            name: asdict(self._upload(content, run.best_file(best.id, name))[0])
+            for name, content in files.items()
         }
-        best = BestModel(id=id_, iteration=iteration, val_miou=val_miou, files=records)
+        manifest = {"format": FORMAT, **best.to_dict(), "files": records}
+        self._store.write(run.best_manifest(best.id), json.dumps(manifest, indent=1).encode())
         self.point_best(best)
-        return best
 
     def point_best(self, best: BestModel) -> None:
         """Make the plain names those of this best model (again, after a rollback)."""
-        for name in best.files:
-            self._store.copy(run.best_file(best.id, name), name)
+        for name in self.best_files(best):
+            self._point(run.best_file(best.id, name), name)
+
+    def best_files(self, best: BestModel) -> dict[str, FileRecord]:
+        """Sizes and hashes of a best model's files, by plain name.
+
+        Raises:
+            ObjectNotFound: the model is gone.
+        """
+        return records_from(json.loads(self._store.read(run.best_manifest(best.id)))["files"])
 
     def verify_best(self, best: BestModel) -> Path:
         """Read the plain best model files back and compare them; returns the generator's file.
 
+        A plain name that holds something else (a stale attempt may have got in a last word) is
+        made anew first.
+
         Raises:
             StorageError: they are not what was written.
         """
-        for name, record in best.files.items():
-            path = self._store.fetch(name, self._scratch)
-            if _record_of(path) != record:
+        records = self.best_files(best)
+        for name, record in records.items():
+            for plain_is_wrong in (False, True):
+                if plain_is_wrong:
+                    self._point(run.best_file(best.id, name), name)
+                try:
+                    found = _record_of(self._store.fetch(name, self._scratch))
+                except ObjectNotFound:
+                    continue
+                if found == record:
+                    break
+            else:
                 raise StorageError(
                     f"{self._store.uri}/{name}: is not the file that was written",
-                    mend=f"copy {run.best_file(best.id, name)} over it",
+                    mend="the storage has damaged it: use the newest checkpoint_*.pth, or train "
+                    "again with another --run",
                 )
         return self._store.fetch(run.BEST_MODEL, self._scratch)
 
@@ -216,14 +289,17 @@ class CheckpointManager:
             Fenced: another attempt has taken over.
         """
         self._lease.check()
-        return self._upload(content, key)
+        return self._upload(content, key)[0]
 
-    def _upload(self, content: Mapping[str, Any], key: str) -> FileRecord:
-        self._scratch.mkdir(parents=True, exist_ok=True)
+    def _upload(self, content: Mapping[str, Any], key: str) -> tuple[FileRecord, float, float]:
+        """Serialise and upload; what the file is, and the seconds each took."""
         path = self._scratch / f"outgoing-{Path(key).name}"
+        began_s = time.monotonic()
         try:
+            self._scratch.mkdir(parents=True, exist_ok=True)
             torch.save(dict(content), path)
             record = _record_of(path)
+            serialised_s = time.monotonic()
             self._store.upload(path, key)
         except OSError as error:
             raise StorageError.from_os("write", path, error) from error
@@ -234,53 +310,73 @@ class CheckpointManager:
             ) from error
         finally:
             path.unlink(missing_ok=True)
-        return record
+        stored = self._store.stat(key)
+        if stored is None or stored.size != record.size:
+            found = "nothing" if stored is None else f"{stored.size} bytes"
+            raise StorageError(f"{self._store.uri}/{key}: holds {found} of {record.size} written")
+        return record, serialised_s - began_s, time.monotonic() - serialised_s
 
-    def _read_pointer(self) -> tuple[list[str], str]:
-        text, version = self._store.read_versioned(run.LATEST_POINTER)
-        return (list(json.loads(text)["checkpoints"]) if text else []), version
+    def _point(self, source: str, plain: str) -> None:
+        """Make a plain name a copy of `source`, unless a newer attempt is at work.
+
+        The lease is checked after the version of the name was taken: a process that sleeps between
+        the check and the copy finds the name changed by its successor, and copies nothing.
+        """
+        while True:
+            before = self._store.stat(plain)
+            self._lease.check()
+            try:
+                self._store.copy(source, plain, expected=before.version if before else ABSENT)
+                return
+            except PreconditionFailed:
+                continue
 
     def _publish_pointer(self, ids: list[str]) -> None:
         text = json.dumps({"checkpoints": ids, "attempt": self._lease.attempt}).encode()
-        while True:
-            try:
-                self._pointer_version = self._store.write(
-                    run.LATEST_POINTER, text, expected=self._pointer_version
-                )
-                break
-            except PreconditionFailed:
-                # Either we are the stale attempt (then this raises), or a stale one had passed its
-                # own check just before we took the lease: the lease decides, so we write again.
-                self._lease.check()
-                _, self._pointer_version = self._read_pointer()
+        self._pointer_version = self._lease.publish(run.LATEST_POINTER, text, self._pointer_version)
         self._ids = ids
 
     def _manifest(self, id_: str) -> _Manifest:
+        if id_ in self._manifests:
+            return self._manifests[id_]
         try:
-            manifest = _Manifest.from_json(self._store.read(run.checkpoint_manifest(id_)))
+            text = self._store.read(run.checkpoint_manifest(id_))
         except ObjectNotFound:
             raise _Damaged("its manifest is missing") from None
+        try:
+            format_ = json.loads(text)["format"]
+            if format_ != FORMAT:
+                raise StorageError(
+                    f"checkpoint {id_} has format {format_}, this version reads {FORMAT}",
+                    mend="go on with the version of s4gan that wrote it",
+                )
+            manifest = _Manifest.from_json(text)
         except (ValueError, TypeError, KeyError) as error:
             raise _Damaged(f"its manifest cannot be read ({error})") from None
-        if manifest.format != FORMAT:
-            raise StorageError(
-                f"checkpoint {id_} has format {manifest.format}, this version reads {FORMAT}",
-                mend="go on with the version of s4gan that wrote it",
-            )
+        self._manifests[id_] = manifest
         return manifest
 
     def _verified_state(self, manifest: _Manifest) -> dict[str, Any]:
-        path = self._store.fetch(self._readable_key(manifest), self._scratch)
-        found = _record_of(path)
-        if found != manifest.state:
-            raise _Damaged(
-                f"{found.size} bytes with sha256 {found.sha256[:12]}..., written were "
-                f"{manifest.state.size} with {manifest.state.sha256[:12]}..."
-            )
+        written = manifest.files[STATE]
+        for read in range(1, READS + 1):
+            path = self._store.fetch(self._readable_key(manifest), self._scratch)
+            found = _record_of(path)
+            if found == written:
+                break
+            if read == READS:  # once could be the network's doing
+                raise _Damaged(
+                    f"{found.size} bytes with sha256 {found.sha256[:12]}..., written were "
+                    f"{written.size} with {written.sha256[:12]}..."
+                )
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
         except Exception as error:  # torch raises whatever its unpickler stumbles over
             raise _Damaged(f"torch cannot load it ({reason(error)})") from None
+        finally:
+            if path.is_relative_to(self._scratch):
+                path.unlink()
         return state
 
     def _readable_key(self, manifest: _Manifest) -> str:
@@ -294,8 +390,12 @@ class CheckpointManager:
         self._store.write(run.quarantine_mark(id_), json.dumps({"id": id_, "reason": why}).encode())
 
     def _prune(self, best: BestModel | None) -> None:
-        """Delete what the pointer no longer needs; only ever called after a successful publish."""
-        keep, manifests = [], []
+        """Delete what the pointer no longer needs; only ever called after a successful publish.
+
+        Only what this attempt has itself dropped is deleted, and what attempts before it have left
+        behind: one that has been replaced without knowing it can never hit its successor's.
+        """
+        kept: dict[str, _Manifest] = {}
         for rank, id_ in enumerate(self._ids):
             try:
                 manifest = self._manifest(id_)
@@ -303,20 +403,39 @@ class CheckpointManager:
                 continue
             numbered = len(manifest.keys) > 1
             if rank < KEEP_RECOVERY or numbered:
-                keep.append(id_)
-                manifests.append(manifest)
-            if numbered and rank >= KEEP_RECOVERY:
+                kept[id_] = manifest
+            if numbered and rank >= KEEP_RECOVERY and id_ not in self._data_deleted:
                 self._store.delete(manifest.keys[0])  # the plain name holds the same data
-        if keep != self._ids:
-            self._publish_pointer(keep)
-        ours = set(keep)
-        for info in list(self._store.list(run.CHECKPOINTS)):
-            id_, slash, _ = info.key.removeprefix(run.CHECKPOINTS).partition("/")
-            if slash and id_ not in ours and not info.key.startswith(run.QUARANTINE):
-                self._store.delete(info.key)
-        wanted = {manifest.best_id for manifest in manifests} | {best.id if best else None}
-        for info in list(self._store.list(run.BEST)):
-            if info.key.removeprefix(run.BEST).partition("/")[0] not in wanted:
+                self._data_deleted.add(id_)
+        dropped = set(self._ids) - set(kept)
+        if dropped:
+            self._publish_pointer(list(kept))
+        wanted = {manifest.best_id for manifest in kept.values()} | {best.id if best else None}
+        self._best_ids |= {id_ for id_ in wanted if id_ is not None}
+        for id_ in dropped:
+            self._store.delete(run.checkpoint_state(id_))
+            self._store.delete(run.checkpoint_manifest(id_))
+        for id_ in self._best_ids - wanted:
+            for name in (run.BEST_MODEL, run.BEST_MODEL_D):
+                self._store.delete(run.best_file(id_, name))
+            self._store.delete(run.best_manifest(id_))
+            self._best_ids = self._best_ids - {id_}
+        if not self._swept:
+            self._sweep(run.CHECKPOINTS, set(kept))
+            self._sweep(run.BEST, {id_ for id_ in wanted if id_ is not None})
+            self._swept = True
+
+    def _sweep(self, prefix: str, keep: set[str]) -> None:
+        """Delete what killed attempts have left below `prefix`; once an attempt, as it lists."""
+        for info in list(self._store.list(prefix)):
+            id_, slash, _ = info.key.removeprefix(prefix).partition("/")
+            if not slash or id_ in keep or info.key.startswith(run.QUARANTINE):
+                continue
+            try:
+                ours_or_older = run.attempt_in(id_) <= self._lease.attempt
+            except (ValueError, IndexError):
+                continue  # nothing of this program's
+            if ours_or_older:
                 self._store.delete(info.key)
 
 

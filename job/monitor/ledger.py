@@ -1,21 +1,31 @@
 """The ledger `metrics.jsonl`: one JSON object a line, the truth that reports and W&B are made from.
 
 Lines with an "iteration" belong to that iteration and vanish when it is rolled back; lines without
-(an attempt's start and end) are the run's history and stay.
+(an attempt's start and end, its checkpoints) are the run's history and stay.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from job.errors import StorageError
+from job import run
+from job.checkpoint.lease import Lease
+from job.errors import Fenced, StorageError
 from job.events import EvalEvent, Notice, TrainEvent
+from job.storage import ObjectStore
+
+log = logging.getLogger(__name__)
+
+MIRROR_EVERY_S = 30.0
+"""Between two uploads of a ledger that has grown."""
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
@@ -49,36 +59,38 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
 
 
 class Ledger:
-    """A tracker that appends to a file, each line on the disk before training goes on.
+    """A tracker that appends to a file, each line on the disk before its caller goes on.
+
+    Any thread may append.
 
     Args:
-        path: of the file.
+        path: of the file; what a killed process left half-written at its end is cut off.
         attempt: written into every line.
-        iteration: where this attempt begins; lines of later ones are dropped.
-        evaluated_iteration: the last evaluation that counts; a later one's line is dropped.
     """
 
-    def __init__(
-        self, path: Path, *, attempt: int, iteration: int, evaluated_iteration: int
-    ) -> None:
+    def __init__(self, path: Path, *, attempt: int) -> None:
+        self.path = path
         self._attempt = attempt
-        kept = [
-            event
-            for event in read_ledger(path)
-            if event.get("iteration", 0)
-            <= (evaluated_iteration if event["event"] == "eval" else iteration)
-        ]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".tmp-{path.name}")
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(_line(event) for event in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
-        except OSError as error:
-            raise StorageError.from_os("write", path, error) from error
+        self._lock = threading.Lock()
+        self._write_anew(read_ledger(path))
+
+    def rewind(self, *, iteration: int, evaluated_iteration: int) -> None:
+        """Drop the lines of a future that will be trained again.
+
+        Args:
+            iteration: where this attempt begins; lines of later ones are dropped.
+            evaluated_iteration: the last evaluation that counts; a later one's line is dropped.
+        """
+        with self._lock:
+            self._file.close()
+            self._write_anew(
+                [
+                    event
+                    for event in read_ledger(self.path)
+                    if event.get("iteration", 0)
+                    <= (evaluated_iteration if event["event"] == "eval" else iteration)
+                ]
+            )
 
     def train(self, event: TrainEvent) -> None:
         """Append a "train" line."""
@@ -102,17 +114,94 @@ class Ledger:
         """Close the file."""
         self._file.close()
 
+    def _write_anew(self, events: list[dict[str, Any]]) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_name(f".tmp-{self.path.name}")
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(_line(event) for event in events)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        except OSError as error:
+            raise StorageError.from_os("write", self.path, error) from error
+
     def _append(self, kind: str, fields: Mapping[str, Any]) -> None:
         head: dict[str, Any] = {"event": kind}
         if "iteration" in fields:
             head["iteration"] = fields["iteration"]
         head |= {"attempt": self._attempt, "time": round(time.time(), 3)}
+        with self._lock:
+            if self._file.closed:
+                return  # a thread that was left behind because time ran out
+            try:
+                self._file.write(_line(head | dict(fields)))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise StorageError.from_os("write", self._file.name, error) from error
+
+
+class LedgerMirror:
+    """Keeps the ledger of a run in a bucket up to date with the local file it grows in.
+
+    Where the run is a folder the ledger grows in place, and there is nothing to do.
+
+    Args:
+        store: the run's.
+        lease: of this attempt: only its holder may write the ledger.
+        path: of the local file, which is made from the run's here.
+    """
+
+    def __init__(self, store: ObjectStore, lease: Lease, path: Path) -> None:
+        self._lease = lease
+        self._path = path
+        self._in_place = store.local_path(run.LEDGER) is not None
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._published = b""
+        self._version = ""
+        if not self._in_place:
+            self._published, self._version = store.read_versioned(run.LEDGER)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self._published)
+        self._thread = threading.Thread(target=self._keep_publishing, name="ledger", daemon=True)
+        self._thread.start()
+
+    def publish(self) -> None:
+        """Make durable what has been written so far.
+
+        Raises:
+            Fenced: another attempt has taken over.
+            StorageError: the storage failed.
+        """
+        if self._in_place:
+            return
+        with self._lock:
+            text = self._path.read_bytes()
+            whole_lines = text[: text.rfind(b"\n") + 1]
+            if whole_lines != self._published:
+                self._version = self._lease.publish(run.LEDGER, whole_lines, self._version)
+                self._published = whole_lines
+
+    def close(self) -> None:
+        """Publish a last time, as well as the storage allows."""
+        self._done.set()
+        self._thread.join()
         try:
-            self._file.write(_line(head | dict(fields)))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise StorageError.from_os("write", self._file.name, error) from error
+            self.publish()
+        except (Fenced, StorageError) as error:
+            log.info("the ledger was not published: %s", error.message)
+
+    def _keep_publishing(self) -> None:
+        while not self._in_place and not self._done.wait(MIRROR_EVERY_S):
+            try:
+                self.publish()
+            except Fenced:
+                return  # the lease tells whom it concerns
+            except StorageError as error:
+                log.info("ledger not published, trying again: %s", error.message)
 
 
 def _line(event: Mapping[str, Any]) -> str:

@@ -110,7 +110,7 @@ def _attempts(events: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for event in events:
         name = f"attempt {event['attempt']}"
-        if event["event"] == "attempt_started":
+        if event["event"] == "training_started":
             rows.append((name, f"began after iteration {event['resumed_at']}"))
         elif event["event"] == "attempt_ended":
             saved = f" (saved at {event['saved_at']})" if "saved_at" in event else ""

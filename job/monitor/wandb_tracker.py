@@ -101,10 +101,17 @@ class WandbTracker:
     def notice(self, notice: Notice) -> None:
         """Nothing: the ledger has it."""
 
-    def close(self, *, exit_code: int, preempted: bool) -> None:
-        """Send what is queued and finish the W&B run, within a bounded time. Never raises."""
+    def close(self, *, exit_code: int, preempted: bool, within_s: float | None = None) -> None:
+        """Send what is queued and finish the W&B run, within a bounded time. Never raises.
+
+        Args:
+            exit_code: of the attempt.
+            preempted: whether it will go on; W&B then shows it so.
+            within_s: seconds until the machine is gone, if that is known.
+        """
         if self._thread is None:
             return
+        timeout_s = JOIN_TIMEOUT_S if within_s is None else max(0.0, min(JOIN_TIMEOUT_S, within_s))
 
         def finish(run: Any) -> None:
             if preempted:
@@ -113,9 +120,9 @@ class WandbTracker:
 
         self._queue.put(finish)
         self._queue.put(None)
-        self._thread.join(JOIN_TIMEOUT_S)
+        self._thread.join(timeout_s)
         if self._thread.is_alive():
-            self.outcome = f"did not finish within {JOIN_TIMEOUT_S} s; its files are in " + str(
+            self.outcome = f"did not finish within {round(timeout_s, 1):g} s; its files are in " + str(
                 self._directory / "wandb"
             )
             self._say(f"W&B: {self.outcome}")

@@ -1,5 +1,6 @@
-"""Being asked to stop."""
+"""Being asked to stop: by a signal, or by EC2's notice that it takes the machine back."""
 
+from job.preemption.spot import watch_spot
 from job.preemption.stop import StopRequest
 
-__all__ = ["StopRequest"]
+__all__ = ["StopRequest", "watch_spot"]

@@ -1,4 +1,4 @@
-"""`StopRequest`: one flag that signals raise and the training loop reads at each iteration."""
+"""`StopRequest`: one flag that signals and notices raise and the training loop reads each time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -17,16 +18,41 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._deadline_s: float | None = None
+        self._save_wanted = False
 
     @property
     def requested(self) -> bool:
         """Whether somebody asked."""
         return self.reason is not None
 
-    def request(self, reason: str) -> None:
-        """Ask; callable from any thread."""
+    def request(self, reason: str, *, within_s: float | None = None) -> None:
+        """Ask; callable from any thread.
+
+        Args:
+            reason: for the user.
+            within_s: seconds until the machine is gone, if that is known.
+        """
+        if within_s is not None:
+            deadline_s = time.monotonic() + within_s
+            if self._deadline_s is None or deadline_s < self._deadline_s:
+                self._deadline_s = deadline_s
         if self.reason is None:
             self.reason = reason
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the machine is gone; None if nobody knows of such a moment."""
+        return None if self._deadline_s is None else self._deadline_s - time.monotonic()
+
+    def request_save(self) -> None:
+        """Ask for a checkpoint soon, without stopping; callable from any thread."""
+        self._save_wanted = True
+
+    def take_save_request(self) -> bool:
+        """Whether a checkpoint was asked for since the last call."""
+        wanted, self._save_wanted = self._save_wanted, False
+        return wanted
 
     def raise_if_requested(self) -> None:
         """For the stages before training, where there is nothing to save.

@@ -12,7 +12,9 @@ from typing import Protocol
 
 import torch
 
-from job.checkpoint.manager import BestModel, CheckpointManager
+from job.checkpoint.interval import SaveSchedule
+from job.checkpoint.manager import BestModel
+from job.checkpoint.publisher import Publisher
 from job.config import Config
 from job.data.dataset import DatasetInfo
 from job.data.splits import SplitItems
@@ -21,6 +23,7 @@ from job.errors import DataError, Diverged
 from job.events import EvalEvent, Notice, Tracker, TrainEvent
 from job.preemption import StopRequest
 from job.training.evaluation import evaluate
+from job.training.saving import Saving
 from job.training.state import TrainState
 from job.training.step import StepLosses, train_step
 
@@ -32,7 +35,7 @@ class BestModelWriter(Protocol):
     """Writes the model files of a new best; made by the composition root, which knows the card."""
 
     def __call__(self, state: TrainState, val_miou: float) -> BestModel:
-        """Save both networks of `state` durably and return where they are."""
+        """Hand both networks of `state` over for saving, and return where they will be."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Surroundings:
     info: DatasetInfo
     device: torch.device
     tracker: Tracker
-    checkpoints: CheckpointManager
+    checkpoints: Publisher
+    schedule: SaveSchedule
     save_best: BestModelWriter
     stop: StopRequest
 
@@ -52,19 +56,23 @@ class Surroundings:
 def train(state: TrainState, around: Surroundings) -> bool:
     """Train from where `state` stands to the last iteration, or until a stop is asked for.
 
-    On return the state is saved. Returns whether the run is complete.
+    On return the state is saved, or the ledger says why there was no time for it. Returns whether
+    the run is complete.
 
     Raises:
         Diverged: a loss is NaN or infinite; nothing of it was saved.
         DataError: too many training images cannot be read.
         Fenced: another attempt has taken over.
+        StorageError: the state could not be saved at the end.
     """
     config, stop, tracker = around.config, around.stop, around.tracker
     finite = torch.ones((), dtype=torch.bool, device=around.device)
     speed = _Speed(config, state.iteration)
+    saving = Saving(config, around.checkpoints, around.schedule, stop, tracker)
     if state.iteration > 0 and _evaluate_if_due(state, around):
-        _save(state, around)  # the last attempt was stopped before it could evaluate
+        saving.save(state)  # the last attempt was stopped before it could evaluate
     if stop.requested:
+        saving.finish()
         return _is_complete(state, config)
 
     loader = iteration_loader(
@@ -86,12 +94,14 @@ def train(state: TrainState, around: Surroundings) -> bool:
             if _evaluation_due(iteration, config):
                 _raise_if_diverged(finite, state, config)
                 _evaluate_if_due(state, around)
-            stopping = stop.requested  # read once: it may be set at any moment
-            if stopping or _checkpoint_due(iteration, config):
+            if stop.requested:
                 _raise_if_diverged(finite, state, config)
-                _save(state, around)
-            if stopping:
-                break
+                saving.before_leaving(state)
+                return _is_complete(state, config)
+            if saving.due(iteration):
+                _raise_if_diverged(finite, state, config)
+                saving.save(state)
+    saving.finish()
     return _is_complete(state, config)
 
 
@@ -101,20 +111,6 @@ def _is_complete(state: TrainState, config: Config) -> bool:
 
 def _evaluation_due(iteration: int, config: Config) -> bool:
     return iteration % config.train.eval_every == 0 or iteration == config.train.iterations
-
-
-def _checkpoint_due(iteration: int, config: Config) -> bool:
-    return iteration % config.checkpoint.every == 0 or _is_numbered(iteration, config)
-
-
-def _is_numbered(iteration: int, config: Config) -> bool:
-    """Whether the checkpoint of an iteration is kept for good."""
-    return iteration % config.checkpoint.keep_every == 0 or iteration == config.train.iterations
-
-
-def _save(state: TrainState, around: Surroundings) -> None:
-    numbered = _is_numbered(state.iteration, around.config)
-    around.checkpoints.save(state.state_dict(), best=state.best, numbered=numbered)
 
 
 def _evaluate_if_due(state: TrainState, around: Surroundings) -> bool:

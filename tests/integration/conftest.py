@@ -145,8 +145,7 @@ def final_state(run: Path, iteration: int) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(run / f"checkpoint_{iteration}.pth", weights_only=True)
     del state["run"]
     if state["best"]:
-        # The id holds the attempt and a random part; the files' hashes hold the run's id.
-        del state["best"]["id"], state["best"]["files"]
+        del state["best"]["id"]  # holds the attempt and a random part
     return state
 
 

@@ -247,7 +247,7 @@ def test_data_and_run_must_not_be_the_same_folder(make_data, s4gan):
     data = make_data()
     code, _, err = s4gan(["train", "--data", str(data), "--run", f"{data}/"])
     assert code == 78
-    assert "are both" in err
+    assert "lies in --data" in err
 
 
 def test_a_run_folder_that_cannot_be_written_is_an_error_not_a_traceback(

@@ -41,10 +41,11 @@ def test_sigkill_at_random_iterations_changes_nothing(twin, start, tmp_path):
     assert training.finish() == 0, training.output
     assert_same_result(run, uninterrupted, ITERATIONS)
     attempts = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    starts = [e for e in attempts if e["event"] == "attempt_started"]
+    starts = [e for e in attempts if e["event"] == "training_started"]
     assert [e["attempt"] for e in starts] == [1, 2, 3, 4, 5, 6]
     for killed_at, event in zip(at, starts[1:], strict=True):
-        assert killed_at - event["resumed_at"] < 7 + 1, "lost more than since the last checkpoint"
+        # The newest checkpoint may still have been on its way, and another one waiting for it.
+        assert killed_at - event["resumed_at"] <= 3 * 7, "lost more than two saves on their way"
 
 
 @pytest.mark.slow
@@ -149,7 +150,7 @@ def test_a_damaged_newest_checkpoint_costs_only_the_way_back_to_the_one_before(
     training.wait_for_iteration(24)
     training.send(signal.SIGTERM)
     assert training.finish() == 75
-    newest = json.loads((run / "checkpoints/latest.json").read_text())["checkpoints"][0]
+    newest, before, *_ = json.loads((run / "checkpoints/latest.json").read_text())["checkpoints"]
     state = run / "checkpoints" / newest / "state.pth"
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
@@ -159,7 +160,7 @@ def test_a_damaged_newest_checkpoint_costs_only_the_way_back_to_the_one_before(
     training = start(command(data, run))
     assert training.finish() == 0, training.output
     assert "will not be tried again" in training.output
-    assert "resuming after iteration 21 " in training.output
+    assert f"resuming after iteration {int(before.partition('-')[0])} " in training.output
     reason = json.loads((run / "checkpoints/quarantine" / f"{newest}.json").read_text())["reason"]
     assert "sha256" in reason
     assert_same_result(run, uninterrupted, ITERATIONS)

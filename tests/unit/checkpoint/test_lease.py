@@ -81,7 +81,7 @@ def test_a_zombie_process_is_dead():
     while lease_module._process(process.pid)[0] != "Z":  # it has ended, nobody has waited for it
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert holder.is_known_dead()
+    assert holder.is_known_dead(Holder.this_process())
     process.wait()
 
 

@@ -12,7 +12,7 @@ import torch
 from job import run
 from job.checkpoint.lease import Lease, acquire
 from job.checkpoint.manager import KEEP_RECOVERY, BestModel, CheckpointManager
-from job.errors import Fenced, ObjectNotFound, StorageError
+from job.errors import Fenced, StorageError
 from job.storage import LocalStore
 
 
@@ -76,7 +76,9 @@ def save_best(manager: CheckpointManager, iteration: int) -> BestModel:
         name: {"weights": torch.full((5,), float(iteration))}
         for name in (run.BEST_MODEL, run.BEST_MODEL_D)
     }
-    return manager.save_best(files, iteration=iteration, val_miou=iteration / 100)
+    best = manager.new_best(iteration, iteration / 100)
+    manager.save_best(best, files)
+    return best
 
 
 def reopened(store: LocalStore, lease: Lease, tmp_path: Path) -> CheckpointManager:
@@ -224,6 +226,7 @@ def test_a_kill_at_every_stage_of_a_save_leaves_a_good_checkpoint(tmp_path):
 
 def test_a_stale_attempt_cannot_publish(manager, store, lease, tmp_path):
     save(manager, 5)
+    pointer = store.read(run.LATEST_POINTER)
     raw = json.loads(store.read(run.LEASE))
     store.write(run.LEASE, json.dumps({**raw, "attempt": 2}).encode())
     with pytest.raises(Fenced):
@@ -232,7 +235,10 @@ def test_a_stale_attempt_cannot_publish(manager, store, lease, tmp_path):
         save_best(manager, 10)
     with pytest.raises(Fenced):
         manager.save_file({"a": 1}, run.FINAL_MODEL)
-    assert reopened(store, lease, tmp_path).restore()["iteration"] == 5
+    with pytest.raises(Fenced):
+        reopened(store, lease, tmp_path).restore()
+    assert store.read(run.LATEST_POINTER) == pointer
+    assert iteration_in(store.root / run.LATEST_CHECKPOINT) == 5
     assert not (store.root / run.BEST_MODEL).exists()
 
 
@@ -280,9 +286,13 @@ def test_a_rolled_back_best_model_is_pointed_to_again(manager, store):
 
 def test_a_best_model_that_was_changed_does_not_verify(manager, store):
     best = save_best(manager, 10)
+    # The plain names are mended from the model's own files ...
     (store.root / run.BEST_MODEL_D).unlink()
-    with pytest.raises(ObjectNotFound):
-        manager.verify_best(best)
+    store.write(run.BEST_MODEL, b"other")
+    assert manager.verify_best(best) == store.root / run.BEST_MODEL
+    assert torch.load(store.root / run.BEST_MODEL, weights_only=True)["weights"][0] == 10
+    # ... which have to be what was written.
+    store.write(run.best_file(best.id, run.BEST_MODEL_D), b"other")
     store.write(run.BEST_MODEL_D, b"other")
     with pytest.raises(StorageError, match="not the file that was written"):
         manager.verify_best(best)

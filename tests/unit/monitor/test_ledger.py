@@ -42,7 +42,9 @@ EVAL = EvalEvent(
 
 
 def opened(path: Path, *, attempt: int = 1, iteration: int = 0, evaluated: int = 0) -> Ledger:
-    return Ledger(path, attempt=attempt, iteration=iteration, evaluated_iteration=evaluated)
+    ledger = Ledger(path, attempt=attempt)
+    ledger.rewind(iteration=iteration, evaluated_iteration=evaluated)
+    return ledger
 
 
 @pytest.fixture

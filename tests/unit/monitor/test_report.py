@@ -87,7 +87,7 @@ def eval_line(iteration: int) -> dict[str, Any]:
 
 
 EVENTS = [
-    {"event": "attempt_started", "attempt": 1, "time": 0.0, "resumed_at": 0},
+    {"event": "training_started", "attempt": 1, "time": 0.0, "resumed_at": 0},
     *[train_line(iteration) for iteration in range(1, 6)],
     {
         "event": "attempt_ended",
@@ -97,7 +97,7 @@ EVENTS = [
         "exit_code": 75,
         "saved_at": 5,
     },
-    {"event": "attempt_started", "attempt": 2, "time": 3.0, "resumed_at": 5},
+    {"event": "training_started", "attempt": 2, "time": 3.0, "resumed_at": 5},
     *[train_line(iteration, attempt=2) for iteration in range(6, 11)],
     eval_line(10),
 ]
@@ -249,7 +249,7 @@ def test_text_from_outside_cannot_become_html() -> None:
         best={**content()["best"], "class_iou": {evil: 0.5}},
     )
     events = [
-        {"event": "attempt_started", "attempt": 1, "resumed_at": 0},
+        {"event": "training_started", "attempt": 1, "resumed_at": 0},
         {"event": "attempt_ended", "attempt": 1, "reason": evil, "saved_at": 0},
     ]
     page = Page(report_html(summary, events, config_yaml=evil, predictions_png=b""))

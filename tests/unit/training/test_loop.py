@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from job import run
+from job.checkpoint.interval import SaveSchedule
 from job.checkpoint.lease import acquire
 from job.checkpoint.manager import BestModel, CheckpointManager
+from job.checkpoint.publisher import Publisher
 from job.config import Config
 from job.data.dataset import DatasetInfo, Item, scan_dataset
 from job.data.images import IMAGENET_MEAN, IMAGENET_STD
@@ -77,6 +80,15 @@ def losses_of(recorder: Recorder) -> list[dict[str, float]]:
     return [{k: v for k, v in event.items() if k != "images_per_s"} for event in events]
 
 
+class PromptPublisher(Publisher):
+    """Waits for each save, so that no later one is put off: tests know what is saved when."""
+
+    def save(self, state: Any, **options: Any) -> float:
+        pause_s = super().save(state, **options)
+        self.wait_until_free(60)
+        return pause_s
+
+
 @dataclass
 class Attempt:
     """What one attempt left in memory."""
@@ -133,9 +145,9 @@ class Run:
                     stop.request("the test")
 
         heard.hook = hear
-        with self.checkpoints() as checkpoints:
+        with self.checkpoints() as manager, publishing(manager, stop) as checkpoints:
             state = new_state(config)
-            saved = checkpoints.restore()
+            saved = manager.restore()
             if saved is not None:
                 state.load_state_dict(saved)
             prepare(state)
@@ -148,6 +160,7 @@ class Run:
                     device=CPU,
                     tracker=heard,
                     checkpoints=checkpoints,
+                    schedule=SaveSchedule(config.checkpoint.every),
                     save_best=self.best_writer(checkpoints),
                     stop=stop,
                 ),
@@ -163,9 +176,7 @@ class Run:
         finally:
             lease.release()
 
-    def best_writer(
-        self, checkpoints: CheckpointManager
-    ) -> Callable[[TrainState, float], BestModel]:
+    def best_writer(self, checkpoints: Publisher) -> Callable[[TrainState, float], BestModel]:
         card = ModelCard(
             backbone="tiny",
             classes=self.info.classes,
@@ -198,6 +209,20 @@ class Run:
 
     def has(self, key: str) -> bool:
         return self.store.stat(key) is not None
+
+
+@contextmanager
+def publishing(manager: CheckpointManager, stop: StopRequest) -> Iterator[Publisher]:
+    publisher = PromptPublisher(
+        manager,
+        tell=lambda _notice: None,
+        before_pointer=lambda: None,
+        on_fenced=lambda: stop.request("a newer attempt"),
+    )
+    try:
+        yield publisher
+    finally:
+        publisher.close()
 
 
 MakeRun = Callable[..., Run]
@@ -269,7 +294,9 @@ def test_speed_counts_labeled_and_unlabeled_images_since_the_last_event(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = iter(range(0, 100, 10))
-    monkeypatch.setattr("job.training.loop.time.monotonic", lambda: next(seconds))
+    # In the loop's own module only: the saving threads have clocks of their own.
+    clock = SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr("job.training.loop.time", clock)
     attempt = make_run(train__log_every=2, train__accumulate=3)()
     # 2 iterations of 3 batches of 2 + 2 images in 10 s.
     assert [event.images_per_s for event in attempt.heard.of("train")] == [2.4, 2.4]
@@ -438,7 +465,9 @@ def test_an_attempt_that_lost_the_run_publishes_nothing(make_run: MakeRun) -> No
         nonlocal text
         if (kind, what) == ("step_done", 3):
             text, _ = the_run.store.read_versioned(run.LATEST_POINTER)
-            the_run.store.write(run.LEASE, b"{}")  # as another attempt's acquire would
+            lease = json.loads(the_run.store.read(run.LEASE))
+            taken = {**lease, "attempt": lease["attempt"] + 1}  # as another attempt's acquire would
+            the_run.store.write(run.LEASE, json.dumps(taken).encode())
 
     with pytest.raises(Fenced):
         the_run(hook=take_over)

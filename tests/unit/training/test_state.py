@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from job.checkpoint.manager import BestModel, FileRecord
+from job.checkpoint.manager import BestModel
 from job.errors import ConfigError
 from job.models.generator import Generator
 from job.training.schedule import HEAD_FACTOR
@@ -26,12 +26,7 @@ from job.training.state import (
 from job.training.step import StepLosses, train_step
 from tests.unit.training.tiny import CLASSES, CPU, new_state, random_batch, tiny_config
 
-BEST = BestModel(
-    id="000000003-a0001-abcdef",
-    iteration=3,
-    val_miou=0.5,
-    files={"best_model.pth": FileRecord(10, "aa"), "best_model_D.pth": FileRecord(11, "bb")},
-)
+BEST = BestModel(id="000000003-a0001-abcdef", iteration=3, val_miou=0.5)
 
 
 @pytest.fixture(autouse=True)

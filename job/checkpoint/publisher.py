@@ -1,0 +1,320 @@
+"""Saving without making the training wait: copy on its thread, everything else on another.
+
+The training thread pays for copying the tensors and no more. Serialising, uploading, publishing
+and pruning happen in order on one thread of our own, through the `CheckpointManager`. A save that
+fails is reported and tried again with the next one; only `finish`, before an attempt ends, waits
+until the newest state is durable, and raises if it cannot be.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from job.checkpoint.manager import BestModel, CheckpointManager, SaveCost
+from job.errors import Fenced, StorageError
+from job.events import Notice
+
+FINISH_ATTEMPTS = 4
+RETRY_WAIT_S = (2.0, 10.0, 30.0)
+"""Before each repetition in `finish`; a storage that is down for longer fails the attempt."""
+
+
+@dataclass
+class _Save:
+    """A state on its way."""
+
+    state: Mapping[str, Any]
+    best: BestModel | None
+    numbered: bool
+    pause_s: float
+
+    @property
+    def iteration(self) -> int:
+        return int(self.state["iteration"])
+
+
+@dataclass
+class _Best:
+    """The files of a best model on their way."""
+
+    best: BestModel
+    files: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class _Shared:
+    """What both threads see, under one condition."""
+
+    queue: deque[_Save | _Best] = field(default_factory=deque)
+    working: bool = False
+    closed: bool = False
+    failed: _Save | None = None
+    """The newest state whose publishing failed, with nothing newer after it."""
+    error: BaseException | None = None
+    """Why it failed, or what ended the thread."""
+    fatal: bool = False
+    saved_iteration: int | None = None
+    cost: SaveCost | None = None
+
+
+class Publisher:
+    """Publishes checkpoints and best models of one attempt in the background.
+
+    Args:
+        manager: does the work, from now on on this object's thread alone.
+        tell: takes a notice for ledger and console; called from the background thread.
+        before_pointer: makes the ledger durable, see `CheckpointManager.save`.
+        on_fenced: called once when another attempt turns out to have taken over.
+    """
+
+    def __init__(
+        self,
+        manager: CheckpointManager,
+        *,
+        tell: Callable[[Notice], None],
+        before_pointer: Callable[[], None],
+        on_fenced: Callable[[], None],
+    ) -> None:
+        self._manager = manager
+        self._tell = tell
+        self._before_pointer = before_pointer
+        self._on_fenced = on_fenced
+        self._shared = _Shared()
+        self._changed = threading.Condition()
+        self._owed: list[_Best] = []
+        self._thread = threading.Thread(target=self._serve, name="publisher", daemon=True)
+        self._thread.start()
+
+    @property
+    def saved_iteration(self) -> int | None:
+        """Iteration of the newest checkpoint this attempt has made durable."""
+        return self._shared.saved_iteration
+
+    @property
+    def cost(self) -> SaveCost | None:
+        """Of the last published state; None before the first."""
+        return self._shared.cost
+
+    def save(self, state: Mapping[str, Any], *, best: BestModel | None, numbered: bool) -> float:
+        """Copy a state and leave the rest to the background; returns the pause in seconds.
+
+        Waits first while an older state is still on its way, so that never more than one copy of
+        the state is held: ask `busy` where a save can as well come later.
+
+        Raises:
+            Fenced: another attempt has taken over.
+        """
+        began_s = time.monotonic()
+        self._wait_until(lambda: not self._has_save_under_way())
+        job = _Save(copy_tensors(state), best, numbered, 0.0)
+        job.pause_s = time.monotonic() - began_s
+        self._put(job)
+        return job.pause_s
+
+    @property
+    def busy(self) -> bool:
+        """Whether a state is still on its way.
+
+        Raises:
+            Fenced: another attempt has taken over.
+        """
+        with self._changed:
+            self._raise_if_dead()
+            return self._has_save_under_way()
+
+    def wait_until_free(self, within_s: float) -> bool:
+        """Wait for the state that is on its way; whether `save` would begin at once.
+
+        Raises:
+            Fenced: another attempt has taken over.
+        """
+        return self._wait_until(lambda: not self._has_save_under_way(), time.monotonic() + within_s)
+
+    def save_best(
+        self, files: Mapping[str, Mapping[str, Any]], *, iteration: int, val_miou: float
+    ) -> BestModel:
+        """Copy the files of a new best model; they are published before any later state.
+
+        Args:
+            files: plain name to content, whose tensors may change afterwards.
+            iteration: of the weights.
+            val_miou: their score, 0..1.
+
+        Raises:
+            Fenced: another attempt has taken over.
+        """
+        self._wait_until(lambda: not any(isinstance(job, _Best) for job in self._shared.queue))
+        best = self._manager.new_best(iteration, val_miou)
+        self._put(_Best(best, copy_tensors(files)))
+        return best
+
+    def finish(self, within_s: float | None = None) -> None:
+        """Wait until everything is durable.
+
+        Args:
+            within_s: give up after so long; None waits as long as the storage makes progress.
+
+        Raises:
+            Fenced: another attempt has taken over.
+            StorageError: it could not be made durable, in several attempts or in time.
+        """
+        deadline_s = None if within_s is None else time.monotonic() + within_s
+        for attempt in range(FINISH_ATTEMPTS):
+            if not self._wait_until(self._is_idle, deadline_s):
+                raise StorageError(f"the state is not durable after {within_s:.0f} s")
+            failed, error = self._shared.failed, self._shared.error
+            if failed is None and not self._owed:
+                return
+            assert isinstance(error, StorageError)
+            if attempt == FINISH_ATTEMPTS - 1:
+                raise error
+            pause_s = RETRY_WAIT_S[attempt]
+            if deadline_s is not None and time.monotonic() + pause_s > deadline_s:
+                raise error
+            time.sleep(pause_s)
+            if failed is not None:
+                self._put(failed)
+            else:
+                with self._changed:
+                    self._shared.queue.append(self._owed.pop(0))
+                    self._changed.notify_all()
+
+    def close(self, within_s: float | None = None) -> None:
+        """End the thread after what it is doing; nothing is waited for that has not begun.
+
+        Args:
+            within_s: leave the thread to the end of the process after so long.
+        """
+        with self._changed:
+            self._shared.closed = True
+            self._shared.queue.clear()
+            self._changed.notify_all()
+        self._thread.join(within_s if within_s is None else max(0.0, within_s))
+
+    def _is_idle(self) -> bool:
+        return not self._shared.queue and not self._shared.working
+
+    def _has_save_under_way(self) -> bool:
+        return self._shared.working or any(isinstance(job, _Save) for job in self._shared.queue)
+
+    def _wait_until(self, true: Callable[[], bool], deadline_s: float | None = None) -> bool:
+        with self._changed:
+            while not true():
+                self._raise_if_dead()
+                left = None if deadline_s is None else deadline_s - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._changed.wait(left)
+            self._raise_if_dead()
+        return True
+
+    def _raise_if_dead(self) -> None:
+        if self._shared.fatal:
+            assert self._shared.error is not None
+            raise self._shared.error
+
+    def _put(self, job: _Save | _Best) -> None:
+        with self._changed:
+            self._raise_if_dead()
+            if isinstance(job, _Save):
+                self._shared.failed = None
+            self._shared.queue.append(job)
+            self._changed.notify_all()
+
+    def _serve(self) -> None:
+        """The thread. What a storage refuses is told and kept; anything else ends it."""
+        while True:
+            with self._changed:
+                while not self._shared.queue:
+                    if self._shared.closed:
+                        return
+                    self._changed.wait()
+                job = self._shared.queue.popleft()
+                self._shared.working = True
+            error: BaseException | None = None
+            try:
+                self._publish(job)
+            except Exception as raised:  # raised again on the training thread
+                error = raised
+            with self._changed:
+                self._shared.working = False
+                self._shared.error = error
+                self._shared.fatal = error is not None and not isinstance(error, StorageError)
+                if error is not None and isinstance(job, _Save):
+                    self._shared.failed = job
+                self._changed.notify_all()
+            if isinstance(error, StorageError):
+                self._tell_failure(job, error)
+            elif error is not None:
+                if isinstance(error, Fenced):
+                    self._on_fenced()
+                return
+
+    def _publish(self, job: _Save | _Best) -> None:
+        if isinstance(job, _Best):
+            self._owed.append(job)
+        while self._owed:  # a state must not refer to a best model that is not there
+            self._manager.save_best(self._owed[0].best, self._owed[0].files)
+            self._owed.pop(0)
+        if isinstance(job, _Best):
+            return
+        cost = self._manager.save(
+            job.state, best=job.best, numbered=job.numbered, before_pointer=self._before_pointer
+        )
+        self._shared.cost = cost
+        self._shared.saved_iteration = job.iteration
+        self._tell(
+            Notice(
+                "checkpoint",
+                "",
+                {
+                    "saved_at": job.iteration,
+                    "bytes": cost.size,
+                    "pause_s": round(job.pause_s, 4),
+                    "serialise_s": round(cost.serialise_s, 4),
+                    "publish_s": round(cost.publish_s, 4),
+                },
+            )
+        )
+
+    def _tell_failure(self, job: _Save | _Best, error: StorageError) -> None:
+        what = f"iteration {job.iteration}" if isinstance(job, _Save) else "the best model"
+        self._tell(
+            Notice(
+                "save_failed",
+                f"warning: {what} could not be saved and will be tried again: {error}",
+                {"reason": error.message},
+            )
+        )
+
+
+def copy_tensors(value: Any) -> Any:
+    """A deep copy of nested dictionaries and lists whose tensors are on the CPU.
+
+    Copies from a GPU go to pinned memory, all at once, and are waited for together.
+    """
+    copied = _copy(value)
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return copied
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        source = value.detach()
+        if source.device.type != "cuda":
+            return source.clone()
+        target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        return target.copy_(source, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy(item) for item in value)
+    return value

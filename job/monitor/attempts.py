@@ -1,0 +1,109 @@
+"""What the ledger says of a run's attempts: how often interrupted, and whether it is stuck."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from job.checkpoint.interval import InterruptionHistory
+from job.errors import ExitCode, reason
+
+MAX_ALIKE = 3
+"""Attempts that may fail alike without a new checkpoint. Source: NVIDIA Resiliency Extension's
+`max_no_progress_cycles`."""
+_INTERRUPTED = (None, ExitCode.PREEMPTED, ExitCode.FENCED, ExitCode.KILLED_BY_USER)
+_MAY_PASS = (ExitCode.SOFTWARE, ExitCode.IO_ERROR)
+"""Failures that somebody may hope to be over at the next attempt."""
+
+
+@dataclass
+class Attempt:
+    """One attempt, as far as the ledger knows it."""
+
+    number: int
+    started: float
+    """Seconds since 1970."""
+    last_seen: float
+    exit_code: int | None = None
+    """None: it was killed."""
+    reason: str = ""
+    fingerprint: str = ""
+    """Equal for two failures that are the same but for numbers."""
+    saved_at: int | None = None
+    """Iteration of its newest checkpoint."""
+
+    @property
+    def was_interrupted(self) -> bool:
+        """By the machine or the user, not by a fault."""
+        return self.exit_code in _INTERRUPTED
+
+
+def attempts_of(events: Iterable[Mapping[str, Any]]) -> list[Attempt]:
+    """The attempts of a run, in order.
+
+    Args:
+        events: its ledger.
+    """
+    found: dict[int, Attempt] = {}
+    for event in events:
+        number = event.get("attempt")
+        if number is None:
+            continue
+        if event["event"] == "attempt_started":
+            found[number] = Attempt(number, started=event["time"], last_seen=event["time"])
+            before = found.get(event.get("predecessor", 0))
+            if before is not None and event.get("predecessor_last_seen"):
+                # Its lease was renewed longer than its ledger was published.
+                before.last_seen = max(before.last_seen, event["predecessor_last_seen"])
+        attempt = found.get(number)
+        if attempt is None:
+            continue
+        attempt.last_seen = max(attempt.last_seen, event["time"])
+        if event["event"] == "checkpoint":
+            attempt.saved_at = event["saved_at"]
+        elif event["event"] == "attempt_ended":
+            attempt.exit_code = event["exit_code"]
+            attempt.reason = event["reason"]
+            attempt.fingerprint = event.get("fingerprint", "")
+    return [found[number] for number in sorted(found)]
+
+
+def interruption_history(events: Iterable[Mapping[str, Any]], current: int) -> InterruptionHistory:
+    """How long the attempts before the current one lasted, and how many were interrupted."""
+    before = [attempt for attempt in attempts_of(events) if attempt.number < current]
+    return InterruptionHistory(
+        trained_s=sum(attempt.last_seen - attempt.started for attempt in before),
+        interruptions=sum(attempt.was_interrupted for attempt in before),
+    )
+
+
+def fingerprint(error: BaseException) -> str:
+    """What stays the same when the same fault comes again: type and first line, without numbers."""
+    text = re.sub(r"0x[0-9a-fA-F]+|\d+", "#", reason(error))
+    return f"{type(error).__qualname__}: {text}"
+
+
+def crash_loop(events: Iterable[Mapping[str, Any]]) -> str | None:
+    """The story of attempts that fail alike, if the last MAX_ALIKE did and saved nothing.
+
+    Interrupted attempts neither count nor break the row.
+    """
+    failed = [attempt for attempt in attempts_of(events) if not attempt.was_interrupted]
+    last = failed[-MAX_ALIKE:]
+    alike = len(last) == MAX_ALIKE and all(
+        attempt.exit_code in _MAY_PASS
+        and attempt.saved_at is None
+        and attempt.fingerprint
+        and attempt.fingerprint == last[-1].fingerprint
+        for attempt in last
+    )
+    if not alike:
+        return None
+    lines = [
+        f"attempt {attempt.number}: after {attempt.last_seen - attempt.started:.0f} s, "
+        f"exit code {attempt.exit_code}: {attempt.reason}"
+        for attempt in last
+    ]
+    return "\n  ".join(lines)

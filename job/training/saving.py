@@ -1,0 +1,149 @@
+"""When the loop saves, and how it leaves: within the time that is left, and saying what it did."""
+
+from __future__ import annotations
+
+from job.checkpoint.interval import SaveSchedule
+from job.checkpoint.publisher import Publisher
+from job.config import Config
+from job.errors import StorageError
+from job.events import Notice, Tracker
+from job.preemption import StopRequest
+from job.training.state import TrainState
+
+RESERVE_S = 5.0
+"""Of the time a spot notice leaves: for the last ledger line and W&B's."""
+
+
+class Saving:
+    """The loop's side of the publisher.
+
+    Args:
+        config: of the run.
+        publisher: of this attempt.
+        schedule: of recovery checkpoints.
+        stop: tells how much time is left.
+        tracker: is told of what a user should know.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        publisher: Publisher,
+        schedule: SaveSchedule,
+        stop: StopRequest,
+        tracker: Tracker,
+    ) -> None:
+        self._config = config
+        self._publisher = publisher
+        self._schedule = schedule
+        self._stop = stop
+        self._tracker = tracker
+        self._handed_over: int | None = None
+        self._pause_s = 0.0
+        self._cost = publisher.cost
+
+    def due(self, iteration: int) -> bool:
+        """Whether to save after this iteration.
+
+        A recovery checkpoint that falls due while the last one is still on its way comes with the
+        first iteration after that; a numbered one belongs to its iteration and waits.
+
+        Raises:
+            Fenced: another attempt has taken over.
+        """
+        self._learn_cost()
+        if self._stop.take_save_request():
+            self._schedule.ask()
+        # Asked at every iteration, so that a due save is not forgotten while it has to wait.
+        due = self._schedule.due(iteration)
+        return self._is_numbered(iteration) or (due and not self._publisher.busy)
+
+    def save(self, state: TrainState) -> None:
+        """Hand the state over; the training goes on as soon as it is copied."""
+        self._pause_s = self._publisher.save(
+            state.state_dict(), best=state.best, numbered=self._is_numbered(state.iteration)
+        )
+        self._handed_over = state.iteration
+        self._schedule.saved()
+
+    def before_leaving(self, state: TrainState) -> None:
+        """Make the state durable, if the time allows; say so if it does not.
+
+        Without a known end of the machine this takes as long as it takes.
+
+        Raises:
+            Fenced: another attempt has taken over.
+            StorageError: the storage refuses, and there was time to try.
+        """
+        left_s = self._stop.seconds_left
+        if left_s is None:
+            self._save_unless_handed_over(state)
+            self._publisher.finish()
+            return
+        needed_s = self._publisher.cost.seconds if self._publisher.cost else 0.0
+        spare_s = left_s - RESERVE_S - needed_s
+        if self._handed_over != state.iteration and not (
+            spare_s > 0 and self._publisher.wait_until_free(spare_s)
+        ):
+            self._tell_skipped(state, f"a save takes {needed_s:.0f} s, {left_s:.0f} s are left")
+            return
+        self._save_unless_handed_over(state)
+        try:
+            self._publisher.finish(within_s=max(0.0, (self._stop.seconds_left or 0.0) - RESERVE_S))
+        except StorageError as error:
+            self._tell_skipped(state, error.message)
+            return
+        left_s = self._stop.seconds_left or 0.0
+        self._tracker.notice(
+            Notice(
+                "saved_in_time",
+                f"Saved after iteration {state.iteration}, {left_s:.0f} s before the machine goes",
+                {"saved_at": state.iteration, "seconds_left": round(left_s, 1)},
+            )
+        )
+
+    def finish(self) -> None:
+        """Wait until all is durable.
+
+        Raises:
+            Fenced: another attempt has taken over.
+            StorageError: it could not be made durable.
+        """
+        self._publisher.finish()
+
+    def _save_unless_handed_over(self, state: TrainState) -> None:
+        if self._handed_over != state.iteration:
+            self.save(state)
+
+    def _is_numbered(self, iteration: int) -> bool:
+        """Whether the checkpoint of an iteration is kept for good."""
+        config = self._config
+        return iteration % config.checkpoint.keep_every == 0 or iteration == config.train.iterations
+
+    def _learn_cost(self) -> None:
+        cost = self._publisher.cost
+        if cost is None or cost is self._cost:
+            return
+        self._cost = cost
+        sentence = self._schedule.measured(self._pause_s, cost.seconds)
+        if sentence:
+            self._tracker.notice(
+                Notice("save_interval", sentence, {"seconds": round(self._schedule.interval_s, 1)})
+            )
+
+    def _tell_skipped(self, state: TrainState, why: str) -> None:
+        saved = self._publisher.saved_iteration
+        since = f"since iteration {saved}" if saved is not None else "of this attempt"
+        self._tracker.notice(
+            Notice(
+                "save_skipped",
+                f"warning: no time to save iteration {state.iteration} ({why}); the iterations "
+                f"{since} will be trained again",
+                {
+                    "reached": state.iteration,
+                    "saved_at": saved,
+                    "seconds_left": round(self._stop.seconds_left or 0.0, 1),
+                    "reason": why,
+                },
+            )
+        )
