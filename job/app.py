@@ -53,7 +53,8 @@ from job.monitor.wandb_tracker import WandbTracker
 from job.preemption import StopRequest, watch_spot
 from job.run import RunIdentity
 from job.storage import LocalStore, ObjectStore, open_store
-from job.storage.sync import bring_data
+from job.storage.progress import ConsoleProgress
+from job.storage.sync import data_folder
 from job.training.loop import BestModelWriter, Surroundings
 from job.training.loop import train as run_loop
 from job.training.state import TrainState, new_train_state
@@ -100,9 +101,12 @@ def train(
         _scratch(store) as scratch,
         _recorded(store, lease, scratch, console, config) as record,
         watch_spot(stop, record.tell),
-    ):
         # 3. Bring the data, look at it, split it as the run began.
-        data = _prepare_data(store, config, data_uri, stop, console, resume_anyway)
+        data_folder(
+            data_uri, progress=ConsoleProgress(console), stopped=lambda: stop.requested
+        ) as folder,
+    ):
+        data = _prepare_data(store, config, data_uri, folder, stop, console, resume_anyway)
         identity = _open_run(store, config, data)
         # 4. Restore the newest checkpoint that verifies, or begin.
         manager = CheckpointManager(store, lease, scratch)
@@ -353,11 +357,12 @@ def _prepare_data(
     store: ObjectStore,
     config: Config,
     data_uri: str,
+    folder: Path,
     stop: StopRequest,
     console: Console,
     resume_anyway: bool,
 ) -> _Data:
-    dataset = scan_dataset(bring_data(data_uri))
+    dataset = scan_dataset(folder)
     splits = make_splits(dataset, config)
     if store.stat(run.LATEST_POINTER) is not None and not resume_anyway:
         check_same(Splits.from_json(store.read(run.SPLITS)), splits)

@@ -1,4 +1,4 @@
-"""The `s4gan` command: parses, calls `app` or `inference`, prints, exits. No logic of its own.
+"""The `s4gan` command: parses, calls what does the work, prints, exits. No logic of its own.
 
 Nothing here imports torch before a verb needs it, so that `--help` and errors come at once.
 """
@@ -10,22 +10,28 @@ import logging
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import job
-from job.config import load_config, parse_assignment, preset_names
+from job.config import Config, config_from_yaml, load_config, parse_assignment, preset_names
 from job.errors import ConfigError, ExitCode, JobError
 
+if TYPE_CHECKING:
+    from job.storage.progress import ConsoleProgress
+
+_TYPER_STYLE: dict[str, Any] = {
+    "no_args_is_help": True,
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,  # rich would cut the names of options on a narrow terminal
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
 app = typer.Typer(
     name="s4gan",
     help="Semi-supervised segmentation (S4GAN) as a job that survives being killed.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich would cut the names of options on a narrow terminal
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **_TYPER_STYLE,
 )
 
 
@@ -50,6 +56,26 @@ def main() -> None:
         sys.exit(ExitCode.KILLED_BY_USER)
 
 
+def _load_config(name_or_uri: str, overrides: dict[str, Any]) -> Config:
+    """As `load_config`, and from s3:// too."""
+    if "://" not in name_or_uri:
+        return load_config(name_or_uri, overrides)
+    from job.storage.files import local_copy
+
+    with local_copy(name_or_uri, name="--config", mend="give a preset or a YAML file") as path:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    return config_from_yaml(text, source=name_or_uri, overrides=overrides)
+
+
+def _transfer_progress() -> ConsoleProgress:
+    """On stderr: stdout is for results."""
+    from rich.console import Console
+
+    from job.storage.progress import ConsoleProgress
+
+    return ConsoleProgress(Console(stderr=True))
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"s4gan {job.__version__}")
@@ -67,8 +93,8 @@ def _options(
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Option(help="Data folder (dataset.yaml, train/, val/).")],
-    run: Annotated[str, typer.Option(help="Run folder; the same one again resumes.")],
+    data: Annotated[str, typer.Option(help="Folder or s3:// prefix (dataset.yaml, train/, val/).")],
+    run: Annotated[str, typer.Option(help="Folder or s3:// prefix; the same one again resumes.")],
     config: Annotated[
         str, typer.Option(help=f"Preset ({', '.join(preset_names())}) or YAML file.")
     ] = "guide",
@@ -117,7 +143,7 @@ def train(
     }
     overrides = dict(parse_assignment(text) for text in assignments or [])
     overrides |= {key: value for key, value in flags.items() if value is not None}
-    resolved = load_config(config, overrides)
+    resolved = _load_config(config, overrides)
 
     from job.app import train as run_attempt
     from job.monitor.console import make_console
@@ -134,8 +160,10 @@ def train(
 
 @app.command()
 def evaluate(
-    weights: Annotated[Path, typer.Option(help="best_model.pth or final_model.pth of a run.")],
-    data: Annotated[str, typer.Option(help="Data folder.")],
+    weights: Annotated[
+        str, typer.Option(help="best_model.pth or final_model.pth of a run; a path or s3://.")
+    ],
+    data: Annotated[str, typer.Option(help="Data folder or s3:// prefix.")],
     split: Annotated[str, typer.Option(help="val or train: all labeled images of it.")] = "val",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -144,7 +172,7 @@ def evaluate(
         raise ConfigError(f"--split {split}: must be val or train")
     from job.inference import choose_device, evaluate_weights
 
-    scores = evaluate_weights(weights, data, split, choose_device())
+    scores = evaluate_weights(weights, data, split, choose_device(), _transfer_progress())
     if as_json:
         print(json.dumps(vars(scores), indent=1))
         return
@@ -158,12 +186,86 @@ def evaluate(
 
 @app.command()
 def predict(
-    weights: Annotated[Path, typer.Option(help="best_model.pth or final_model.pth of a run.")],
-    images: Annotated[Path, typer.Option(help="Folder of images.")],
+    weights: Annotated[
+        str, typer.Option(help="best_model.pth or final_model.pth of a run; a path or s3://.")
+    ],
+    images: Annotated[str, typer.Option(help="Folder or s3:// prefix of images.")],
     out: Annotated[Path, typer.Option(help="Folder for NAME.png and NAME_overlay.png.")],
 ) -> None:
     """Segment a folder of images: class numbers as PNG, and a colour overlay to look at."""
     from job.inference import choose_device, predict_folder
 
-    count = sum(1 for _ in predict_folder(weights, images, out, choose_device()))
-    print(f"{count} images predicted into {out}")
+    predicted = predict_folder(weights, images, out, choose_device(), _transfer_progress())
+    print(f"{sum(1 for _ in predicted)} images predicted into {out}")
+
+
+@app.command()
+def pull(
+    run: Annotated[str, typer.Argument(help="Run folder or s3:// prefix.")],
+    folder: Annotated[Path, typer.Argument(help="Local folder.")],
+    everything: Annotated[
+        bool, typer.Option("--all", help="All files, checkpoints for resuming included.")
+    ] = False,
+) -> None:
+    """Bring a run's files here, verified; again after an interruption fetches only the rest."""
+    from job.storage.pull import pull as pull_run
+    from job.storage.pull import table
+
+    result = pull_run(run, folder, everything=everything, progress=_transfer_progress())
+    print(table(result))
+
+
+data_app = typer.Typer(help="Look at a data set, or pack it for quick transfer.", **_TYPER_STYLE)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("check")
+def data_check(
+    uri: Annotated[str, typer.Argument(help="Data folder or s3:// prefix.")],
+) -> None:
+    """Look at every file, as training does before it begins; names what is wrong, exit code 78."""
+    from job.data.checks import check_everything
+    from job.data.dataset import scan_dataset
+    from job.storage.sync import data_folder
+
+    with data_folder(uri, progress=_transfer_progress()) as folder:
+        dataset = scan_dataset(folder)
+        warnings = check_everything(dataset)
+    labeled = sum(item.mask is not None for item in dataset.train)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print(
+        f"{uri}: good; {labeled} labeled, {len(dataset.train) - labeled} unlabeled, "
+        f"{len(dataset.val)} validation images, classes {', '.join(dataset.info.classes)}"
+    )
+
+
+@data_app.command("pack")
+def data_pack(
+    source: Annotated[str, typer.Argument(help="Data folder or s3:// prefix.")],
+    target: Annotated[str, typer.Argument(help="Empty folder or prefix, or an earlier pack.")],
+) -> None:
+    """Pack a data set of many small files into a few tar files, which arrive several times faster.
+
+    --data takes the packed one as it takes the loose one.
+    """
+    from job.storage.pack import describe
+    from job.storage.pack import pack as pack_data
+
+    print(describe(pack_data(source, target, progress=_transfer_progress())))
+
+
+@app.command()
+def drill(
+    data: Annotated[str, typer.Option(help="Data folder to train on.")],
+    folder: Annotated[Path, typer.Option(help="For the server, the runs and the logs; emptied.")],
+    config: Annotated[str, typer.Option(help="Preset or YAML file.")] = "demo",
+    iterations: Annotated[int, typer.Option(min=60, help="Of each run.")] = 240,
+) -> None:
+    """Prove on this machine that a run survives: a local S3 server, a schedule of interruptions.
+
+    Ends with a table, and exit code 1 if the interrupted run differs from one never stopped.
+    """
+    from job.drill.drill import run_drill
+
+    raise typer.Exit(0 if run_drill(data, folder, config=config, iterations=iterations) else 1)

@@ -171,7 +171,7 @@ def load_config(name_or_file: str, overrides: Mapping[str, Any] | None = None) -
             value out of range.
     """
     source, text = _read_source(name_or_file)
-    return config_from_dict(_apply_overrides(_parse(text, source), overrides or {}), source=source)
+    return config_from_yaml(text, source=source, overrides=overrides)
 
 
 def config_from_dict(raw: Mapping[str, Any], *, source: str) -> Config:
@@ -187,13 +187,15 @@ def config_from_dict(raw: Mapping[str, Any], *, source: str) -> Config:
         raise ConfigError(f"{source}: " + "\n  ".join(problems)) from None
 
 
-def config_from_yaml(text: str, *, source: str) -> Config:
-    """Inverse of `Config.to_yaml`.
+def config_from_yaml(
+    text: str, *, source: str, overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """Inverse of `Config.to_yaml`, with overrides as in `load_config`.
 
     Raises:
         ConfigError: not YAML, or not a configuration of this version.
     """
-    return config_from_dict(_parse(text, source), source=source)
+    return config_from_dict(_apply_overrides(_parse(text, source), overrides or {}), source=source)
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

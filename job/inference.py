@@ -23,7 +23,8 @@ from job.errors import ConfigError, DataError
 from job.models.files import load_generator
 from job.models.generator import Generator
 from job.monitor.pictures import Example, index_png, overlay
-from job.storage.sync import bring_data
+from job.storage.progress import TransferProgress
+from job.storage.sync import data_folder
 from job.training.confusion import ConfusionMatrix
 from job.training.evaluation import evaluate, load_ahead, predict
 
@@ -44,28 +45,46 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def evaluate_weights(weights: Path, data_uri: str, split: str, device: torch.device) -> Scores:
+def evaluate_weights(
+    weights: str,
+    data_uri: str,
+    split: str,
+    device: torch.device,
+    progress: TransferProgress | None = None,
+) -> Scores:
     """Score a model on all labeled images of a split, at the full resolution of their masks.
+
+    Args:
+        weights: path or URI of a model file.
+        data_uri: folder or s3:// prefix.
+        split: "val" or "train".
+        device: where to compute.
+        progress: told how far the data are on their way here.
 
     Raises:
         ConfigError: the weights cannot be used, or do not fit the classes.
         DataError: the data cannot be used, or the split has no labeled image.
     """
     generator, card, _ = load_generator(weights, device)
-    dataset = scan_dataset(bring_data(data_uri))
-    if dataset.info.classes != card.classes:
-        raise ConfigError(
-            f"{dataset.root / 'dataset.yaml'}: its classes ({', '.join(dataset.info.classes)}) are "
-            f"not the model's ({', '.join(card.classes)})",
-            mend="use the data set the model was trained for",
+    with data_folder(data_uri, progress=progress) as folder:
+        dataset = scan_dataset(folder)
+        if dataset.info.classes != card.classes:
+            raise ConfigError(
+                f"{dataset.root / 'dataset.yaml'}: its classes "
+                f"({', '.join(dataset.info.classes)}) are not the model's "
+                f"({', '.join(card.classes)})",
+                mend="use the data set the model was trained for",
+            )
+        items = tuple(i for i in (dataset.val if split == "val" else dataset.train) if i.mask)
+        if not items:
+            raise DataError(
+                f"{dataset.root / split}: holds no image with a mask",
+                mend="check --data and --split",
+            )
+        check_data(SplitItems(labeled=(), unlabeled=(), val=items, train_sample=()), dataset.info)
+        matrix = evaluate(
+            generator, items, dataset.info, image_scale=card.image_scale, device=device
         )
-    items = tuple(i for i in (dataset.val if split == "val" else dataset.train) if i.mask)
-    if not items:
-        raise DataError(
-            f"{dataset.root / split}: holds no image with a mask", mend="check --data and --split"
-        )
-    check_data(SplitItems(labeled=(), unlabeled=(), val=items, train_sample=()), dataset.info)
-    matrix = evaluate(generator, items, dataset.info, image_scale=card.image_scale, device=device)
     assert isinstance(matrix, ConfusionMatrix)
     return Scores(
         split=split,
@@ -76,8 +95,21 @@ def evaluate_weights(weights: Path, data_uri: str, split: str, device: torch.dev
     )
 
 
-def predict_folder(weights: Path, images: Path, out: Path, device: torch.device) -> Iterator[Path]:
+def predict_folder(
+    weights: str,
+    images_uri: str,
+    out: Path,
+    device: torch.device,
+    progress: TransferProgress | None = None,
+) -> Iterator[Path]:
     """Write NAME.png (class numbers, with palette) and NAME_overlay.png for each image.
+
+    Args:
+        weights: path or URI of a model file.
+        images_uri: folder or s3:// prefix.
+        out: local folder.
+        device: where to compute.
+        progress: told how far the images are on their way here.
 
     Yields:
         The index PNG of each image once it is written.
@@ -86,31 +118,32 @@ def predict_folder(weights: Path, images: Path, out: Path, device: torch.device)
         ConfigError: the weights cannot be used, or the output folder is the input folder.
         DataError: no image, two of one name, or one that cannot be read.
     """
-    if not images.is_dir():
-        raise DataError(f"--images {images}: no such folder")
-    if images.resolve() == out.resolve():
-        raise ConfigError(f"--out {out}: is the folder of the images", mend="choose another")
-    paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
-    if not paths:
-        raise DataError(
-            f"--images {images}: holds no image",
-            mend=f"images end in {', '.join(sorted(IMAGE_ENDINGS))}",
-        )
-    targets = [out / path.relative_to(images).with_suffix(".png") for path in paths]
-    for path, target in zip(paths, targets, strict=True):
-        if targets.count(target) > 1:
-            raise DataError(f"{path}: another image has the same name but for its ending")
-    generator, card, _ = load_generator(weights, device)
+    with data_folder(images_uri, progress=progress) as images:
+        if not images.is_dir():
+            raise DataError(f"--images {images}: no such folder")
+        if images.resolve() == out.resolve():
+            raise ConfigError(f"--out {out}: is the folder of the images", mend="choose another")
+        paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
+        if not paths:
+            raise DataError(
+                f"--images {images_uri}: holds no image",
+                mend=f"images end in {', '.join(sorted(IMAGE_ENDINGS))}",
+            )
+        targets = [out / path.relative_to(images).with_suffix(".png") for path in paths]
+        for path, target in zip(paths, targets, strict=True):
+            if targets.count(target) > 1:
+                raise DataError(f"{path}: another image has the same name but for its ending")
+        generator, card, _ = load_generator(weights, device)
 
-    for image, target in zip(load_ahead(read_rgb, paths), targets, strict=True):
-        scaled = scaled_image(image, card.image_scale)
-        classes = predict(generator, scaled, (image.height, image.width), device)
-        prediction = classes.to(torch.uint8).cpu().numpy()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        index_png(prediction, card.palette).save(target)
-        picture = overlay(np.asarray(image), prediction, card.palette)
-        picture.save(target.with_name(f"{target.stem}_overlay.png"))
-        yield target
+        for image, target in zip(load_ahead(read_rgb, paths), targets, strict=True):
+            scaled = scaled_image(image, card.image_scale)
+            classes = predict(generator, scaled, (image.height, image.width), device)
+            prediction = classes.to(torch.uint8).cpu().numpy()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            index_png(prediction, card.palette).save(target)
+            picture = overlay(np.asarray(image), prediction, card.palette)
+            picture.save(target.with_name(f"{target.stem}_overlay.png"))
+            yield target
 
 
 def examples(

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from job.data.dataset import DatasetInfo, Item
+from job.data.dataset import Dataset, DatasetInfo, Item
 from job.data.images import UNREADABLE, read_index_mask, read_rgb
 from job.data.splits import SplitItems
 from job.errors import DataError, Preempted
@@ -57,6 +57,23 @@ def check_data(
         more = len(problems) - MAX_SHOWN
         raise DataError(shown + (f"\n... and {more} more files" if more > 0 else ""))
     return _empty_mask_warnings(items, empty_masks)
+
+
+def check_everything(dataset: Dataset, *, stopped: Callable[[], bool] = lambda: False) -> list[str]:
+    """`check_data` for all images of a data set, before anything is split.
+
+    Raises:
+        DataError: as `check_data`, or there is no labeled image.
+    """
+    labeled = tuple(item for item in dataset.train if item.mask is not None)
+    if not labeled:
+        raise DataError(
+            f"{dataset.root / 'train' / 'masks'}: no image has a mask",
+            mend="label some images: train/masks/NAME.png for train/images/NAME.jpg",
+        )
+    unlabeled = tuple(item for item in dataset.train if item.mask is None)
+    everything = SplitItems(labeled, unlabeled, dataset.val, train_sample=())
+    return [*dataset.warnings, *check_data(everything, dataset.info, stopped=stopped)]
 
 
 def _each(

@@ -11,6 +11,7 @@ from torch import nn
 
 from job.errors import ConfigError, reason
 from job.models.generator import Generator
+from job.storage.files import local_copy
 
 FORMAT = 1
 
@@ -57,8 +58,14 @@ def model_file(
     }
 
 
-def load_generator(path: Path, device: torch.device) -> tuple[Generator, ModelCard, dict[str, Any]]:
+def load_generator(
+    weights: str | Path, device: torch.device
+) -> tuple[Generator, ModelCard, dict[str, Any]]:
     """Read a generator from a model file, ready to predict (evaluation mode).
+
+    Args:
+        weights: path or URI of the file.
+        device: where the network goes.
 
     Returns:
         The network, its card, and the file's other facts.
@@ -67,12 +74,12 @@ def load_generator(path: Path, device: torch.device) -> tuple[Generator, ModelCa
         ConfigError: not there, damaged, or not a generator's model file.
     """
     mend = "give best_model.pth or final_model.pth of a run"
-    if not path.is_file():
-        raise ConfigError(f"--weights {path}: no such file", mend=mend)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler stumbles over
-        raise ConfigError(f"--weights {path}: damaged ({reason(error)})", mend=mend) from None
+    path = f"{weights}"
+    with local_copy(path, name="--weights", mend=mend) as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises whatever its unpickler stumbles over
+            raise ConfigError(f"--weights {path}: damaged ({reason(error)})", mend=mend) from None
     if not isinstance(content, dict) or content.get("kind") != "generator":
         raise ConfigError(f"--weights {path}: not a generator of this program", mend=mend)
     if content.get("format") != FORMAT:

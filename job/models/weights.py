@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
 import torch
 import torchvision
@@ -12,6 +11,7 @@ from torch import Tensor
 from job.errors import ConfigError, reason
 from job.models.backbones import RESNETS
 from job.models.generator import Generator
+from job.storage.files import local_copy
 
 
 def load_backbone_weights(generator: Generator, backbone: str, source: str) -> str:
@@ -25,7 +25,7 @@ def load_backbone_weights(generator: Generator, backbone: str, source: str) -> s
     """
     if source == "none":
         return f"{backbone}: random weights"
-    state = _imagenet(backbone) if source == "imagenet" else _from_file(Path(source))
+    state = _imagenet(backbone) if source == "imagenet" else _from_file(source)
     own = generator.backbone.state_dict()
     given = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
     wrong = [
@@ -64,13 +64,13 @@ def _imagenet(backbone: str) -> dict[str, Tensor]:
     return state
 
 
-def _from_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ConfigError(
-            f"model.weights {path}: no such file", mend="give a file, 'imagenet' or 'none'"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: value.float() for name, value in state.items()}
-    except Exception as error:  # torch raises whatever its unpickler stumbles over
-        raise ConfigError(f"model.weights {path}: not a state dict ({reason(error)})") from None
+def _from_file(source: str) -> dict[str, Tensor]:
+    mend = "give a file, 'imagenet' or 'none'"
+    with local_copy(source, name="model.weights", mend=mend) as path:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return {name: value.float() for name, value in state.items()}
+        except Exception as error:  # torch raises whatever its unpickler stumbles over
+            raise ConfigError(
+                f"model.weights {source}: not a state dict ({reason(error)})"
+            ) from None

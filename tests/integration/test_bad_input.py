@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from job import cli
+from job.drill.proof import training_lines
 from tests.conftest import IGNORE_INDEX
-from tests.integration.conftest import command, training_lines
+from tests.integration.conftest import command
 
 
 @pytest.fixture
@@ -35,8 +36,7 @@ def train(s4gan, tmp_path):
     """Run a small training in this process."""
 
     def run(data: Path, *, folder: str = "run", **changes: object) -> tuple[int, str, str]:
-        argv = command(data, tmp_path / folder, **changes)
-        return s4gan(argv[argv.index("train") :])
+        return s4gan(command(data, tmp_path / folder, **changes))
 
     return run
 

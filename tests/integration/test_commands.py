@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from job.drill.attempt import AttemptProcess
 from tests.conftest import CLASSES, PALETTE, write_data
-from tests.integration.conftest import Training, command
+from tests.integration.conftest import command
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def finished(tmp_path_factory):
     """Data, a finished run, and its console output."""
     folder = tmp_path_factory.mktemp("finished")
     data = write_data(folder / "data")
-    training = Training(command(data, folder / "run", train__iterations=30))
+    training = AttemptProcess(command(data, folder / "run", train__iterations=30))
     assert training.finish() == 0, training.output
     return data, folder / "run", training.output
 
@@ -188,7 +189,7 @@ def test_the_end_says_what_came_out_and_how_to_go_on(finished):
 
 def test_the_guides_flags_reach_the_configuration(finished, tmp_path):
     data, _, _ = finished
-    training = Training(
+    training = AttemptProcess(
         [
             *command(data, tmp_path / "run", train__iterations=1),
             "--learning-rate=0.003",

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from job.drill.attempt import AttemptProcess
+from job.drill.proof import training_lines
 from tests.conftest import write_data
-from tests.integration.conftest import Training, assert_same_result, command, training_lines
+from tests.integration.conftest import assert_same_result, command
 
 ITERATIONS = 40
 
@@ -22,7 +24,7 @@ def twin(tmp_path_factory):
     """Data, and the run that was never stopped."""
     folder = tmp_path_factory.mktemp("twin")
     data = write_data(folder / "data")
-    training = Training(command(data, folder / "run"))
+    training = AttemptProcess(command(data, folder / "run"))
     assert training.finish() == 0, training.output
     return data, folder / "run"
 

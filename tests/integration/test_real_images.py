@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.integration.conftest import Training
+from job.drill.attempt import AttemptProcess
 
 EVERY = 10
 """One image in ten of CamVid is enough to see the mechanics work."""
@@ -43,11 +43,8 @@ def test_camvid_trains_evaluates_and_predicts(camvid, tmp_path):
         "train.eval_every": 12,
         "loss.st_start": 4,
     }
-    training = Training(
+    training = AttemptProcess(
         [
-            sys.executable,
-            "-m",
-            "job",
             "train",
             "--config=camvid",
             f"--data={camvid}",

@@ -38,7 +38,7 @@ def test_defaults_are_the_guides():
     assert config.loss.lambda_st == 1.0
     assert config.loss.threshold_st == 0.2
     assert config.loss.st_start == 1000
-    assert (config.checkpoint.every, config.checkpoint.keep_every) == (500, 5000)
+    assert (config.checkpoint.every, config.checkpoint.keep_every) == ("auto", 5000)
     assert config.data.val_split == 0.2
 
 

@@ -1,0 +1,36 @@
+"""Single files named by a path or a URI."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from job.errors import ConfigError, ObjectNotFound
+from job.storage import open_store
+
+
+@contextlib.contextmanager
+def local_copy(uri: str, *, name: str, mend: str) -> Iterator[Path]:
+    """A local file with what a path or URI names; a copy lasts as long as the block.
+
+    Args:
+        uri: a path, file:// or s3://BUCKET/KEY.
+        name: of the flag or key that holds it, for the error.
+        mend: likewise, what to give instead.
+
+    Raises:
+        ConfigError: there is no such file.
+        StorageError: the storage failed.
+    """
+    folder, _, key = uri.rpartition("/")
+    if not key:
+        raise ConfigError(f"{name} {uri}: names no file", mend=mend)
+    store = open_store(folder or ("/" if uri.startswith("/") else "."))
+    with tempfile.TemporaryDirectory(prefix="s4gan-") as scratch:
+        try:
+            path = store.fetch(key, Path(scratch))
+        except ObjectNotFound:
+            raise ConfigError(f"{name} {uri}: no such file", mend=mend) from None
+        yield path
