@@ -69,11 +69,12 @@ def train(state: TrainState, around: Surroundings) -> bool:
     finite = torch.ones((), dtype=torch.bool, device=around.device)
     speed = _Speed(config, state.iteration)
     saving = Saving(config, around.checkpoints, around.schedule, stop, tracker)
-    if state.iteration > 0 and _evaluate_if_due(state, around):
+    evaluated = state.iteration > 0 and _evaluate_if_due(state, around)
+    if evaluated:
         saving.save(state)  # the last attempt was stopped before it could evaluate
     if stop.requested:
-        saving.finish()
-        return _is_complete(state, config)
+        durable = not evaluated or saving.before_leaving(state)
+        return durable and _is_complete(state, config)
 
     loader = iteration_loader(
         around.items, around.info, config, first=state.iteration + 1, device=around.device
@@ -96,8 +97,8 @@ def train(state: TrainState, around: Surroundings) -> bool:
                 _evaluate_if_due(state, around)
             if stop.requested:
                 _raise_if_diverged(finite, state, config)
-                saving.before_leaving(state)
-                return _is_complete(state, config)
+                durable = saving.before_leaving(state)
+                return durable and _is_complete(state, config)
             if saving.due(iteration):
                 _raise_if_diverged(finite, state, config)
                 saving.save(state)

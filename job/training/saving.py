@@ -5,7 +5,7 @@ from __future__ import annotations
 from job.checkpoint.interval import SaveSchedule
 from job.checkpoint.publisher import Publisher
 from job.config import Config
-from job.errors import StorageError
+from job.errors import STORAGE_FAILURES
 from job.events import Notice, Tracker
 from job.preemption import StopRequest
 from job.training.state import TrainState
@@ -66,8 +66,8 @@ class Saving:
         self._handed_over = state.iteration
         self._schedule.saved()
 
-    def before_leaving(self, state: TrainState) -> None:
-        """Make the state durable, if the time allows; say so if it does not.
+    def before_leaving(self, state: TrainState) -> bool:
+        """Make the state durable, if the time allows; say so if it does not. Whether it is durable.
 
         Without a known end of the machine this takes as long as it takes.
 
@@ -79,20 +79,20 @@ class Saving:
         if left_s is None:
             self._save_unless_handed_over(state)
             self._publisher.finish()
-            return
+            return True
         needed_s = self._publisher.cost.seconds if self._publisher.cost else 0.0
         spare_s = left_s - RESERVE_S - needed_s
         if self._handed_over != state.iteration and not (
             spare_s > 0 and self._publisher.wait_until_free(spare_s)
         ):
             self._tell_skipped(state, f"a save takes {needed_s:.0f} s, {left_s:.0f} s are left")
-            return
+            return False
         self._save_unless_handed_over(state)
         try:
             self._publisher.finish(within_s=max(0.0, (self._stop.seconds_left or 0.0) - RESERVE_S))
-        except StorageError as error:
+        except STORAGE_FAILURES as error:
             self._tell_skipped(state, error.message)
-            return
+            return False
         left_s = self._stop.seconds_left or 0.0
         self._tracker.notice(
             Notice(
@@ -101,6 +101,7 @@ class Saving:
                 {"saved_at": state.iteration, "seconds_left": round(left_s, 1)},
             )
         )
+        return True
 
     def finish(self) -> None:
         """Wait until all is durable.

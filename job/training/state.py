@@ -6,12 +6,10 @@ every crop, the learning rates.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -100,7 +98,7 @@ def new_train_state(
     Raises:
         ConfigError: the weights are not to be had or do not fit.
     """
-    seed_everything(config.train.seed)
+    torch.manual_seed(config.train.seed)  # all devices
     generator = Generator(config.model.backbone, num_classes)
     discriminator = Discriminator(num_classes, config.model.discriminator_channels)
     source = config.model.weights
@@ -135,19 +133,13 @@ def _adam(discriminator: nn.Module, config: Config) -> torch.optim.Adam:
     )
 
 
-def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def random_state() -> dict[str, Any]:
-    """State of python's, numpy's and torch's global generators, as tensors and plain values."""
-    algorithm, keys, position, has_gauss, cached = np.random.get_state()
+    """State of torch's global generators, the only ones that training draws from.
+
+    Crops and the order of the data are drawn from generators of their own. Python's and numpy's
+    global ones are anybody's: boto3 draws its waiting times from them when a network fails.
+    """
     return {
-        "python": random.getstate(),
-        "numpy": (algorithm, np.asarray(keys).tolist(), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -160,11 +152,8 @@ def set_random_state(state: dict[str, Any]) -> None:
         ConfigError: never for a checkpoint of this program; guards against a foreign one.
     """
     try:
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        np.random.set_state(tuple(state["numpy"]))
         torch.set_rng_state(state["torch"].cpu())
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise ConfigError(f"the checkpoint's random state is not ours ({error})") from None
     # A checkpoint may move between a CPU and a GPU, or between GPU counts; then the streams of the
     # new devices keep the seed's, and the resume is equal in law but not in bits.

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from job.drill.attempt import AttemptProcess
+from job.drill.proof import training_lines
 from tests.conftest import write_data
-from tests.integration.conftest import Training, command, training_lines
+from tests.integration.conftest import command
 
 CURVE = Path(__file__).with_name("loss_curve.json")
 CALM = 0.0005
@@ -34,7 +36,7 @@ KEYS = (
 
 def test_losses_are_those_on_record(tmp_path):
     data = write_data(tmp_path / "data")
-    training = Training(
+    training = AttemptProcess(
         command(data, tmp_path / "run", train__iterations=16, train__learning_rate=CALM)
     )
     assert training.finish() == 0, training.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -320,6 +322,21 @@ def test_an_evaluation_event_scores_training_sample_and_validation(make_run: Mak
     assert event.val_miou == pytest.approx(sum(occurring) / len(occurring))
     assert 0 < event.pixel_accuracy <= 1
     assert 0 < event.train_miou <= 1
+
+
+def test_training_is_the_same_whoever_draws_from_pythons_and_numpys_generators(
+    make_run: MakeRun,
+) -> None:
+    """They are not saved: boto3 draws from them when a network fails."""
+    random.seed(1)
+    np.random.seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    one = make_run(train__log_every=1, data__random_mirror=True, data__random_scale=True)()
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # type: ignore[index]
+    random.seed(2)
+    np.random.seed(2)
+    other = make_run("other", train__log_every=1, data__random_mirror=True, data__random_scale=True)
+    assert losses_of(other().heard) == losses_of(one.heard)
 
 
 def test_the_loss_falls(make_run: MakeRun) -> None:
