@@ -11,12 +11,17 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # nobody asks the machine that runs the tests
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+
+from tests.services import bucket, fault_proxy, imds, s3_env, s3_server
+
+__all__ = ["bucket", "fault_proxy", "imds", "s3_env", "s3_server"]
 
 MakeData = Callable[..., Path]
 
