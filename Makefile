@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock clean
+.PHONY: help setup demo drill soak bench s3 pull test lint lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,21 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 demo: setup ## train a small S4GAN on the CPU (2 to 4 minutes); Ctrl-C and again resumes
 	$(BIN)/python scripts/make_demo_data.py demo/data
 	$(BIN)/s4gan train --config demo --data demo/data --run demo/run
+
+drill: setup ## interrupt a run in every way on a local S3 server, compare it with its twin
+	$(BIN)/python scripts/make_demo_data.py demo/data
+	$(BIN)/s4gan drill --data demo/data --folder demo/drill
+
+soak: setup ## 200 random interruptions and network faults (half an hour)
+	$(BIN)/python scripts/make_demo_data.py demo/data
+	$(BIN)/python scripts/soak.py --data demo/data --folder demo/soak --interruptions 200
+
+s3: setup ## a local S3 server to try things with; Ctrl-C ends it
+	$(BIN)/python scripts/local_s3.py
+
+pull: setup ## bring a run's files here: make pull RUN=s3://... [DIR=folder]
+	@test -n "$(RUN)" || { echo "error: say which: make pull RUN=s3://BUCKET/runs/NAME"; exit 2; }
+	$(BIN)/s4gan pull "$(RUN)" "$(or $(DIR),pulled)"
 
 test: setup ## the whole test suite
 	$(BIN)/pytest -n 2 --dist worksteal tests

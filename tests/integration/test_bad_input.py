@@ -290,3 +290,27 @@ def test_a_run_is_not_resumed_with_other_classes(make_data, train):
     code, _, err = train(data, train__iterations=2)
     assert code == 78
     assert "classes are background, square, ball, were background, square, disc" in err
+
+
+def test_three_attempts_that_fail_alike_exit_93_with_their_story(make_data, train, monkeypatch):
+    from job.training import loop
+
+    failures = iter(range(100))
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError(f"a fault of the program, number {next(failures)}")
+
+    data = make_data()
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "train_step", broken)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                train(data)
+        code, _, err = train(data)
+    assert code == 93
+    for number in (0, 1, 2):
+        assert f"attempt {number + 1}: after 0 s, exit code 1: a fault of the program" in err
+    assert "running it again will not help" in err
+    assert "Traceback" in err, "whoever mends it needs to see where"
+    # Mended, it goes on.
+    assert train(data, train__iterations=40)[0] == 0
