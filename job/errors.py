@@ -5,6 +5,7 @@
     |- DataError          78  the user's images, masks or dataset.yaml
     |- StorageError       74  the run's folder or bucket refused something
     |  |- AccessDenied        the identity of this process may not do it
+    |  |- Corrupted           what arrives is not what the storage says it keeps
     |  |- ObjectNotFound      no object under that key
     |  `- PreconditionFailed  a conditional write lost against another writer
     |- Fenced             76  another attempt owns the run
@@ -99,12 +100,21 @@ class AccessDenied(StorageError):
     """The identity of this process lacks a permission; the mend names it."""
 
 
+class Corrupted(StorageError):
+    """An object whose content arrives changed, however often it is read."""
+
+
 class ObjectNotFound(StorageError):
     """No object under the key."""
 
 
 class PreconditionFailed(StorageError):
     """A conditional write found another version than the one it expected."""
+
+
+STORAGE_FAILURES = (StorageError, ConfigError)
+"""What a store raises; the second where the configuration is to blame: keys that have become
+invalid, a bucket that is gone. Work in the background catches both, as either may pass."""
 
 
 class Fenced(JobError):

@@ -16,9 +16,8 @@ from pathlib import Path
 from job.drill.seaweed import SeaweedServer
 from job.errors import JobError
 
-DATA_BUCKET, RUN_BUCKET = "s4gan-data", "s4gan-runs"
-EXAMPLE = f"""\
-s4gan train --config demo --data s3://{DATA_BUCKET}/demo --run s3://{RUN_BUCKET}/demo"""
+BUCKETS = ("s4gan-data", "s4gan-runs")
+EXAMPLE = "s4gan train --config demo --data demo/data --run s3://s4gan-runs/demo"
 
 
 def main() -> int:
@@ -26,9 +25,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("demo/s3"))
     folder = parser.parse_args().folder
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # even where a shell has it ignored
     try:
-        with SeaweedServer(folder, buckets=(DATA_BUCKET, RUN_BUCKET)) as server:
+        with SeaweedServer(folder, buckets=BUCKETS) as server:
             print(f"An S3 server with its objects in {folder}. In another terminal:\n")
             for name, value in server.environment().items():
                 print(f"export {name}={value}")

@@ -21,7 +21,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from job import run
-from job.errors import Fenced, ObjectNotFound, PreconditionFailed, Preempted, StorageError
+from job.errors import (
+    STORAGE_FAILURES,
+    Fenced,
+    ObjectNotFound,
+    PreconditionFailed,
+    Preempted,
+    StorageError,
+)
 from job.storage import ABSENT, ObjectStore
 
 log = logging.getLogger(__name__)
@@ -164,6 +171,8 @@ class Lease:
             Fenced: another attempt has taken over; nothing was written.
         """
         while True:
+            if self._lost:
+                raise self._fenced()
             try:
                 return self._store.write(key, data, expected=version)
             except PreconditionFailed:
@@ -178,7 +187,7 @@ class Lease:
         self._thread.join()
         try:
             self._renew(released=True)
-        except (Fenced, StorageError) as error:
+        except (Fenced, *STORAGE_FAILURES) as error:
             log.info("lease not released: %s", error.message)
 
     def _renew(self, *, released: bool = False) -> None:
@@ -192,11 +201,13 @@ class Lease:
                     return
                 except PreconditionFailed:
                     self._version = self._version_if_still_ours()
-            raise Fenced(
-                f"attempt {self.attempt} no longer owns {self._store.uri}: a newer one has "
-                "taken over",
-                mend="nothing: the newer attempt goes on",
-            )
+            raise self._fenced()
+
+    def _fenced(self) -> Fenced:
+        return Fenced(
+            f"attempt {self.attempt} no longer owns {self._store.uri}: a newer one has taken over",
+            mend="nothing: the newer attempt goes on",
+        )
 
     def _version_if_still_ours(self) -> str:
         """Look again: a renewal that failed on the network may have arrived all the same."""
@@ -219,7 +230,7 @@ class Lease:
             except Fenced:
                 self._on_lost()
                 return
-            except StorageError as error:
+            except STORAGE_FAILURES as error:
                 log.warning("lease not renewed, trying again: %s", error.message)
 
 

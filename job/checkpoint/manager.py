@@ -30,7 +30,14 @@ import torch
 
 from job import run
 from job.checkpoint.lease import Lease
-from job.errors import ObjectNotFound, PreconditionFailed, StorageError, reason
+from job.errors import (
+    STORAGE_FAILURES,
+    Corrupted,
+    ObjectNotFound,
+    PreconditionFailed,
+    StorageError,
+    reason,
+)
 from job.storage import ABSENT, ObjectStore
 
 log = logging.getLogger(__name__)
@@ -158,6 +165,7 @@ class CheckpointManager:
             StorageError: the storage failed; the previous checkpoint is still in force.
         """
         self._lease.check()
+        swept, self._swept = self._swept, False  # what a failed save leaves goes with the next one
         iteration = int(state["iteration"])
         id_ = run.unique_id(iteration, self._lease.attempt)
         key, plain = run.checkpoint_state(id_), run.numbered_checkpoint(iteration)
@@ -176,15 +184,18 @@ class CheckpointManager:
         self._manifests[id_] = manifest
         if numbered:
             self._point(key, plain)
+        self._lease.check()  # the upload may have taken long enough to be taken for dead
         self._publish_pointer([id_, *self._ids])
+        self._swept = swept
         cost = SaveCost(record.size, serialise_s, upload_s + time.monotonic() - began_s)
         self._point(key, run.LATEST_CHECKPOINT)
         try:
             self._prune(best)
-        except StorageError as error:
+        except STORAGE_FAILURES as error:
             if not self._prune_failed:  # once is enough; they only cost money
                 log.warning("old checkpoints could not be deleted: %s", error)
             self._prune_failed = True
+            self._swept = False
         return cost
 
     def restore(self) -> dict[str, Any] | None:
@@ -200,13 +211,14 @@ class CheckpointManager:
         for id_ in [id_ for id_ in self._ids if id_ not in bad]:
             try:
                 manifest = self._manifest(id_)
-                state = self._verified_state(manifest)
-                self._point(self._readable_key(manifest), run.LATEST_CHECKPOINT)
+                state, key = self._verified_state(manifest)
             except _Damaged as damage:
                 self._quarantine(id_, str(damage))
                 continue
-            # What came after it was bad, or belongs to a future that will be trained again.
-            self._ids = self._ids[self._ids.index(id_) :]
+            # What came after it was bad, or belongs to a future that will be trained again. Written
+            # anew in any case: a predecessor that sleeps before its own write finds it changed.
+            self._publish_pointer(self._ids[self._ids.index(id_) :])
+            self._point(key, run.LATEST_CHECKPOINT)
             return state
         if self._ids:
             raise StorageError(
@@ -330,6 +342,9 @@ class CheckpointManager:
                 return
             except PreconditionFailed:
                 continue
+            except ObjectNotFound:
+                self._lease.check()  # a successor deletes what its predecessor has left
+                raise
 
     def _publish_pointer(self, ids: list[str]) -> None:
         text = json.dumps({"checkpoints": ids, "attempt": self._lease.attempt}).encode()
@@ -343,6 +358,8 @@ class CheckpointManager:
             text = self._store.read(run.checkpoint_manifest(id_))
         except ObjectNotFound:
             raise _Damaged("its manifest is missing") from None
+        except Corrupted as error:
+            raise _Damaged(error.message) from None
         try:
             format_ = json.loads(text)["format"]
             if format_ != FORMAT:
@@ -356,10 +373,23 @@ class CheckpointManager:
         self._manifests[id_] = manifest
         return manifest
 
-    def _verified_state(self, manifest: _Manifest) -> dict[str, Any]:
-        written = manifest.files[STATE]
+    def _verified_state(self, manifest: _Manifest) -> tuple[dict[str, Any], str]:
+        """The state and the key it was read from: the first one where it is whole."""
+        damage = _Damaged("its data is missing")
+        for key in manifest.keys:
+            try:
+                return self._load_verified(key, manifest.files[STATE]), key
+            except ObjectNotFound:
+                continue
+            except Corrupted as error:
+                damage = _Damaged(error.message)
+            except _Damaged as found:
+                damage = found
+        raise damage
+
+    def _load_verified(self, key: str, written: FileRecord) -> dict[str, Any]:
         for read in range(1, READS + 1):
-            path = self._store.fetch(self._readable_key(manifest), self._scratch)
+            path = self._store.fetch(key, self._scratch)
             found = _record_of(path)
             if found == written:
                 break
@@ -378,12 +408,6 @@ class CheckpointManager:
             if path.is_relative_to(self._scratch):
                 path.unlink()
         return state
-
-    def _readable_key(self, manifest: _Manifest) -> str:
-        for key in manifest.keys:
-            if self._store.stat(key):
-                return key
-        raise _Damaged("its data is missing")
 
     def _quarantine(self, id_: str, why: str) -> None:
         log.warning("checkpoint %s is bad and will not be tried again: %s", id_, why)

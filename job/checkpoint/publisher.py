@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from job.checkpoint.manager import BestModel, CheckpointManager, SaveCost
-from job.errors import Fenced, StorageError
+from job.errors import STORAGE_FAILURES, ConfigError, Fenced, StorageError
 from job.events import Notice
 
 FINISH_ATTEMPTS = 4
@@ -57,9 +57,10 @@ class _Shared:
     closed: bool = False
     failed: _Save | None = None
     """The newest state whose publishing failed, with nothing newer after it."""
-    error: BaseException | None = None
-    """Why it failed, or what ended the thread."""
-    fatal: bool = False
+    error: StorageError | ConfigError | None = None
+    """Why something failed last."""
+    fatal: BaseException | None = None
+    """What ended the thread."""
     saved_iteration: int | None = None
     cost: SaveCost | None = None
 
@@ -163,7 +164,8 @@ class Publisher:
 
         Raises:
             Fenced: another attempt has taken over.
-            StorageError: it could not be made durable, in several attempts or in time.
+            StorageError or ConfigError: it could not be made durable, in several attempts or in
+                time.
         """
         deadline_s = None if within_s is None else time.monotonic() + within_s
         for attempt in range(FINISH_ATTEMPTS):
@@ -172,7 +174,7 @@ class Publisher:
             failed, error = self._shared.failed, self._shared.error
             if failed is None and not self._owed:
                 return
-            assert isinstance(error, StorageError)
+            assert error is not None
             if attempt == FINISH_ATTEMPTS - 1:
                 raise error
             pause_s = RETRY_WAIT_S[attempt]
@@ -216,9 +218,8 @@ class Publisher:
         return True
 
     def _raise_if_dead(self) -> None:
-        if self._shared.fatal:
-            assert self._shared.error is not None
-            raise self._shared.error
+        if self._shared.fatal is not None:
+            raise self._shared.fatal
 
     def _put(self, job: _Save | _Best) -> None:
         with self._changed:
@@ -230,6 +231,17 @@ class Publisher:
 
     def _serve(self) -> None:
         """The thread. What a storage refuses is told and kept; anything else ends it."""
+        try:
+            self._work()
+        except BaseException as error:  # raised again on the training thread
+            with self._changed:
+                self._shared.working = False
+                self._shared.fatal = error
+                self._changed.notify_all()
+            if isinstance(error, Fenced):
+                self._on_fenced()
+
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while not self._shared.queue:
@@ -238,24 +250,19 @@ class Publisher:
                     self._changed.wait()
                 job = self._shared.queue.popleft()
                 self._shared.working = True
-            error: BaseException | None = None
+            error: StorageError | ConfigError | None = None
             try:
                 self._publish(job)
-            except Exception as raised:  # raised again on the training thread
+            except STORAGE_FAILURES as raised:
                 error = raised
+                self._tell_failure(job, error)
             with self._changed:
                 self._shared.working = False
-                self._shared.error = error
-                self._shared.fatal = error is not None and not isinstance(error, StorageError)
-                if error is not None and isinstance(job, _Save):
-                    self._shared.failed = job
+                if error is not None:
+                    self._shared.error = error
+                    if isinstance(job, _Save):
+                        self._shared.failed = job
                 self._changed.notify_all()
-            if isinstance(error, StorageError):
-                self._tell_failure(job, error)
-            elif error is not None:
-                if isinstance(error, Fenced):
-                    self._on_fenced()
-                return
 
     def _publish(self, job: _Save | _Best) -> None:
         if isinstance(job, _Best):
@@ -284,12 +291,12 @@ class Publisher:
             )
         )
 
-    def _tell_failure(self, job: _Save | _Best, error: StorageError) -> None:
+    def _tell_failure(self, job: _Save | _Best, error: StorageError | ConfigError) -> None:
         what = f"iteration {job.iteration}" if isinstance(job, _Save) else "the best model"
         self._tell(
             Notice(
                 "save_failed",
-                f"warning: {what} could not be saved and will be tried again: {error}",
+                f"warning: {what} could not be saved; the next save will do it again: {error}",
                 {"reason": error.message},
             )
         )

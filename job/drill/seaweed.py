@@ -34,7 +34,7 @@ _HTTP_PORTS = range(10_000, 22_768)
 """Where to look for free ports. Neither these nor their gRPC ports lie in Linux's range of outgoing
 connections (from 32768), so nobody is given one by chance while the server is down."""
 _ATTEMPTS = 5
-_READY_S = 60.0
+_READY_S = 120.0
 _POLL_S = 0.05
 _MEMORY_LIMIT = "400MiB"
 """For Go's collector: without, 500 MB of uploads leave the server at 0.9 GB."""

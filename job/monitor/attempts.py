@@ -88,9 +88,14 @@ def fingerprint(error: BaseException) -> str:
 def crash_loop(events: Iterable[Mapping[str, Any]]) -> str | None:
     """The story of attempts that fail alike, if the last MAX_ALIKE did and saved nothing.
 
-    Interrupted attempts neither count nor break the row.
+    Interrupted attempts do not count; one that has saved something is progress and breaks the row.
     """
-    failed = [attempt for attempt in attempts_of(events) if not attempt.was_interrupted]
+    failed: list[Attempt] = []
+    for attempt in attempts_of(events):
+        if not attempt.was_interrupted:
+            failed.append(attempt)
+        elif attempt.saved_at is not None:
+            failed.clear()
     last = failed[-MAX_ALIKE:]
     alike = len(last) == MAX_ALIKE and all(
         attempt.exit_code in _MAY_PASS

@@ -18,7 +18,7 @@ from typing import Any
 
 from job import run
 from job.checkpoint.lease import Lease
-from job.errors import Fenced, StorageError
+from job.errors import STORAGE_FAILURES, Fenced, StorageError
 from job.events import EvalEvent, Notice, TrainEvent
 from job.storage import ObjectStore
 
@@ -191,7 +191,7 @@ class LedgerMirror:
         self._thread.join()
         try:
             self.publish()
-        except (Fenced, StorageError) as error:
+        except (Fenced, *STORAGE_FAILURES) as error:
             log.info("the ledger was not published: %s", error.message)
 
     def _keep_publishing(self) -> None:
@@ -200,7 +200,7 @@ class LedgerMirror:
                 self.publish()
             except Fenced:
                 return  # the lease tells whom it concerns
-            except StorageError as error:
+            except STORAGE_FAILURES as error:
                 log.info("ledger not published, trying again: %s", error.message)
 
 

@@ -122,8 +122,9 @@ class WandbTracker:
         self._queue.put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            self.outcome = f"did not finish within {round(timeout_s, 1):g} s; its files are in " + str(
-                self._directory / "wandb"
+            self.outcome = (
+                f"did not finish within {round(timeout_s, 1):g} s; its files are in "
+                + str(self._directory / "wandb")
             )
             self._say(f"W&B: {self.outcome}")
 

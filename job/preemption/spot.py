@@ -139,16 +139,18 @@ class _Watch:
         if text is not None:
             action = json.loads(text)
             left_s = _seconds_until(action["time"])
-            # Before the flag: the loop may stop at once, and the ledger closes soon after.
-            self._tell(
-                Notice(
-                    "spot_notice",
-                    f"Spot notice: this machine will {action['action']} in {left_s:.0f} s; "
-                    "saving after this iteration",
-                    {"action": action["action"], "at": action["time"], "seconds_left": left_s},
+            try:
+                # Before the flag: the loop may stop at once, and the ledger closes soon after.
+                self._tell(
+                    Notice(
+                        "spot_notice",
+                        f"Spot notice: this machine will {action['action']} in {left_s:.0f} s; "
+                        "saving after this iteration",
+                        {"action": action["action"], "at": action["time"], "seconds_left": left_s},
+                    )
                 )
-            )
-            self._stop.request("a spot notice", within_s=left_s)
+            finally:
+                self._stop.request("a spot notice", within_s=left_s)
             return True
         if not self._rebalance_seen and self._service.get(REBALANCE_PATH) is not None:
             self._rebalance_seen = True

@@ -77,11 +77,16 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        # os.write, not print: the handler may interrupt a print, whose buffer is not re-entrant.
         if number == signal.SIGINT and self.requested:
-            os.write(sys.__stderr__.fileno(), b"\nleaving at once, without saving\n")  # type: ignore[union-attr]
+            _say(b"\nleaving at once, without saving\n")
             os._exit(ExitCode.KILLED_BY_USER)
         self.request(signal.Signals(number).name)
         if number == signal.SIGINT:
-            message = b"\nfinishing this iteration, then saving (Ctrl-C again leaves at once)\n"
-            os.write(sys.__stderr__.fileno(), message)  # type: ignore[union-attr]
+            _say(b"\nfinishing this iteration, then saving (Ctrl-C again leaves at once)\n")
+
+
+def _say(text: bytes) -> None:
+    # os.write, not print: the handler may interrupt a print, whose buffer is not re-entrant. With
+    # nobody to read it (the terminal is closed) the stop still counts.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.write(sys.__stderr__.fileno(), text)  # type: ignore[union-attr]

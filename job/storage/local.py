@@ -110,13 +110,15 @@ class LocalStore:
                 key = path.relative_to(self.root).as_posix()
                 ours = not path.name.startswith(_TEMPORARY) and path.name != _LOCK
                 if ours and key.startswith(prefix) and path.is_file():
-                    found.append(_info(key, path.stat()))
+                    with contextlib.suppress(FileNotFoundError):  # deleted at this very moment
+                        found.append(_info(key, path.stat()))
         return iter(sorted(found, key=lambda info: info.key))
 
     def copy(self, source: str, target: str, *, expected: str | None = None) -> None:
         """See `ObjectStore.copy`; a second link to the same file."""
         path = self.fetch(source, self.root)
-        with self._locked() if expected is not None else contextlib.nullcontext():
+        locked = self._locked() if expected is not None else contextlib.nullcontext()
+        with self._explained("write", target), locked:
             if expected is not None:
                 found = self.stat(target)
                 if (found.version if found else ABSENT) != expected:

@@ -24,6 +24,7 @@ from botocore.config import Config
 from job.errors import (
     AccessDenied,
     ConfigError,
+    Corrupted,
     JobError,
     ObjectNotFound,
     PreconditionFailed,
@@ -40,10 +41,10 @@ COPY_LIMIT_BYTES = 5 * 2**30
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 """Between two bytes, not for a whole object; a contended conditional write can take seconds."""
-ATTEMPTS = 8
-"""Of one request, by botocore, with exponential waits of up to 20 s."""
+ATTEMPTS = 7
+"""Of one request, by botocore, with exponential waits: half a minute in all."""
 BODY_ATTEMPTS = 4
-"""Of reading a small object whose body breaks off, which botocore does not retry."""
+"""Of reading an object whose body breaks off or arrives changed, which botocore does not retry."""
 CONFLICT_ATTEMPTS = 10
 
 _PERMISSIONS = {
@@ -84,7 +85,9 @@ def make_client(**options: Any) -> Any:
     config = {
         "connect_timeout": CONNECT_TIMEOUT_S,
         "read_timeout": READ_TIMEOUT_S,
-        "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
+        # Not "standard": its quota of retries is used up by one long outage, and for hours after
+        # that every hiccup would be an error.
+        "retries": {"mode": "legacy", "total_max_attempts": ATTEMPTS},
         "max_pool_connections": 4 * PART_THREADS,
         "tcp_keepalive": True,
         "user_agent_extra": "s4gan-job",
@@ -164,18 +167,29 @@ class S3Store:
         path = directory / key.rpartition("/")[2]
         with self.explained("read", key):
             directory.mkdir(parents=True, exist_ok=True)
-            self.client.download_file(
-                self.bucket, self._root + key, str(path), Config=self._transfer
-            )
-        return path
+            for attempt in range(1, BODY_ATTEMPTS + 1):
+                try:
+                    self.client.download_file(
+                        self.bucket, self._root + key, str(path), Config=self._transfer
+                    )
+                    return path
+                except aws.ClientError as error:
+                    if _is_bare(error):
+                        self._head(key)  # says more
+                    raise
+                except aws.FlexibleChecksumError:
+                    if attempt == BODY_ATTEMPTS:
+                        raise
+                    _wait(attempt)
+        raise AssertionError("unreachable")
 
     def stat(self, key: str) -> ObjectInfo | None:
         """See `ObjectStore.stat`."""
         with self.explained("read", key):
             try:
-                head = self.client.head_object(**self._at(key))
+                head = self._head(key)
             except aws.ClientError as error:
-                if _status(error) != 404:
+                if _status(error) != 404 or _code(error) == "NoSuchBucket":
                     raise
                 return None
         return ObjectInfo(key, head["ContentLength"], head["ETag"])
@@ -183,7 +197,7 @@ class S3Store:
     def age_s(self, key: str) -> float:
         """See `ObjectStore.age_s`; both times are the server's, to the second."""
         with self.explained("read", key):
-            head = self.client.head_object(**self._at(key))
+            head = self._head(key)
         date = head["ResponseMetadata"]["HTTPHeaders"]["date"]
         now = email.utils.parsedate_to_datetime(date)
         return float((now - head["LastModified"]).total_seconds())
@@ -238,17 +252,29 @@ class S3Store:
     def _url(self, key: str) -> str:
         return f"s3://{self.bucket}/{self._root}{key}"
 
+    def _head(self, key: str) -> dict[str, Any]:
+        """Ask for an object's size and version; a refusal comes with its reason."""
+        try:
+            return dict(self.client.head_object(**self._at(key)))
+        except aws.ClientError as error:
+            if not _is_bare(error):
+                raise
+        # The reply to a HEAD has no body, so it cannot say whether key or bucket is missing, nor
+        # whether an object or the credentials are refused. The reply to a GET can.
+        self.client.get_object(**self._at(key))["Body"].close()
+        return dict(self.client.head_object(**self._at(key)))
+
     def _read(self, key: str) -> tuple[bytes, str]:
-        for attempt in range(1, BODY_ATTEMPTS + 1):
-            with self.explained("read", key):
+        with self.explained("read", key):
+            for attempt in range(1, BODY_ATTEMPTS + 1):
+                reply = self.client.get_object(**self._at(key))
                 try:
-                    reply = self.client.get_object(**self._at(key))
                     return reply["Body"].read(), str(reply["ETag"])
                 except (aws.HTTPClientError, aws.FlexibleChecksumError, aws.IncompleteReadError):
                     # The body broke off, or is not what the server's checksum says.
                     if attempt == BODY_ATTEMPTS:
                         raise
-                    time.sleep(0.2 * 2**attempt * random.random())
+                    _wait(attempt)
         raise AssertionError("unreachable")
 
     def _conditional(
@@ -332,6 +358,12 @@ def explain(error: Exception, verb: str, url: str) -> JobError:
     bucket = url.removeprefix("s3://").partition("/")[0]
     if isinstance(cause, _NO_CREDENTIALS):
         return _no_client(cause)
+    if isinstance(cause, aws.FlexibleChecksumError):
+        return Corrupted(
+            f"{url}: what arrives is not what the storage says it keeps ({reason(cause)})",
+            mend="the object is damaged, or the network changes what passes: fetch it from "
+            "another machine, or store it again",
+        )
     if isinstance(cause, aws.ParamValidationError):
         return ConfigError(f"{url}: {bucket} cannot be a bucket's name", mend="check the URI")
     return StorageError(
@@ -348,7 +380,7 @@ def _explain_reply(error: aws.ClientError, verb: str, url: str) -> JobError:
             f"there is no bucket {bucket}",
             mend=f"check the URI, or make it: aws s3 mb s3://{bucket}",
         )
-    if status == 404:
+    if status == 404 and code != "NoSuchUpload":
         return ObjectNotFound(f"{url}: no such object")
     if code in _WRONG_KEYS:
         return ConfigError(
@@ -387,6 +419,15 @@ def _no_client(error: BaseException) -> ConfigError:
         f"no usable AWS credentials or configuration ({reason(error)})",
         mend="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the job a role",
     )
+
+
+def _wait(attempt: int) -> None:
+    time.sleep(0.2 * 2**attempt * random.random())
+
+
+def _is_bare(error: aws.ClientError) -> bool:
+    """Whether the reply had only a status to say why the request is refused."""
+    return 400 <= _status(error) < 500 and _code(error) in ("", str(_status(error)))
 
 
 def _code(error: aws.ClientError) -> str:

@@ -25,8 +25,9 @@ class ObjectInfo:
 class ObjectStore(Protocol):
     """Objects under keys relative to one URI. Every write is atomic: all of it or nothing.
 
-    All methods raise `StorageError` when the storage refuses or fails; "not there" is
-    `ObjectNotFound` (or None, or no item), never anything else, and nothing else is "not there".
+    All methods raise `StorageError` when the storage refuses or fails (`ConfigError` where keys or
+    URI are wrong); "not there" is `ObjectNotFound` (or None, or no item), never anything else, and
+    nothing else is "not there".
     """
 
     @property
@@ -82,7 +83,7 @@ class ObjectStore(Protocol):
             expected: as in `write`, with the version that `stat` gave.
 
         Raises:
-            PreconditionFailed: as in `write`.
+            PreconditionFailed: as in `write`; or the reply to our own copy was lost, so look again.
         """
 
     def delete(self, key: str) -> None:

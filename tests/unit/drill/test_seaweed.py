@@ -47,8 +47,9 @@ def code_of(call, **arguments):
 
 
 def leftovers(server):
-    port = int(server.endpoint.rpartition(":")[2])
-    return list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))
+    """The unix sockets of the server that are still there."""
+    ports = [port + offset for port in server._ports.values() for offset in (0, 10_000)]
+    return [path for port in ports for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")]
 
 
 @pytest.fixture
@@ -150,6 +151,10 @@ def test_the_server_does_not_outlive_a_killed_parent(tmp_path):
         os.kill(server_pid, 0)  # it runs
         parent.send_signal(signal.SIGKILL)
     wait_until(lambda: not is_running(server_pid))
+    # Nobody was left to remove its sockets; a server that comes back to the folder does it.
+    with SeaweedServer(tmp_path) as server:
+        assert server.pid != server_pid
+    assert not leftovers(server)
 
 
 def test_keys_are_for_nobody_elses_eyes(s3_server):

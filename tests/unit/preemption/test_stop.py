@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,3 +46,105 @@ def test_before_training_there_is_nothing_to_save():
     with pytest.raises(Preempted, match="SIGTERM") as caught:
         stop.raise_if_requested()
     assert caught.value.exit_code == 75
+
+
+def test_without_a_notice_nobody_knows_how_much_time_is_left():
+    stop = StopRequest()
+    stop.request("SIGTERM")
+    assert stop.seconds_left is None
+
+
+def test_the_earliest_deadline_counts_whoever_came_first(monkeypatch):
+    now_s = 100.0
+    monkeypatch.setattr("job.preemption.stop.time", SimpleNamespace(monotonic=lambda: now_s))
+    stop = StopRequest()
+    stop.request("a spot notice", within_s=120)
+    stop.request("another", within_s=300)
+    now_s += 20
+    assert stop.seconds_left == 100
+    stop.request("a third", within_s=30)
+    assert stop.seconds_left == 30
+    stop.request("SIGTERM")
+    now_s += 40
+    assert stop.seconds_left == -10
+    assert stop.reason == "a spot notice"
+
+
+def test_a_deadline_is_known_before_the_stop_is(monkeypatch):
+    """Who sees the flag from another thread must find the deadline with it."""
+    seen: list[float | None] = []
+
+    class Watched(StopRequest):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "reason" and value is not None:
+                seen.append(self.seconds_left)
+            super().__setattr__(name, value)
+
+    Watched().request("a spot notice", within_s=120)
+    assert seen[0] is not None
+
+
+def test_a_save_request_is_taken_once_and_stops_nothing():
+    stop = StopRequest()
+    assert not stop.take_save_request()
+    stop.request_save()
+    stop.request_save()
+    assert stop.take_save_request()
+    assert not stop.take_save_request()
+    assert not stop.requested
+
+
+PROGRAM = """
+import os, signal, sys, time
+from job.preemption import StopRequest
+if sys.argv[1] == "closed":
+    os.close(2)
+with StopRequest().on_signals() as stop:
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    print(stop.reason, flush=True)
+    if sys.argv[1] == "twice":
+        time.sleep(60)
+"""
+
+
+def started(mode: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, mode],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_second_interrupt_leaves_at_once():
+    process = started("twice")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Ctrl-C again leaves at once" in errors
+    assert "leaving at once, without saving" in errors
+
+
+def test_a_second_sigterm_waits_for_the_save():
+    process = started("twice")
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "SIGTERM\n"
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)  # the user is in a hurry
+    process.communicate()
+    assert process.returncode == 130
+
+
+def test_an_interrupt_counts_even_if_the_terminal_is_gone():
+    process = started("closed")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert output == "SIGINT\n"
+    assert process.returncode == 0

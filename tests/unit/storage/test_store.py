@@ -6,18 +6,23 @@ import errno
 import multiprocessing
 import os
 import stat
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from job.errors import ConfigError, ObjectNotFound, PreconditionFailed, StorageError
 from job.storage import ABSENT, LocalStore, ObjectStore, open_store
-from job.storage.sync import bring_data
+from job.storage.s3 import S3Store
+from tests.unit.stores import KINDS, open_kind
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> ObjectStore:
-    return LocalStore(tmp_path / "root")
+@pytest.fixture(params=KINDS)
+def store(request: pytest.FixtureRequest) -> Iterator[ObjectStore]:
+    with open_kind(request.param, request, "root") as opened:
+        yield opened
 
 
 def test_what_is_written_is_read(store):
@@ -36,8 +41,11 @@ def test_reading_what_is_not_there(store, tmp_path):
         store.copy("nothing", "target")
     assert store.stat("nothing") is None
     assert store.read_versioned("nothing") == (b"", ABSENT)
+    with pytest.raises(ObjectNotFound):
+        store.age_s("nothing")
     assert list(store.list("")) == []
     store.delete("nothing")
+    assert not (tmp_path / "nothing").exists(), "a failed fetch leaves no file"
 
 
 def test_conditional_write_needs_the_version_that_was_read(store):
@@ -109,6 +117,161 @@ def test_a_copy_outlives_its_source(store):
     assert store.read("b") == b"content"
 
 
+def test_an_upload_replaces_what_was_there(store, tmp_path):
+    source = tmp_path / "source"
+    for content in (b"first", b"", b"second"):
+        source.write_bytes(content)
+        store.upload(source, "key")
+        assert store.read("key") == content
+        assert store.fetch("key", tmp_path / "fetched").read_bytes() == content
+        source.unlink()  # where an upload is a link, writing into it would write into the store
+
+
+def test_a_file_to_upload_that_is_gone_is_an_error(store, tmp_path):
+    with pytest.raises(StorageError):
+        store.upload(tmp_path / "gone", "key")
+    assert store.stat("key") is None
+
+
+def test_a_version_changes_with_the_object_and_only_with_it(store):
+    store.write("key", b"1")
+    first = store.stat("key")
+    assert store.stat("key") == first
+    assert list(store.list("key")) == [first]
+    store.write("key", b"2")
+    second = store.stat("key")
+    assert second.version not in (first.version, ABSENT)
+    assert second.size == 1
+    store.delete("key")
+    assert store.stat("key") is None
+
+
+def test_a_write_returns_the_version_that_the_next_one_needs(store):
+    version = ABSENT
+    for content in (b"1", b"22", b"1"):
+        version = store.write("key", content, expected=version)
+        assert store.read_versioned("key") == (content, version)
+
+
+def test_a_conditional_copy_needs_the_version_of_its_target(store):
+    store.write("one", b"1")
+    store.write("two", b"2")
+    store.copy("one", "target", expected=ABSENT)
+    with pytest.raises(PreconditionFailed):
+        store.copy("two", "target", expected=ABSENT)
+    stale = store.stat("target").version
+    store.copy("two", "target", expected=stale)
+    with pytest.raises(PreconditionFailed):
+        store.copy("one", "target", expected=stale)
+    assert store.read("target") == b"2"
+    current = store.stat("target").version
+    store.delete("target")
+    with pytest.raises(PreconditionFailed):
+        store.copy("one", "target", expected=current)
+    assert store.stat("target") is None
+
+
+def test_a_copy_of_nothing_leaves_its_target_alone(store):
+    store.write("target", b"here")
+    for expected in (None, store.stat("target").version):
+        with pytest.raises(ObjectNotFound, match="nothing"):
+            store.copy("nothing", "target", expected=expected)
+    assert store.read("target") == b"here"
+
+
+def test_age_is_told_by_the_storage(store):
+    store.write("key", b"")
+    assert -2 <= store.age_s("key") < 1800, "by another clock, or in another time zone"
+
+
+ODD_KEYS = (
+    "with space",
+    " leading",
+    "plus+plus",
+    "100%41%",
+    "question?mark&and=more#hash",
+    "a:b;c,d@e!$'()*[]{}|^~`",
+    'quote"and<angle>',
+    "\u00e4\u00f6\u6f22\U0001f600",
+    "tab\there",
+    "deep/with space/\u00e9/file.tar.gz",
+    ".hidden/.file",
+    "x" * 200,
+)
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_any_character_may_be_in_a_key(store, tmp_path, key):
+    store.write(f"in/{key}", b"content", expected=ABSENT)
+    assert store.read(f"in/{key}") == b"content"
+    assert [info.key for info in store.list("in/")] == [f"in/{key}"]
+    assert [info.key for info in store.list(f"in/{key}")] == [f"in/{key}"]
+    assert store.stat(f"in/{key}").key == f"in/{key}"
+    store.copy(f"in/{key}", f"to/{key}", expected=ABSENT)
+    assert store.fetch(f"to/{key}", tmp_path / "fetched").read_bytes() == b"content"
+    store.delete(f"in/{key}")
+    assert store.stat(f"in/{key}") is None
+
+
+def test_a_listing_is_whole_however_long(store):
+    """S3 gives a thousand at a time."""
+    keys = [f"many/{number:04d}" for number in range(1101)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: store.write(key, b"x"), keys))
+    assert [info.key for info in store.list("many/")] == keys
+    assert [info.key for info in store.list("many/10")] == keys[1000:1100]
+
+
+def _winners(attempts: list[Callable[[], object]]) -> list[int]:
+    """Which of these calls, begun at the same moment, were not refused."""
+    barrier = threading.Barrier(len(attempts))
+
+    def attempt(call: Callable[[], object]) -> bool:
+        barrier.wait()
+        try:
+            call()
+        except PreconditionFailed:
+            return False
+        return True
+
+    with ThreadPoolExecutor(len(attempts)) as pool:
+        won = list(pool.map(attempt, attempts))
+    return [number for number, one in enumerate(won) if one]
+
+
+def test_of_eight_writers_exactly_one_creates_and_one_replaces(store):
+    def writers(expected: str) -> list[Callable[[], object]]:
+        return [
+            lambda name=name: store.write("key", f"{name}{expected}".encode(), expected=expected)
+            for name in range(8)
+        ]
+
+    version = ABSENT
+    for _ in range(3):
+        (winner,) = _winners(writers(version))
+        content, found = store.read_versioned("key")
+        assert content == f"{winner}{version}".encode()
+        version = found
+
+
+def test_of_eight_copies_one_creates_and_one_replaces(store):
+    """A copy whose reply was lost counts as refused (`ObjectStore.copy`), so there may be none."""
+    for name in range(8):
+        store.write(f"from/{name}", f"{name}".encode())
+
+    def copies(expected: str) -> list[Callable[[], object]]:
+        return [
+            lambda name=name: store.copy(f"from/{name}", "to", expected=expected)
+            for name in range(8)
+        ]
+
+    for _ in range(2):
+        found = store.stat("to")
+        winners = _winners(copies(found.version if found else ABSENT))
+        assert winners == [int(store.read("to"))] or (isinstance(store, S3Store) and not winners)
+        store.write("to", b"between")
+
+
 def test_list_is_sorted_recursive_and_by_prefix(store):
     for key in ("x/2", "x/10", "x/1/deep", "xy", "y"):
         store.write(key, b"12")
@@ -118,17 +281,35 @@ def test_list_is_sorted_recursive_and_by_prefix(store):
     assert all(info.size == 2 for info in store.list(""))
 
 
-def test_deleted_objects_are_gone_and_leave_no_folder(store, tmp_path):
+def test_deleted_objects_are_gone(store):
     store.write("a/b/c", b"")
     store.write("a/d", b"")
     store.delete("a/b/c")
     assert [info.key for info in store.list("")] == ["a/d"]
-    assert not (tmp_path / "root" / "a" / "b").exists()
 
 
 def test_keys_cannot_leave_the_store(store):
-    with pytest.raises(StorageError, match=r"\.\."):
-        store.write("../outside", b"")
+    for call in (
+        lambda: store.write("../outside", b""),
+        lambda: store.read("a/../../outside"),
+        lambda: store.copy("../outside", "inside"),
+        lambda: store.delete(".."),
+    ):
+        with pytest.raises(StorageError, match=r"\.\.") as caught:
+            call()
+        assert not isinstance(caught.value, ObjectNotFound)
+
+
+def test_two_runs_beside_each_other_do_not_see_each_other(store):
+    name = store.uri.rpartition("/")[2]
+    other = open_store(f"{store.uri}2")
+    other.write("key", b"other")
+    store.write("key", b"ours")
+    assert [info.key for info in store.list("")] == ["key"]
+    assert store.read("key") == b"ours"
+    assert other.uri.endswith(f"{name}2")
+    if isinstance(other, S3Store):
+        other.client.close()
 
 
 class TestLocalStore:
@@ -149,6 +330,39 @@ class TestLocalStore:
         monkeypatch.undo()
         assert store.read("key") == b"old"
         assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+    def test_deleting_leaves_no_empty_folder(self, tmp_path):
+        store = LocalStore(tmp_path / "root")
+        store.write("a/b/c", b"")
+        store.write("a/d", b"")
+        store.delete("a/b/c")
+        assert not (tmp_path / "root" / "a" / "b").exists()
+
+    def test_what_is_deleted_while_it_is_listed_is_left_out(self, tmp_path, monkeypatch):
+        store = LocalStore(tmp_path)
+        store.write("a", b"")
+        store.write("b", b"")
+        is_file = Path.is_file
+
+        def then_deleted(path: Path) -> bool:
+            found = is_file(path)
+            if path.name == "a":
+                path.unlink()
+            return found
+
+        monkeypatch.setattr(Path, "is_file", then_deleted)
+        assert [info.key for info in store.list("")] == ["b"]
+
+    def test_a_conditional_copy_that_may_not_write_says_so(self, tmp_path, monkeypatch):
+        store = LocalStore(tmp_path)
+        store.write("a", b"")
+
+        def read_only(*_: object, **__: object) -> None:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr("builtins.open", read_only)
+        with pytest.raises(StorageError, match="Read-only"):
+            store.copy("a", "b", expected=ABSENT)
 
     def test_leftovers_of_killed_writers_are_not_listed_and_can_be_removed(self, tmp_path):
         store = LocalStore(tmp_path)
@@ -213,7 +427,3 @@ def test_an_unknown_scheme_is_the_users_error():
     with pytest.raises(ConfigError, match="gs://") as caught:
         open_store("gs://bucket/run")
     assert caught.value.exit_code == 78
-
-
-def test_local_data_are_used_where_they_lie(tmp_path):
-    assert bring_data(str(tmp_path)) == tmp_path

@@ -1,0 +1,81 @@
+"""How long the training stands still for a save, and how long until the state is durable.
+
+A state of 500 MB is saved to a local S3 server in two ways, by turns: plainly (torch.save, then
+upload, as a training script would) and through the `Publisher`. Prints a Markdown table.
+
+    python scripts/bench_save.py --folder demo/bench
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from job.checkpoint.lease import acquire
+from job.checkpoint.manager import CheckpointManager
+from job.checkpoint.publisher import Publisher
+from job.drill.seaweed import SeaweedServer
+from job.storage.s3 import S3Store
+
+TENSOR_BYTES = 5_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="for everything; emptied")
+    parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    count = arguments.megabytes * 1_000_000 // TENSOR_BYTES
+    weights = {f"w{i}": torch.randn(TENSOR_BYTES // 4) for i in range(count)}
+    plain_s: list[float] = []
+    pause_s: list[float] = []
+    durable_s: list[float] = []
+    with SeaweedServer(folder / "s3", buckets=("runs",)) as server, server.in_environment():
+        store = S3Store("s3://runs/bench")
+        lease = acquire(store, on_lost=lambda: None)
+        publisher = Publisher(
+            CheckpointManager(store, lease, folder / "scratch"),
+            tell=lambda _notice: None,
+            before_pointer=lambda: None,
+            on_fenced=lambda: None,
+        )
+        for round_ in range(arguments.rounds):
+            began_s = time.monotonic()
+            torch.save({"iteration": round_, **weights}, folder / "plain.pth")
+            store.upload(folder / "plain.pth", "plain.pth")
+            plain_s.append(time.monotonic() - began_s)
+
+            began_s = time.monotonic()
+            state = {"iteration": round_ + 1, **weights}
+            pause_s.append(publisher.save(state, best=None, numbered=False))
+            publisher.finish()
+            durable_s.append(time.monotonic() - began_s)
+        publisher.close()
+        lease.release()
+    shutil.rmtree(folder)
+    print(f"| {arguments.megabytes} MB, {arguments.rounds} rounds | median | least | most |")
+    print("|---|---|---|---|")
+    for name, seconds in (
+        ("plain torch.save and upload: the training stands still", plain_s),
+        ("this program: the training stands still", pause_s),
+        ("this program: until durable", durable_s),
+    ):
+        print(
+            f"| {name} | {statistics.median(seconds):.2f} s | {min(seconds):.2f} s "
+            f"| {max(seconds):.2f} s |"
+        )
+    ratio = statistics.median(p / q for p, q in zip(pause_s, plain_s, strict=True))
+    print(f"\nmedian ratio of the pauses, round by round: {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()

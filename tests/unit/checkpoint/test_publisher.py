@@ -1,0 +1,437 @@
+"""The training thread pays for a copy and for nothing else; what must be durable is waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from job import run
+from job.checkpoint import publisher as publisher_module
+from job.checkpoint.manager import CheckpointManager
+from job.checkpoint.publisher import FINISH_ATTEMPTS, Publisher, copy_tensors
+from job.errors import ConfigError, Fenced, StorageError
+from job.events import Notice
+from job.storage import LocalStore, ObjectStore
+from tests.services import wait_until
+from tests.unit.checkpoint.conftest import iterations, loaded, pointer, state
+from tests.unit.stores import Passing
+
+
+class Slow(Passing):
+    """Uploads wait at a gate and fail as told; everything else passes."""
+
+    def __init__(self, inner: ObjectStore) -> None:
+        super().__init__(inner)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.waiting = threading.Event()
+        self.failures: list[BaseException] = []
+        self.uploads: list[str] = []
+
+    def upload(self, path: Path, key: str) -> None:
+        self.uploads.append(key)
+        self.waiting.set()
+        self.gate.wait()
+        if self.failures:
+            raise self.failures.pop(0)
+        self.inner.upload(path, key)
+
+    def close_gate(self) -> None:
+        self.waiting.clear()
+        self.gate.clear()
+
+
+class Told:
+    """What the publisher has reported, and how often it found itself fenced."""
+
+    def __init__(self) -> None:
+        self.notices: list[Notice] = []
+        self.fenced = 0
+        self.ledger_published = 0
+
+    def tell(self, notice: Notice) -> None:
+        self.notices.append(notice)
+
+    def on_fenced(self) -> None:
+        self.fenced += 1
+
+    def before_pointer(self) -> None:
+        self.ledger_published += 1
+
+    @property
+    def kinds(self) -> list[str]:
+        return [notice.kind for notice in self.notices]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "run")
+
+
+@pytest.fixture
+def slow(store: LocalStore) -> Slow:
+    return Slow(store)
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def slow_manager(slow: Slow, take_over: Callable[..., Any], tmp_path: Path) -> CheckpointManager:
+    return CheckpointManager(slow, take_over(slow), tmp_path / "scratch")
+
+
+@pytest.fixture
+def publisher(slow_manager: CheckpointManager, told: Told, slow: Slow) -> Iterator[Publisher]:
+    made = Publisher(
+        slow_manager,
+        tell=told.tell,
+        before_pointer=told.before_pointer,
+        on_fenced=told.on_fenced,
+    )
+    yield made
+    slow.gate.set()
+    made.close()
+    assert not made._thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher_module, "RETRY_WAIT_S", (0.0, 0.0, 0.0))
+
+
+def save(publisher: Publisher, iteration: int, **options: Any) -> None:
+    publisher.save(state(iteration), **{"best": None, "numbered": False, **options})
+
+
+def save_best(publisher: Publisher, iteration: int) -> Any:
+    files = {
+        name: {"weights": torch.full((5,), float(iteration))}
+        for name in (run.BEST_MODEL, run.BEST_MODEL_D)
+    }
+    return publisher.save_best(files, iteration=iteration, val_miou=iteration / 100)
+
+
+@contextlib.contextmanager
+def in_thread(call: Callable[[], Any]) -> Iterator[threading.Thread]:
+    thread = threading.Thread(target=call)
+    thread.start()
+    yield thread
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+# ---------------------------------------------------------------- not waiting
+
+
+def test_a_save_returns_while_the_storage_hangs(publisher, slow, store, told):
+    slow.close_gate()
+    save(publisher, 5)  # returns, although nothing can be stored
+    assert slow.waiting.wait(60)
+    assert publisher.busy
+    assert publisher.saved_iteration is None
+    assert publisher.cost is None
+    assert store.stat(run.LATEST_POINTER) is None
+    slow.gate.set()
+    publisher.finish()
+    assert publisher.saved_iteration == 5
+    assert publisher.cost.size > 0
+    assert not publisher.busy
+    assert iterations(pointer(store)) == [5]
+    assert told.ledger_published == 1
+
+
+def test_a_best_model_returns_while_the_storage_hangs(publisher, slow, store):
+    slow.close_gate()
+    best = save_best(publisher, 5)
+    assert slow.waiting.wait(60)
+    assert best.iteration == 5
+    assert store.stat(run.BEST_MODEL) is None
+    slow.gate.set()
+    publisher.finish()
+    assert loaded(store, run.BEST_MODEL)["weights"][0] == 5
+
+
+def test_what_is_saved_is_the_state_of_that_moment(publisher, slow, store):
+    slow.close_gate()
+    current = state(5)
+    current["nested"] = {"list": [torch.zeros(3)], "pair": (torch.zeros(2), 1)}
+    publisher.save(current, best=None, numbered=False)
+    files = {run.BEST_MODEL: {"weights": current["weights"]}}
+    publisher.save_best(files, iteration=5, val_miou=0.5)
+    current["weights"].fill_(-1)
+    current["nested"]["list"][0].fill_(-1)
+    current["nested"]["pair"][0].fill_(-1)
+    current["iteration"] = 6
+    slow.gate.set()
+    publisher.finish()
+    saved = loaded(store, run.LATEST_CHECKPOINT)
+    assert saved["iteration"] == 5
+    assert torch.equal(saved["weights"], state(5)["weights"])
+    assert torch.equal(saved["nested"]["list"][0], torch.zeros(3))
+    assert torch.equal(saved["nested"]["pair"][0], torch.zeros(2))
+    assert loaded(store, run.BEST_MODEL)["weights"][0] == 5
+
+
+def test_a_copy_keeps_structure_type_and_values():
+    parameter = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).t())
+    original = {"a": [1, "x", None, parameter], 3: (True, torch.tensor([1], dtype=torch.uint8))}
+    copied = copy_tensors(original)
+    assert list(copied) == ["a", 3]
+    assert copied["a"][:3] == [1, "x", None]
+    assert torch.equal(copied["a"][3], parameter)
+    assert not copied["a"][3].requires_grad
+    assert isinstance(copied[3], tuple)
+    assert copied[3][1].dtype == torch.uint8
+    assert copied["a"][3].data_ptr() != parameter.data_ptr()
+
+
+def test_a_second_save_waits_for_the_first_so_that_one_copy_is_held(publisher, slow, store):
+    slow.close_gate()
+    save(publisher, 5)
+    assert slow.waiting.wait(60)
+    assert not publisher.wait_until_free(0.01)
+    second = threading.Event()
+
+    def numbered() -> None:
+        save(publisher, 10, numbered=True)
+        second.set()
+
+    with in_thread(numbered):
+        assert not second.wait(0.2)
+        slow.gate.set()
+    assert second.is_set()
+    publisher.finish()
+    assert iterations(pointer(store)) == [10, 5]
+    assert store.stat(run.numbered_checkpoint(10)) is not None
+
+
+def test_it_is_free_again_once_a_save_is_durable(publisher, slow, store):
+    slow.close_gate()
+    save(publisher, 5)
+    assert slow.waiting.wait(60)
+    with in_thread(slow.gate.set):
+        assert publisher.wait_until_free(60)
+    assert iterations(pointer(store)) == [5]
+
+
+def test_the_checkpoint_notice_tells_what_it_cost(publisher, told):
+    save(publisher, 5)
+    publisher.finish()
+    (notice,) = told.notices
+    assert notice.kind == "checkpoint"
+    assert notice.fields["saved_at"] == 5
+    assert notice.fields["bytes"] == publisher.cost.size
+    assert notice.fields.keys() == {"saved_at", "bytes", "pause_s", "serialise_s", "publish_s"}
+
+
+# ---------------------------------------------------------------- failing
+
+
+@pytest.mark.parametrize("error", [StorageError("full"), ConfigError("keys were revoked")])
+def test_a_failure_is_told_and_the_training_goes_on(publisher, slow, store, told, error):
+    slow.failures = [error]
+    save(publisher, 5)
+    wait_until(lambda: not publisher.busy)
+    assert told.kinds == ["save_failed"]
+    assert "iteration 5" in told.notices[0].message
+    assert error.message in told.notices[0].message
+    assert publisher.saved_iteration is None
+    save(publisher, 10)
+    publisher.finish()
+    assert told.kinds == ["save_failed", "checkpoint"]
+    assert iterations(pointer(store)) == [10]
+
+
+def test_finish_tries_the_newest_failed_state_again(publisher, slow, store, told):
+    slow.failures = [StorageError("down")] * (FINISH_ATTEMPTS - 1)
+    save(publisher, 5)
+    publisher.finish()
+    assert iterations(pointer(store)) == [5]
+    assert told.kinds == ["save_failed"] * (FINISH_ATTEMPTS - 1) + ["checkpoint"]
+
+
+@pytest.mark.parametrize("error", [StorageError("down"), ConfigError("keys were revoked")])
+def test_finish_gives_up_with_the_storages_own_error(publisher, slow, store, error):
+    slow.failures = [error] * 100
+    save(publisher, 5)
+    with pytest.raises(type(error), match=error.message):
+        publisher.finish()
+    assert len([key for key in slow.uploads if key.endswith("state.pth")]) == FINISH_ATTEMPTS
+    assert store.stat(run.LATEST_POINTER) is None
+
+
+def test_finish_with_a_best_model_after_a_failed_state(publisher, slow, store):
+    """The later success does not make the failure forgotten."""
+    slow.failures = [StorageError("down")]
+    save(publisher, 5)
+    wait_until(lambda: not publisher.busy)
+    save_best(publisher, 6)
+    publisher.finish()
+    assert iterations(pointer(store)) == [5]
+    assert loaded(store, run.BEST_MODEL)["weights"][0] == 6
+
+
+def test_finish_gives_up_when_its_time_is_over(publisher, slow, store):
+    slow.close_gate()
+    save(publisher, 5)
+    with pytest.raises(StorageError, match="not durable"):
+        publisher.finish(within_s=0.05)
+    slow.gate.set()
+    publisher.finish(within_s=60)
+    assert iterations(pointer(store)) == [5]
+
+
+def test_finish_does_not_wait_beyond_its_time_for_another_try(publisher, slow, monkeypatch):
+    monkeypatch.setattr(publisher_module, "RETRY_WAIT_S", (3600.0,) * 3)
+    slow.failures = [StorageError("down")]
+    save(publisher, 5)
+    with pytest.raises(StorageError, match="down"):
+        publisher.finish(within_s=60)
+
+
+def test_finish_with_nothing_to_do_returns(publisher):
+    publisher.finish()
+    publisher.finish(within_s=0)
+
+
+def test_a_best_model_is_there_before_a_state_that_refers_to_it(publisher, slow, store):
+    """Even when its first upload has failed."""
+    slow.failures = [StorageError("down")]
+    best = save_best(publisher, 5)
+    wait_until(lambda: not publisher._shared.queue and not publisher._shared.working)
+    assert store.stat(run.best_manifest(best.id)) is None
+    save(publisher, 5, best=best)
+    publisher.finish()
+    assert iterations(pointer(store)) == [5]
+    assert loaded(store, run.BEST_MODEL)["weights"][0] == 5
+    last = len(slow.uploads) - 1 - slow.uploads[::-1].index(run.best_file(best.id, run.BEST_MODEL))
+    state_key = next(key for key in slow.uploads if key.endswith("state.pth"))
+    assert last < slow.uploads.index(state_key)
+
+
+def test_a_state_whose_best_model_cannot_be_stored_is_not_stored(publisher, slow, store):
+    slow.failures = [StorageError("down")] * 100
+    best = save_best(publisher, 5)
+    save(publisher, 5, best=best)
+    with pytest.raises(StorageError, match="down"):
+        publisher.finish()
+    assert not any(key.endswith("state.pth") for key in slow.uploads)
+    slow.failures = []
+    save(publisher, 6, best=best)
+    publisher.finish()
+    assert store.stat(run.best_manifest(best.id)) is not None
+
+
+def test_finish_makes_up_for_a_best_model_alone(publisher, slow, store):
+    slow.failures = [StorageError("down")]
+    save_best(publisher, 5)
+    publisher.finish()
+    assert loaded(store, run.BEST_MODEL)["weights"][0] == 5
+
+
+# ---------------------------------------------------------------- ending
+
+
+def everything_raises(publisher: Publisher, error: type[BaseException], match: str) -> None:
+    for call in (
+        lambda: save(publisher, 10),
+        lambda: save_best(publisher, 10),
+        lambda: publisher.busy,
+        lambda: publisher.wait_until_free(1),
+        lambda: publisher.finish(),
+        lambda: publisher.finish(within_s=1),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+
+
+def test_being_fenced_reaches_the_training_thread(publisher, take_over, told, store):
+    take_over()
+    save(publisher, 5)
+    publisher._thread.join(60)
+    assert told.fenced == 1
+    everything_raises(publisher, Fenced, "taken over")
+    assert told.fenced == 1
+    assert told.kinds == []
+    assert store.stat(run.LATEST_POINTER) is None
+
+
+def test_whoever_waits_when_it_is_fenced_is_woken(publisher, slow, take_over):
+    slow.close_gate()
+    save(publisher, 5)
+    assert slow.waiting.wait(60)
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            publisher.finish()
+        except BaseException as error:
+            caught.append(error)
+
+    with in_thread(wait):
+        take_over()
+        slow.gate.set()
+    assert isinstance(caught[0], Fenced)
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault of ours"), SystemExit("console is gone")])
+def test_anything_unexpected_reaches_the_training_thread(publisher, slow, told, error):
+    slow.failures = [error]
+    save(publisher, 5)
+    publisher._thread.join(60)
+    everything_raises(publisher, type(error), str(error))
+    assert told.fenced == 0
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["after a success", "after a failure"])
+def test_a_listener_that_breaks_is_no_reason_to_wait_for_ever(slow_manager, slow, told, failing):
+    def tell(notice: Notice) -> None:
+        raise BrokenPipeError("nobody listens")
+
+    publisher = Publisher(
+        slow_manager, tell=tell, before_pointer=lambda: None, on_fenced=told.on_fenced
+    )
+    slow.failures = [StorageError("down")] if failing else []
+    save(publisher, 5)
+    publisher._thread.join(60)
+    everything_raises(publisher, BrokenPipeError, "nobody listens")
+    publisher.close()
+
+
+def test_close_ends_the_thread_and_begins_nothing_new(slow_manager, slow, told):
+    publisher = Publisher(
+        slow_manager, tell=told.tell, before_pointer=lambda: None, on_fenced=told.on_fenced
+    )
+    slow.close_gate()
+    save_best(publisher, 5)
+    assert slow.waiting.wait(60)
+    publisher._shared.queue.append(publisher_module._Save(state(5), None, False, 0.0))
+    publisher.close(within_s=0.01)  # it hangs, and is left alone
+    assert publisher._thread.is_alive()
+    assert publisher._thread.daemon, "it cannot keep the process from ending"
+    slow.gate.set()
+    publisher.close()
+    assert not publisher._thread.is_alive()
+    assert not any(key.endswith("state.pth") for key in slow.uploads)
+
+
+def test_close_with_no_time_left_at_all_returns(slow_manager, slow, told):
+    publisher = Publisher(
+        slow_manager, tell=told.tell, before_pointer=lambda: None, on_fenced=told.on_fenced
+    )
+    slow.close_gate()
+    save(publisher, 5)
+    assert slow.waiting.wait(60)
+    publisher.close(within_s=-5.0)
+    slow.gate.set()
+    publisher.close()
+    assert not publisher._thread.is_alive()
