@@ -19,6 +19,7 @@ import torch
 from job.checkpoint.lease import acquire
 from job.checkpoint.manager import CheckpointManager
 from job.checkpoint.publisher import Publisher
+from job.drill.environment import in_environment
 from job.drill.seaweed import SeaweedServer
 from job.storage.s3 import S3Store
 
@@ -26,6 +27,7 @@ TENSOR_BYTES = 5_000_000
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="for everything; emptied")
     parser.add_argument("--megabytes", type=int, default=500)
@@ -39,7 +41,10 @@ def main() -> None:
     plain_s: list[float] = []
     pause_s: list[float] = []
     durable_s: list[float] = []
-    with SeaweedServer(folder / "s3", buckets=("runs",)) as server, server.in_environment():
+    with (
+        SeaweedServer(folder / "s3", buckets=("runs",)) as server,
+        in_environment(server.environment()),
+    ):
         store = S3Store("s3://runs/bench")
         lease = acquire(store, on_lost=lambda: None)
         publisher = Publisher(

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from job import run
 from job.drill.attempt import AttemptProcess
+from job.drill.environment import in_environment
 from job.drill.imds import FakeImds
 from job.drill.proof import compare_runs
 from job.drill.proxy import (
@@ -114,9 +115,7 @@ class Lane:
                     self.fail(f"lane {self.number}, run {count}: {error!r}")
                     raise
 
-    def one_run(
-        self, name: str, server: SeaweedServer, proxy: FaultProxy, imds: FakeImds
-    ) -> None:
+    def one_run(self, name: str, server: SeaweedServer, proxy: FaultProxy, imds: FakeImds) -> None:
         """Interrupt a run again and again until an attempt gets through."""
         uri = f"s3://s4gan-runs/{name}"
         environment = {
@@ -273,6 +272,7 @@ def damage_newest(store: S3Store) -> None:
 
 
 def main() -> int:
+    """Run all lanes; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument("--folder", type=Path, required=True, help="for everything; emptied")
@@ -284,9 +284,10 @@ def main() -> int:
     (arguments.folder / "logs").mkdir(parents=True)
     tally = Tally()
     began_s = time.monotonic()
-    with SeaweedServer(
-        arguments.folder / "s3", buckets=("s4gan-data", "s4gan-runs")
-    ) as server, server.in_environment():
+    with (
+        SeaweedServer(arguments.folder / "s3", buckets=("s4gan-data", "s4gan-runs")) as server,
+        in_environment(server.environment()),
+    ):
         pack(arguments.data, DATA_URI)
         twin = start(
             "s3://s4gan-runs/twin",

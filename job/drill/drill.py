@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -26,6 +25,7 @@ from rich.table import Table
 
 from job import run
 from job.drill.attempt import AttemptProcess, Line, UnexpectedEnd
+from job.drill.environment import in_environment
 from job.drill.imds import FakeImds
 from job.drill.proof import compare_runs
 from job.drill.proxy import CutUpload, FaultProxy, LoseReply, Status
@@ -235,7 +235,7 @@ def _bad_checkpoint(scene: Scene, attempt: AttemptProcess) -> AttemptProcess:
     scene.say("SIGKILL, and a bit of the newest checkpoint flips")
     attempt.send(signal.SIGKILL)
     attempt.finish()
-    with _environment(scene.server.environment()):
+    with in_environment(scene.server.environment()):
         store = S3Store(RUN_URI)
         newest = json.loads(store.read(run.LATEST_POINTER))["checkpoints"][0]
         state = bytearray(store.read(run.checkpoint_state(newest)))
@@ -260,7 +260,7 @@ def _warned(
     if code != ExitCode.PREEMPTED:
         raise UnexpectedEnd(f"it ended with {code}, not {ExitCode.PREEMPTED}:\n{attempt.output}")
     left_s = (attempt.ended_s or time.monotonic()) - warned_s
-    with _environment(scene.server.environment()):
+    with in_environment(scene.server.environment()):
         text = S3Store(RUN_URI).read(run.LEDGER).decode()
     saves = [
         event for event in map(json.loads, text.splitlines()) if event["event"] == "checkpoint"
@@ -300,24 +300,9 @@ def _scene(
             # Sums in another order round differently: one thread, whoever else is at work.
             "OMP_NUM_THREADS": "1",
         }
-        with _environment(server.environment()):
+        with in_environment(server.environment()):
             pack(data, DATA_URI)
             yield Scene(console, folder, arguments, environment, server, proxy, imds, iterations)
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """These variables for this process, within the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _number_in(line: Line, word: str) -> int:

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import http.client
 import json
+import logging
 import os
 import threading
 import urllib.error
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator
 
 from job.events import Notice
 from job.preemption.stop import StopRequest
+
+log = logging.getLogger(__name__)
 
 POLL_S = 5.0
 """As the EC2 User Guide advises."""
@@ -137,18 +140,21 @@ class _Watch:
         """One poll; whether the notice has come."""
         text = self._service.get(ACTION_PATH)
         if text is not None:
-            action = json.loads(text)
-            left_s = _seconds_until(action["time"])
+            notice = json.loads(text)
+            action, at = str(notice["action"]), str(notice["time"])
+            left_s = _seconds_until(at)
             try:
                 # Before the flag: the loop may stop at once, and the ledger closes soon after.
                 self._tell(
                     Notice(
                         "spot_notice",
-                        f"Spot notice: this machine will {action['action']} in {left_s:.0f} s; "
+                        f"Spot notice: this machine will {action} in {left_s:.0f} s; "
                         "saving after this iteration",
-                        {"action": action["action"], "at": action["time"], "seconds_left": left_s},
+                        {"action": action, "at": at, "seconds_left": left_s},
                     )
                 )
+            except Exception:
+                log.exception("the spot notice could not be told")
             finally:
                 self._stop.request("a spot notice", within_s=left_s)
             return True

@@ -81,14 +81,19 @@ def test_a_notice_is_in_the_ledger_before_the_loop_can_stop(on_ec2, stop):
     assert requested_when_told == [False]
 
 
-def test_a_notice_stops_even_if_nobody_can_be_told(on_ec2, stop):
+@pytest.mark.parametrize("error", [BrokenPipeError("gone"), SystemExit(1)])
+def test_a_notice_stops_even_if_nobody_can_be_told(on_ec2, stop, error):
+    tries: list[Notice] = []
+
     def tell(notice: Notice) -> None:
-        raise BrokenPipeError("the console is gone")
+        tries.append(notice)
+        raise error
 
     on_ec2.notice()
     with watch_spot(stop, tell):
-        wait_until(lambda: stop.requested)
+        wait_until(lambda: not watching())
     assert stop.seconds_left is not None
+    assert len(tries) == 1
 
 
 def test_after_the_notice_nobody_is_asked_any_more(on_ec2, stop, told):
