@@ -1,17 +1,16 @@
 """Saving without making the training wait: copy on its thread, everything else on another.
 
 The training thread pays for copying the tensors and no more. Serialising, uploading, publishing
-and pruning happen in order on one thread of our own, through the `CheckpointManager`. A save that
-fails is reported and tried again with the next one; only `finish`, before an attempt ends, waits
-until the newest state is durable, and raises if it cannot be.
+and pruning happen in order on one thread of our own, through the `CheckpointManager`. What the
+storage refuses stays owed and is tried again with the next save, unless that makes it pointless;
+only `finish`, before an attempt ends, waits until all is durable, and raises if it cannot be.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +23,11 @@ from job.events import Notice
 FINISH_ATTEMPTS = 4
 RETRY_WAIT_S = (2.0, 10.0, 30.0)
 """Before each repetition in `finish`; a storage that is down for longer fails the attempt."""
+MAX_OWED_STATES = 2
+"""Copies of the state that are held for a storage that is down."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Save:
     """A state on its way."""
 
@@ -39,24 +40,34 @@ class _Save:
     def iteration(self) -> int:
         return int(self.state["iteration"])
 
+    @property
+    def name(self) -> str:
+        return f"iteration {self.iteration}"
 
-@dataclass
+
+@dataclass(eq=False)
 class _Best:
     """The files of a best model on their way."""
 
     best: BestModel
     files: Mapping[str, Mapping[str, Any]]
 
+    @property
+    def name(self) -> str:
+        return "the best model"
+
 
 @dataclass
 class _Shared:
     """What both threads see, under one condition."""
 
-    queue: deque[_Save | _Best] = field(default_factory=deque)
-    working: bool = False
+    owed: list[_Save | _Best] = field(default_factory=list)
+    """Not durable yet, oldest first."""
+    trying: _Save | _Best | None = None
+    """The first of them while the thread works at it."""
+    wake: bool = False
+    """Whether the thread should try what is owed."""
     closed: bool = False
-    failed: _Save | None = None
-    """The newest state whose publishing failed, with nothing newer after it."""
     error: StorageError | ConfigError | None = None
     """Why something failed last."""
     fatal: BaseException | None = None
@@ -70,7 +81,7 @@ class Publisher:
 
     Args:
         manager: does the work, from now on on this object's thread alone.
-        tell: takes a notice for ledger and console; called from the background thread.
+        tell: takes a notice for ledger and console; called from either thread.
         before_pointer: makes the ledger durable, see `CheckpointManager.save`.
         on_fenced: called once when another attempt turns out to have taken over.
     """
@@ -89,7 +100,6 @@ class Publisher:
         self._on_fenced = on_fenced
         self._shared = _Shared()
         self._changed = threading.Condition()
-        self._owed: list[_Best] = []
         self._thread = threading.Thread(target=self._serve, name="publisher", daemon=True)
         self._thread.start()
 
@@ -106,14 +116,17 @@ class Publisher:
     def save(self, state: Mapping[str, Any], *, best: BestModel | None, numbered: bool) -> float:
         """Copy a state and leave the rest to the background; returns the pause in seconds.
 
-        Waits first while an older state is still on its way, so that never more than one copy of
-        the state is held: ask `busy` where a save can as well come later.
+        Never waits for the storage. A save that can as well come later should, while `busy`.
+
+        Args:
+            state: tensors, which may change afterwards, and plain values.
+            best: the best model at this point.
+            numbered: see `CheckpointManager.save`.
 
         Raises:
             Fenced: another attempt has taken over.
         """
         began_s = time.monotonic()
-        self._wait_until(lambda: not self._has_save_under_way())
         job = _Save(copy_tensors(state), best, numbered, 0.0)
         job.pause_s = time.monotonic() - began_s
         self._put(job)
@@ -121,7 +134,7 @@ class Publisher:
 
     @property
     def busy(self) -> bool:
-        """Whether a state is still on its way.
+        """Whether a state is on its way, and nothing has gone wrong with it yet.
 
         Raises:
             Fenced: another attempt has taken over.
@@ -131,7 +144,7 @@ class Publisher:
             return self._has_save_under_way()
 
     def wait_until_free(self, within_s: float) -> bool:
-        """Wait for the state that is on its way; whether `save` would begin at once.
+        """Wait until not `busy`; whether it came to that in time.
 
         Raises:
             Fenced: another attempt has taken over.
@@ -151,7 +164,6 @@ class Publisher:
         Raises:
             Fenced: another attempt has taken over.
         """
-        self._wait_until(lambda: not any(isinstance(job, _Best) for job in self._shared.queue))
         best = self._manager.new_best(iteration, val_miou)
         self._put(_Best(best, copy_tensors(files)))
         return best
@@ -171,22 +183,18 @@ class Publisher:
         for attempt in range(FINISH_ATTEMPTS):
             if not self._wait_until(self._is_idle, deadline_s):
                 raise StorageError(f"the state is not durable after {within_s:.0f} s")
-            failed, error = self._shared.failed, self._shared.error
-            if failed is None and not self._owed:
+            if not self._shared.owed:
                 return
-            assert error is not None
+            assert self._shared.error is not None
             if attempt == FINISH_ATTEMPTS - 1:
-                raise error
+                raise self._shared.error
             pause_s = RETRY_WAIT_S[attempt]
             if deadline_s is not None and time.monotonic() + pause_s > deadline_s:
-                raise error
+                raise self._shared.error
             time.sleep(pause_s)
-            if failed is not None:
-                self._put(failed)
-            else:
-                with self._changed:
-                    self._shared.queue.append(self._owed.pop(0))
-                    self._changed.notify_all()
+            with self._changed:
+                self._shared.wake = True
+                self._changed.notify_all()
 
     def close(self, within_s: float | None = None) -> None:
         """End the thread after what it is doing; nothing is waited for that has not begun.
@@ -196,15 +204,19 @@ class Publisher:
         """
         with self._changed:
             self._shared.closed = True
-            self._shared.queue.clear()
+            self._shared.wake = False
             self._changed.notify_all()
         self._thread.join(within_s if within_s is None else max(0.0, within_s))
 
     def _is_idle(self) -> bool:
-        return not self._shared.queue and not self._shared.working
+        return self._shared.trying is None and not self._shared.wake
 
     def _has_save_under_way(self) -> bool:
-        return self._shared.working or any(isinstance(job, _Save) for job in self._shared.queue)
+        shared = self._shared
+        return isinstance(shared.trying, _Save) or (
+            (shared.wake or shared.trying is not None)
+            and any(isinstance(job, _Save) for job in shared.owed)
+        )
 
     def _wait_until(self, true: Callable[[], bool], deadline_s: float | None = None) -> bool:
         with self._changed:
@@ -224,32 +236,47 @@ class Publisher:
     def _put(self, job: _Save | _Best) -> None:
         with self._changed:
             self._raise_if_dead()
-            if isinstance(job, _Save):
-                self._shared.failed = None
-            self._shared.queue.append(job)
+            shared = self._shared
+            kept = [*needed([*shared.owed, job])]
+            dropped = [one for one in shared.owed if one not in kept and one is not shared.trying]
+            shared.owed = [one for one in [*shared.owed, job] if one not in dropped]
+            shared.wake = True
             self._changed.notify_all()
+        for one in dropped:
+            if isinstance(one, _Save) and one.numbered:
+                self._tell(
+                    Notice(
+                        "save_given_up",
+                        f"warning: {one.name} will have no checkpoint of its own: the storage has "
+                        "been refusing it for too long",
+                        {"of_iteration": one.iteration},
+                    )
+                )
 
     def _serve(self) -> None:
-        """The thread. What a storage refuses is told and kept; anything else ends it."""
+        """The thread. What a storage refuses is told and stays owed; anything else ends it."""
         try:
             self._work()
         except BaseException as error:  # raised again on the training thread
             with self._changed:
-                self._shared.working = False
+                self._shared.trying = None
                 self._shared.fatal = error
                 self._changed.notify_all()
             if isinstance(error, Fenced):
                 self._on_fenced()
 
     def _work(self) -> None:
+        shared = self._shared
         while True:
             with self._changed:
-                while not self._shared.queue:
-                    if self._shared.closed:
+                while not shared.wake:
+                    if shared.closed:
                         return
                     self._changed.wait()
-                job = self._shared.queue.popleft()
-                self._shared.working = True
+                # Set again by whoever puts something while this is tried, so that it is not
+                # forgotten if this fails.
+                shared.wake = False
+                job = shared.trying = shared.owed[0]
             error: StorageError | ConfigError | None = None
             try:
                 self._publish(job)
@@ -257,20 +284,18 @@ class Publisher:
                 error = raised
                 self._tell_failure(job, error)
             with self._changed:
-                self._shared.working = False
-                if error is not None:
-                    self._shared.error = error
-                    if isinstance(job, _Save):
-                        self._shared.failed = job
+                shared.trying = None
+                if error is None:
+                    shared.owed.remove(job)
+                    shared.wake = bool(shared.owed) and not shared.closed
+                else:
+                    shared.error = error
+                    shared.owed = needed(shared.owed)
                 self._changed.notify_all()
 
     def _publish(self, job: _Save | _Best) -> None:
         if isinstance(job, _Best):
-            self._owed.append(job)
-        while self._owed:  # a state must not refer to a best model that is not there
-            self._manager.save_best(self._owed[0].best, self._owed[0].files)
-            self._owed.pop(0)
-        if isinstance(job, _Best):
+            self._manager.save_best(job.best, job.files)
             return
         cost = self._manager.save(
             job.state, best=job.best, numbered=job.numbered, before_pointer=self._before_pointer
@@ -292,14 +317,28 @@ class Publisher:
         )
 
     def _tell_failure(self, job: _Save | _Best, error: StorageError | ConfigError) -> None:
-        what = f"iteration {job.iteration}" if isinstance(job, _Save) else "the best model"
         self._tell(
             Notice(
                 "save_failed",
-                f"warning: {what} could not be saved; the next save will do it again: {error}",
+                f"warning: {job.name} could not be saved; the next save will do it again: {error}",
                 {"reason": error.message},
             )
         )
+
+
+def needed(owed: Sequence[_Save | _Best]) -> list[_Save | _Best]:
+    """Those of the jobs, oldest first, that a later one has not made pointless.
+
+    A later state replaces a recovery checkpoint, but not a numbered one (until there are too many
+    of them); a later best model replaces one that no state refers to.
+    """
+    saves = [job for job in owed if isinstance(job, _Save)]
+    kept_saves = [job for job in saves[:-1] if job.numbered] + saves[-1:]
+    kept_saves = kept_saves[-MAX_OWED_STATES:]
+    referred = {job.best.id for job in kept_saves if job.best is not None}
+    bests = [job for job in owed if isinstance(job, _Best)]
+    kept_bests = [job for job in bests[:-1] if job.best.id in referred] + bests[-1:]
+    return [job for job in owed if job in kept_saves or job in kept_bests]
 
 
 def copy_tensors(value: Any) -> Any:

@@ -153,10 +153,9 @@ class _Watch:
                         {"action": action, "at": at, "seconds_left": left_s},
                     )
                 )
-            except Exception:
+            except BaseException:  # whatever it is, the notice counts
                 log.exception("the spot notice could not be told")
-            finally:
-                self._stop.request("a spot notice", within_s=left_s)
+            self._stop.request("a spot notice", within_s=left_s)
             return True
         if not self._rebalance_seen and self._service.get(REBALANCE_PATH) is not None:
             self._rebalance_seen = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,27 @@ class MortalStore(Passing):
     def delete(self, key: str) -> None:
         self._change()
         self.inner.delete(key)
+
+
+class Slow(Passing):
+    """Uploads wait at a gate and fail as told; everything else passes."""
+
+    def __init__(self, inner: ObjectStore) -> None:
+        super().__init__(inner)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.waiting = threading.Event()
+        self.failures: list[BaseException] = []
+        self.uploads: list[str] = []
+
+    def upload(self, path: Path, key: str) -> None:
+        self.uploads.append(key)
+        self.waiting.set()
+        self.gate.wait()
+        if self.failures:
+            raise self.failures.pop(0)
+        self.inner.upload(path, key)
+
+    def close_gate(self) -> None:
+        self.waiting.clear()
+        self.gate.clear()

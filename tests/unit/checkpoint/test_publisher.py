@@ -13,38 +13,14 @@ import torch
 
 from job import run
 from job.checkpoint import publisher as publisher_module
-from job.checkpoint.manager import CheckpointManager
+from job.checkpoint.manager import BestModel, CheckpointManager
 from job.checkpoint.publisher import FINISH_ATTEMPTS, Publisher, copy_tensors
 from job.errors import ConfigError, Fenced, StorageError
 from job.events import Notice
-from job.storage import LocalStore, ObjectStore
+from job.storage import LocalStore
 from tests.services import wait_until
 from tests.unit.checkpoint.conftest import iterations, loaded, pointer, state
-from tests.unit.stores import Passing
-
-
-class Slow(Passing):
-    """Uploads wait at a gate and fail as told; everything else passes."""
-
-    def __init__(self, inner: ObjectStore) -> None:
-        super().__init__(inner)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.waiting = threading.Event()
-        self.failures: list[BaseException] = []
-        self.uploads: list[str] = []
-
-    def upload(self, path: Path, key: str) -> None:
-        self.uploads.append(key)
-        self.waiting.set()
-        self.gate.wait()
-        if self.failures:
-            raise self.failures.pop(0)
-        self.inner.upload(path, key)
-
-    def close_gate(self) -> None:
-        self.waiting.clear()
-        self.gate.clear()
+from tests.unit.stores import Slow
 
 
 class Told:
@@ -194,24 +170,69 @@ def test_a_copy_keeps_structure_type_and_values():
     assert copied["a"][3].data_ptr() != parameter.data_ptr()
 
 
-def test_a_second_save_waits_for_the_first_so_that_one_copy_is_held(publisher, slow, store):
+def test_a_numbered_save_does_not_wait_for_one_on_its_way(publisher, slow, store):
     slow.close_gate()
     save(publisher, 5)
     assert slow.waiting.wait(60)
     assert not publisher.wait_until_free(0.01)
-    second = threading.Event()
-
-    def numbered() -> None:
-        save(publisher, 10, numbered=True)
-        second.set()
-
-    with in_thread(numbered):
-        assert not second.wait(0.2)
-        slow.gate.set()
-    assert second.is_set()
+    save(publisher, 10, numbered=True)
+    save(publisher, 12)
+    assert publisher.busy
+    slow.gate.set()
     publisher.finish()
-    assert iterations(pointer(store)) == [10, 5]
+    assert iterations(pointer(store)) == [12, 10, 5]
     assert store.stat(run.numbered_checkpoint(10)) is not None
+
+
+def test_a_numbered_state_that_failed_is_made_up_for(publisher, slow, store):
+    slow.failures = [StorageError("down")]
+    save(publisher, 10, numbered=True)
+    wait_until(lambda: not publisher.busy)
+    save(publisher, 12)
+    publisher.finish()
+    assert iterations(pointer(store)) == [12, 10]
+    assert store.stat(run.numbered_checkpoint(10)) is not None
+
+
+def test_an_endless_outage_holds_a_bounded_number_of_copies(publisher, slow, store, told):
+    slow.failures = [StorageError("down")] * 100
+    best = None
+    for iteration in range(10, 60, 10):
+        best = save_best(publisher, iteration)
+        save(publisher, iteration, numbered=True, best=best)
+        save(publisher, iteration + 1, best=best)
+        wait_until(lambda: not publisher.busy)
+    assert len(publisher._shared.owed) <= 2 * publisher_module.MAX_OWED_STATES
+    given_up = [n.fields["of_iteration"] for n in told.notices if n.kind == "save_given_up"]
+    assert given_up == [10, 20, 30, 40]
+    slow.failures = []
+    publisher.finish()
+    assert iterations(pointer(store)) == [51, 50]
+    assert best is not None
+    assert loaded(store, run.BEST_MODEL)["weights"][0] == 50
+
+
+def test_what_a_later_job_makes_pointless():
+    def named(*jobs: str) -> list[str]:
+        made: dict[str, Any] = {}
+        for job in jobs:
+            number = int(job[1:])
+            best = BestModel(f"b{number // 10 * 10}", number, 0.5)
+            if job[0] == "b":
+                made[job] = publisher_module._Best(best, {})
+            else:
+                made[job] = publisher_module._Save(state(number), best, job[0] == "n", 0.0)
+        kept = publisher_module.needed(list(made.values()))
+        return [name for name, job in made.items() if job in kept]
+
+    assert named("s1") == ["s1"]
+    assert named("s1", "s2") == ["s2"]
+    assert named("n1", "s2") == ["n1", "s2"]
+    assert named("n1", "s2", "s3") == ["n1", "s3"]
+    assert named("n1", "n2", "s3") == ["n2", "s3"]
+    assert named("b10", "b20") == ["b20"]
+    assert named("b10", "n11", "b20", "s21") == ["b10", "n11", "b20", "s21"]
+    assert named("b10", "s11", "b20", "s21") == ["b20", "s21"]
 
 
 def test_it_is_free_again_once_a_save_is_durable(publisher, slow, store):
@@ -307,7 +328,7 @@ def test_a_best_model_is_there_before_a_state_that_refers_to_it(publisher, slow,
     """Even when its first upload has failed."""
     slow.failures = [StorageError("down")]
     best = save_best(publisher, 5)
-    wait_until(lambda: not publisher._shared.queue and not publisher._shared.working)
+    wait_until(publisher._is_idle)
     assert store.stat(run.best_manifest(best.id)) is None
     save(publisher, 5, best=best)
     publisher.finish()
@@ -414,7 +435,7 @@ def test_close_ends_the_thread_and_begins_nothing_new(slow_manager, slow, told):
     slow.close_gate()
     save_best(publisher, 5)
     assert slow.waiting.wait(60)
-    publisher._shared.queue.append(publisher_module._Save(state(5), None, False, 0.0))
+    save(publisher, 5)
     publisher.close(within_s=0.01)  # it hangs, and is left alone
     assert publisher._thread.is_alive()
     assert publisher._thread.daemon, "it cannot keep the process from ending"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.errors import ExitCode, StorageError
+from job import run
+from job.checkpoint.lease import Lease, acquire
+from job.drill.proxy import LoseReply, Status
+from job.errors import ConfigError, ExitCode, Fenced, StorageError
 from job.events import EvalEvent, Notice, TrainEvent
-from job.monitor.ledger import Ledger, read_ledger
+from job.monitor import ledger as ledger_module
+from job.monitor.ledger import Ledger, LedgerMirror, read_ledger
+from job.storage import LocalStore, ObjectStore
+from job.storage.s3 import S3Store
+from tests.services import wait_until
+from tests.unit.stores import Passing, open_kind
 
 TRAIN = TrainEvent(
     iteration=500,
@@ -359,3 +370,220 @@ def test_a_broken_inner_line_is_a_storage_error_naming_it(path: Path, broken: by
     assert caught.value.exit_code == ExitCode.IO_ERROR
     assert f"{path}: line 3 " in caught.value.message
     assert caught.value.mend
+
+
+# ---------------------------------------------------------------- the ledger of a run in a bucket
+
+
+class TestLedgerMirror:
+    """The local file is the truth of this attempt; the bucket follows, and outlives it."""
+
+    @pytest.fixture
+    def store(self, request: pytest.FixtureRequest) -> Iterator[ObjectStore]:
+        with open_kind("bucket", request) as opened:
+            yield opened
+
+    @pytest.fixture
+    def take_over(
+        self, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[Callable[..., Lease]]:
+        with contextlib.ExitStack() as stack:
+            numbers = itertools.count(1)
+
+            def start(through: ObjectStore | None = None) -> Lease:
+                monkeypatch.setenv("AWS_BATCH_JOB_ID", "job")
+                monkeypatch.setenv("AWS_BATCH_JOB_ATTEMPT", str(next(numbers)))
+                lease = acquire(through or store, on_lost=lambda: None)
+                stack.callback(lease.release)
+                return lease
+
+            yield start
+
+    @pytest.fixture
+    def mirrored(
+        self, store: ObjectStore, tmp_path: Path
+    ) -> Iterator[Callable[[Lease], tuple[Ledger, LedgerMirror]]]:
+        """Opens the ledger of an attempt on a machine of its own."""
+        with contextlib.ExitStack() as stack:
+
+            def open_both(lease: Lease) -> tuple[Ledger, LedgerMirror]:
+                local = tmp_path / f"machine{lease.attempt}" / run.LEDGER
+                mirror = LedgerMirror(store, lease, local)
+                stack.callback(mirror.close)
+                ledger = Ledger(local, attempt=lease.attempt)
+                stack.callback(ledger.close)
+                return ledger, mirror
+
+            yield open_both
+
+    def test_the_bucket_follows_when_asked_and_at_the_end(self, store, take_over, mirrored):
+        ledger, mirror = mirrored(take_over())
+        ledger.train(replace(TRAIN, iteration=1))
+        assert store.stat(run.LEDGER) is None
+        mirror.publish()
+        assert store.read(run.LEDGER) == ledger.path.read_bytes()
+        ledger.train(replace(TRAIN, iteration=2))
+        mirror.close()
+        assert store.read(run.LEDGER) == ledger.path.read_bytes()
+
+    def test_it_follows_by_itself(self, store, take_over, mirrored, monkeypatch):
+        monkeypatch.setattr(ledger_module, "MIRROR_EVERY_S", 0.01)
+        ledger, _ = mirrored(take_over())
+        for iteration in (1, 2):
+            ledger.train(replace(TRAIN, iteration=iteration))
+            wait_until(lambda: store.read_versioned(run.LEDGER)[0] == ledger.path.read_bytes())
+
+    def test_what_has_not_grown_is_not_written_again(self, store, take_over, mirrored):
+        ledger, mirror = mirrored(take_over())
+        ledger.train(TRAIN)
+        mirror.publish()
+        before = store.stat(run.LEDGER)
+        store.delete(run.LEDGER)
+        mirror.publish()
+        assert store.stat(run.LEDGER) is None
+        assert before is not None
+
+    def test_half_a_line_is_not_published(self, store, take_over, mirrored):
+        ledger, mirror = mirrored(take_over())
+        ledger.train(TRAIN)
+        whole = ledger.path.read_bytes()
+        with open(ledger.path, "ab") as file:
+            file.write(b'{"event": "train", "itera')
+        mirror.publish()
+        assert store.read(run.LEDGER) == whole
+
+    def test_the_next_attempt_goes_on_from_the_bucket(self, store, take_over, mirrored):
+        ledger, mirror = mirrored(take_over())
+        for iteration in range(1, 6):
+            ledger.train(replace(TRAIN, iteration=iteration))
+        mirror.publish()
+        ledger.train(replace(TRAIN, iteration=6))  # is lost with the machine
+        second, mirror = mirrored(take_over())
+        assert kinds(second.path) == [("train", iteration) for iteration in range(1, 6)]
+        second.rewind(iteration=3, evaluated_iteration=0)
+        second.train(replace(TRAIN, iteration=4, loss_ce=9.0))
+        mirror.publish()
+        published = [json.loads(line) for line in store.read(run.LEDGER).splitlines()]
+        assert [line["iteration"] for line in published] == [1, 2, 3, 4]
+        assert [line["attempt"] for line in published] == [1, 1, 1, 2]
+
+    def test_a_stale_attempt_changes_nothing(self, store, take_over, mirrored, caplog):
+        caplog.set_level("INFO")
+        old_ledger, old = mirrored(take_over())
+        old_ledger.train(replace(TRAIN, iteration=1))
+        old.publish()
+        ledger, mirror = mirrored(take_over())
+        ledger.train(replace(TRAIN, iteration=2))
+        mirror.publish()
+        published = store.read(run.LEDGER)
+        old_ledger.train(replace(TRAIN, iteration=3))
+        with pytest.raises(Fenced):
+            old.publish()
+        old.close()
+        assert "the ledger was not published" in caplog.text
+        assert store.read(run.LEDGER) == published
+
+    def test_a_last_word_of_a_stale_attempt_is_overridden(self, store, take_over, mirrored):
+        """It had passed its check; its successor had not yet published."""
+        lease = take_over()
+        old_ledger, old = mirrored(lease)
+        old_ledger.train(replace(TRAIN, iteration=1))
+        old.publish()
+        ledger, mirror = mirrored(take_over())
+        old_ledger.train(replace(TRAIN, iteration=2))
+        old.publish()
+        ledger.train(replace(TRAIN, iteration=3))
+        mirror.publish()
+        assert store.read(run.LEDGER) == ledger.path.read_bytes()
+        assert [event["iteration"] for event in read_ledger(ledger.path)] == [1, 3]
+
+    def test_the_fenced_ones_thread_ends(self, take_over, mirrored, monkeypatch):
+        monkeypatch.setattr(ledger_module, "MIRROR_EVERY_S", 0.01)
+        old_ledger, old = mirrored(take_over())
+        ledger, mirror = mirrored(take_over())
+        ledger.train(TRAIN)
+        mirror.publish()
+        old_ledger.train(TRAIN)
+        wait_until(lambda: not old._thread.is_alive())
+
+    def test_lost_replies_are_no_strangers_writes(
+        self, store, take_over, fault_proxy, monkeypatch, tmp_path
+    ):
+        monkeypatch.setattr("botocore.retryhandler.delay_exponential", lambda *_, **__: 0.0)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", fault_proxy.endpoint)
+        through = S3Store(store.uri)
+        path = tmp_path / "machine" / run.LEDGER
+        mirror = LedgerMirror(through, take_over(through), path)
+        ledger = Ledger(path, attempt=1)
+        for iteration in range(1, 4):
+            lost = fault_proxy.add(LoseReply(method="PUT", match=run.LEDGER))
+            ledger.train(replace(TRAIN, iteration=iteration))
+            mirror.publish()
+            assert lost.fired == 1
+            assert store.read(run.LEDGER) == path.read_bytes()
+        # Not one reply gets through: an error this time, and the next time it is put right.
+        lost = fault_proxy.add(LoseReply(method="PUT", match=run.LEDGER, times=None))
+        ledger.train(replace(TRAIN, iteration=4))
+        fault_proxy.add(Status(503, method="GET", match=run.LEDGER, times=None))
+        with pytest.raises(StorageError):
+            mirror.publish()
+        fault_proxy.clear()
+        ledger.train(replace(TRAIN, iteration=5))
+        mirror.publish()
+        assert store.read(run.LEDGER) == path.read_bytes()
+        ledger.close()
+        mirror.close()
+        through.client.close()
+
+    @pytest.mark.parametrize("error", [StorageError("down"), ConfigError("keys were revoked")])
+    def test_a_storage_that_fails_ends_nothing(
+        self, store, take_over, tmp_path, monkeypatch, caplog, error
+    ):
+        caplog.set_level("INFO")
+        monkeypatch.setattr(ledger_module, "MIRROR_EVERY_S", 0.01)
+        failing = Failing(store)
+        lease = take_over(failing)
+        mirror = LedgerMirror(failing, lease, tmp_path / run.LEDGER)
+        ledger = Ledger(tmp_path / run.LEDGER, attempt=1)
+        failing.error = error
+        ledger.train(TRAIN)
+        wait_until(lambda: caplog.text.count("ledger not published, trying again") >= 2)
+        assert store.stat(run.LEDGER) is None
+        failing.error = None
+        wait_until(lambda: store.read_versioned(run.LEDGER)[0] == ledger.path.read_bytes())
+        failing.error = error
+        ledger.notice(Notice("attempt_ended", "", {}))
+        ledger.close()
+        mirror.close()
+        assert not mirror._thread.is_alive()
+
+    def test_a_line_in_a_ledger_that_is_closed_is_dropped(self, path):
+        ledger = opened(path)
+        ledger.close()
+        ledger.notice(Notice("late", "", {}))
+        assert read_ledger(path) == []
+
+
+class Failing(Passing):
+    """Refuses the ledger while told to."""
+
+    error: Exception | None = None
+
+    def write(self, key: str, data: bytes, *, expected: str | None = None) -> str:
+        if self.error is not None and key == run.LEDGER:
+            raise self.error
+        return self.inner.write(key, data, expected=expected)
+
+
+def test_where_the_run_is_a_folder_the_ledger_grows_in_place(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+    lease = acquire(store, on_lost=lambda: None)
+    local = store.local_path(run.LEDGER)
+    written(local, 2)
+    before = local.read_bytes()
+    mirror = LedgerMirror(store, lease, local)
+    mirror.publish()
+    mirror.close()
+    assert local.read_bytes() == before
+    assert not mirror._thread.is_alive()
+    lease.release()
