@@ -33,6 +33,10 @@ soak: setup ## 200 random interruptions and network faults (half an hour)
 	$(BIN)/python scripts/make_demo_data.py demo/data
 	$(BIN)/python scripts/soak.py --data demo/data --folder demo/soak --interruptions 200
 
+bench: setup ## what a save costs, and how fast data arrive (10 GB of disk; S5CMD=, AWS= to compare)
+	$(BIN)/python scripts/bench_save.py --folder demo/bench
+	$(BIN)/python scripts/bench_transfer.py --folder demo $(if $(S5CMD),--s5cmd $(S5CMD)) $(if $(AWS),--aws $(AWS))
+
 s3: setup ## a local S3 server to try things with; Ctrl-C ends it
 	$(BIN)/python scripts/local_s3.py
 

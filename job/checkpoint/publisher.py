@@ -25,6 +25,8 @@ RETRY_WAIT_S = (2.0, 10.0, 30.0)
 """Before each repetition in `finish`; a storage that is down for longer fails the attempt."""
 MAX_OWED_STATES = 2
 """Copies of the state that are held for a storage that is down."""
+MAX_TRIES = 10
+"""Of a numbered checkpoint that keeps later states waiting."""
 
 
 @dataclass(eq=False)
@@ -35,6 +37,8 @@ class _Save:
     best: BestModel | None
     numbered: bool
     pause_s: float
+    tries: int = 0
+    """That have failed."""
 
     @property
     def iteration(self) -> int:
@@ -242,6 +246,9 @@ class Publisher:
             shared.owed = [one for one in [*shared.owed, job] if one not in dropped]
             shared.wake = True
             self._changed.notify_all()
+        self._tell_given_up(dropped)
+
+    def _tell_given_up(self, dropped: Sequence[_Save | _Best]) -> None:
         for one in dropped:
             if isinstance(one, _Save) and one.numbered:
                 self._tell(
@@ -278,6 +285,7 @@ class Publisher:
                 shared.wake = False
                 job = shared.trying = shared.owed[0]
             error: StorageError | ConfigError | None = None
+            dropped: list[_Save | _Best] = []
             try:
                 self._publish(job)
             except STORAGE_FAILURES as raised:
@@ -290,8 +298,13 @@ class Publisher:
                     shared.wake = bool(shared.owed) and not shared.closed
                 else:
                     shared.error = error
-                    shared.owed = needed(shared.owed)
+                    if isinstance(job, _Save):
+                        job.tries += 1
+                    kept = needed(shared.owed)
+                    dropped = [one for one in shared.owed if one not in kept]
+                    shared.owed = kept
                 self._changed.notify_all()
+            self._tell_given_up(dropped)
 
     def _publish(self, job: _Save | _Best) -> None:
         if isinstance(job, _Best):
@@ -330,10 +343,11 @@ def needed(owed: Sequence[_Save | _Best]) -> list[_Save | _Best]:
     """Those of the jobs, oldest first, that a later one has not made pointless.
 
     A later state replaces a recovery checkpoint, but not a numbered one (until there are too many
-    of them); a later best model replaces one that no state refers to.
+    of them, or it has failed too often: it may be the only thing that is refused); a later best
+    model replaces one that no state refers to.
     """
     saves = [job for job in owed if isinstance(job, _Save)]
-    kept_saves = [job for job in saves[:-1] if job.numbered] + saves[-1:]
+    kept_saves = [job for job in saves[:-1] if job.numbered and job.tries < MAX_TRIES] + saves[-1:]
     kept_saves = kept_saves[-MAX_OWED_STATES:]
     referred = {job.best.id for job in kept_saves if job.best is not None}
     bests = [job for job in owed if isinstance(job, _Best)]

@@ -120,18 +120,19 @@ class _Watch:
         self._tell = tell
         self._done = done
         self._rebalance_seen = False
+        self._answered = False
 
     def run(self) -> None:
         """Poll until a notice comes, the block ends, or nobody has ever answered."""
-        silent, answered = 0, False
+        silent = 0
         while True:
             try:
                 if self._look():
                     return
-                silent, answered = 0, True
+                silent = 0
             except _UNUSABLE:
                 silent += 1
-                if silent >= TRIES_WITHOUT_ANSWER and not answered:
+                if silent >= TRIES_WITHOUT_ANSWER and not self._answered:
                     return
             if self._done.wait(POLL_S):
                 return
@@ -157,6 +158,7 @@ class _Watch:
                 log.exception("the spot notice could not be told")
             self._stop.request("a spot notice", within_s=left_s)
             return True
+        self._answered = True
         if not self._rebalance_seen and self._service.get(REBALANCE_PATH) is not None:
             self._rebalance_seen = True
             self._tell(

@@ -15,7 +15,7 @@ from job import run
 from job.checkpoint import publisher as publisher_module
 from job.checkpoint.manager import BestModel, CheckpointManager
 from job.checkpoint.publisher import FINISH_ATTEMPTS, Publisher, copy_tensors
-from job.errors import ConfigError, Fenced, StorageError
+from job.errors import AccessDenied, ConfigError, Fenced, StorageError
 from job.events import Notice
 from job.storage import LocalStore
 from tests.services import wait_until
@@ -94,6 +94,11 @@ def save_best(publisher: Publisher, iteration: int) -> Any:
         for name in (run.BEST_MODEL, run.BEST_MODEL_D)
     }
     return publisher.save_best(files, iteration=iteration, val_miou=iteration / 100)
+
+
+def idle(publisher: Publisher) -> bool:
+    with publisher._changed:
+        return publisher._is_idle()
 
 
 @contextlib.contextmanager
@@ -210,6 +215,42 @@ def test_an_endless_outage_holds_a_bounded_number_of_copies(publisher, slow, sto
     assert iterations(pointer(store)) == [51, 50]
     assert best is not None
     assert loaded(store, run.BEST_MODEL)["weights"][0] == 50
+
+
+def test_a_numbered_checkpoint_that_is_refused_for_good_does_not_stop_the_others(
+    publisher, slow, store, told, monkeypatch
+):
+    monkeypatch.setattr(publisher_module, "MAX_TRIES", 3)
+
+    def copy(source: str, target: str, **options: Any) -> None:
+        if target == run.numbered_checkpoint(10):
+            raise AccessDenied("objects of this name are locked")
+        store.copy(source, target, **options)
+
+    monkeypatch.setattr(slow, "copy", copy, raising=False)
+    save(publisher, 10, numbered=True)
+    for iteration in range(11, 17):
+        wait_until(lambda: idle(publisher))
+        save(publisher, iteration)
+    publisher.finish()
+    assert iterations(pointer(store))[0] == 16
+    assert told.kinds.count("save_given_up") == 1
+    assert store.stat(run.numbered_checkpoint(10)) is None
+
+
+def test_a_better_model_outlives_a_failed_state_that_refers_to_an_older_one(publisher, slow, store):
+    first = save_best(publisher, 5)
+    publisher.finish()
+    slow.failures = [StorageError("down")]
+    save(publisher, 5, best=first, numbered=True)
+    wait_until(lambda: idle(publisher))
+    second = save_best(publisher, 6)
+    save(publisher, 6, best=second)
+    publisher.finish()
+    assert iterations(pointer(store)) == [6, 5]
+    for best in (first, second):
+        assert store.stat(run.best_manifest(best.id)) is not None
+    assert loaded(store, run.BEST_MODEL)["weights"][0] == 6
 
 
 def test_what_a_later_job_makes_pointless():

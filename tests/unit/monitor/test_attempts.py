@@ -37,7 +37,7 @@ def attempt(
             {"event": "checkpoint", **head, "time": start + seconds / 2, "saved_at": saved_at}
         )
     end = start + seconds
-    events.append({"event": "train", "iteration": 1, **head, "time": end if code is None else end})
+    events.append({"event": "train", "iteration": 1, **head, "time": end})
     if code is not None:
         ending = {"event": "attempt_ended", **head, "time": end, "exit_code": int(code)}
         events.append({**ending, "reason": f"reason {number}", "fingerprint": mark})
