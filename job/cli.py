@@ -54,6 +54,9 @@ def main() -> None:
         sys.exit(ExitCode.IO_ERROR)
     except KeyboardInterrupt:
         sys.exit(ExitCode.KILLED_BY_USER)
+    finally:
+        # All is said and done: a signal now must not change the exit code that tells it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _load_config(name_or_uri: str, overrides: dict[str, Any]) -> Config:

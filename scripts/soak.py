@@ -135,7 +135,8 @@ class Lane:
             end_s = time.monotonic() + self.random.uniform(0.0, 2 * MEAN_LIFE_S)
             while time.monotonic() < end_s and attempt.process.poll() is None:
                 time.sleep(0.05)
-            over = attempt.process.poll() is not None
+            # An interruption that comes too late changes nothing.
+            over = attempt.process.poll() is not None or "Finished after" in attempt.output
             successor = None
             if not over:
                 successor = self.interrupt(kind, attempt, imds, uri, environment, number)
@@ -150,19 +151,22 @@ class Lane:
                 pending = None
             if resumed is not None and resumed < durable and "is bad and" not in attempt.output:
                 self.fail(f"{name}: attempt {number} resumed at {resumed}, {durable} was durable")
-            at = max(attempt.reached, resumed or 0, at if resumed is None else 0)
+            if resumed is not None:
+                at = max(attempt.reached, resumed)
             if code == ExitCode.OK:
                 if successor is not None:
                     successor.kill()
                 break
-            if not over and code not in EXPECTED[kind] and code != ExitCode.IO_ERROR:
+            unborn = code == -signal.SIGTERM and not attempt.output  # before Python was there
+            if not (over or code in EXPECTED[kind] or code == ExitCode.IO_ERROR or unborn):
                 self.fail(f"{name}: {kind} ended with {code}:\n{attempt.output[-3000:]}")
                 return
             if over and code != ExitCode.IO_ERROR:
                 self.fail(f"{name}: ended by itself with {code}:\n{attempt.output[-3000:]}")
                 return
             store = S3Store(uri)
-            durable = max(durable, newest(store)) if kind != "damaged checkpoint" else 0
+            if successor is None:  # otherwise the successor is writing already
+                durable = newest(store) if kind != "damaged checkpoint" else 0
             if kind == "damaged checkpoint" and not over:
                 damage_newest(store)
             pending = kind if not over else pending

@@ -376,15 +376,22 @@ class CheckpointManager:
     def _verified_state(self, manifest: _Manifest) -> tuple[dict[str, Any], str]:
         """The state and the key it was read from: the first one where it is whole."""
         damage = _Damaged("its data is missing")
+        bad: list[str] = []
         for key in manifest.keys:
             try:
-                return self._load_verified(key, manifest.files[STATE]), key
+                state = self._load_verified(key, manifest.files[STATE])
             except ObjectNotFound:
                 continue
             except Corrupted as error:
                 damage = _Damaged(error.message)
             except _Damaged as found:
                 damage = found
+            else:
+                for other in bad:
+                    log.warning("%s was damaged (%s); made anew from %s", other, damage, key)
+                    self._point(key, other)
+                return state, key
+            bad.append(key)
         raise damage
 
     def _load_verified(self, key: str, written: FileRecord) -> dict[str, Any]:

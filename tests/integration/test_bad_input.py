@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests.integration.conftest import command
 @pytest.fixture
 def s4gan(monkeypatch, capsys):
     """Run a command line in this process; returns exit code, stdout and stderr."""
+    before = signal.getsignal(signal.SIGTERM)
 
     def run(argv: list[str]) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["s4gan", *argv])
@@ -28,7 +30,8 @@ def s4gan(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return int(caught.value.code or 0), out, err
 
-    return run
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

@@ -285,7 +285,7 @@ def test_an_endpoint_that_does_not_answer_is_a_storage_error(
     monkeypatch.setattr(s3_module, "ATTEMPTS", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", fault_proxy.endpoint)
     with opened(direct.uri) as store:
-        for name in OPERATIONS:
+        for name in set(OPERATIONS) - {"create", "replace"}:  # as "write", a second or two each
             hold = fault_proxy.add(Hold(times=None))
             error = failure(name, store, tmp_path)
             assert type(error) is StorageError
@@ -447,24 +447,28 @@ def hash_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def test_40_mb_go_both_ways_and_are_copied_in_bounded_memory(
+def test_50_mb_go_both_ways_and_are_copied_in_bounded_memory(
     direct, small_parts, monkeypatch, tmp_path
 ):
-    size = 40 * 2**20
+    size = 50 * 2**20
     digest = file_of(tmp_path / "source", size)
     with opened(direct.uri) as store:
         store.stat("warm up")
         tracemalloc.start()
         try:
             store.upload(tmp_path / "source", "big")
+            _, uploading = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
             fetched = store.fetch("big", tmp_path / "fetched")
-            _, peak = tracemalloc.get_traced_memory()
+            _, fetching = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
         assert hash_of(fetched) == digest
         assert store.stat("big").size == size
-        assert peak < size / 2
-        assert store.stat("big").version.strip('"').endswith("-8"), "it went in 8 parts"
+        assert uploading < size / 4
+        # For a slow disk boto3 queues up to 100 pieces of 256 KiB, however large the object is.
+        assert fetching < 100 * 2**18 + size / 4
+        assert store.stat("big").version.strip('"').endswith("-10"), "it went in 10 parts"
 
         # A limit that makes it too large for one request, and parts of 6 MiB.
         monkeypatch.setattr(s3_module, "COPY_LIMIT_BYTES", 30 * 2**20)

@@ -255,7 +255,7 @@ def test_of_eight_writers_exactly_one_creates_and_one_replaces(store):
 
 
 def test_of_eight_copies_one_creates_and_one_replaces(store):
-    """A copy whose reply was lost counts as refused (`ObjectStore.copy`), so there may be none."""
+    """Or none: SeaweedFS 4.48 now and then refuses all of eight that come at the same moment."""
     for name in range(8):
         store.write(f"from/{name}", f"{name}".encode())
 
@@ -268,7 +268,9 @@ def test_of_eight_copies_one_creates_and_one_replaces(store):
     for _ in range(2):
         found = store.stat("to")
         winners = _winners(copies(found.version if found else ABSENT))
-        assert winners == [int(store.read("to"))] or (isinstance(store, S3Store) and not winners)
+        content, _ = store.read_versioned("to")
+        if winners or not isinstance(store, S3Store):
+            assert [str(winner).encode() for winner in winners] == [content]
         store.write("to", b"between")
 
 
