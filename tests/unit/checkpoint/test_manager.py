@@ -773,14 +773,14 @@ def _names(folder: Path) -> list[str]:
 
 
 def test_a_damaged_copy_of_a_numbered_checkpoint_is_made_anew_from_the_other(
-    manager, store, lease, tmp_path, caplog
+    manager, store, reopened, caplog
 ):
     save(manager, 5)
     save(manager, 10, numbered=True)
-    newest = json.loads(store.read(run.LATEST_POINTER))["checkpoints"][0]
+    newest = pointer(store)[0]
     whole = store.read(run.checkpoint_state(newest))
     store.write(run.checkpoint_state(newest), whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert reopened(store, lease, tmp_path).restore()["iteration"] == 10
+    assert reopened().restore()["iteration"] == 10
     assert store.read(run.checkpoint_state(newest)) == whole
     assert "made anew" in caplog.text
     assert list(store.list(run.QUARANTINE)) == []
