@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -48,7 +50,7 @@ def main() -> None:
         # Being stopped before anything was trained is no error.
         prefix = "" if error.exit_code is ExitCode.PREEMPTED else "error: "
         print(f"{prefix}{error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
     except OSError as error:  # what the system refuses outside a run's own storage
         print(f"error: {error}", file=sys.stderr)
         sys.exit(ExitCode.IO_ERROR)
@@ -57,6 +59,16 @@ def main() -> None:
     finally:
         # All is said and done: a signal now must not change the exit code that tells it.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _leave(code: ExitCode) -> NoReturn:
+    """Exit, without waiting for an upload that there was no time for."""
+    if any(thread.name == "publisher" for thread in threading.enumerate()):
+        # boto3's threads would hold the interpreter until the upload ends, or the machine does.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _load_config(name_or_uri: str, overrides: dict[str, Any]) -> Config:
