@@ -273,6 +273,9 @@ def _leased(store: ObjectStore, stop: StopRequest) -> Iterator[Lease]:
     )
     try:
         yield lease
+    except Preempted:
+        lease.raise_if_lost()  # if so, it was asked to stop for that
+        raise
     finally:
         lease.release()
 

@@ -159,6 +159,15 @@ class Lease:
         """
         self._renew()
 
+    def raise_if_lost(self) -> None:
+        """As `check`, by what is known already, without asking the storage.
+
+        Raises:
+            Fenced: another attempt has taken over.
+        """
+        if self._lost:
+            raise self._fenced()
+
     def publish(self, key: str, data: bytes, version: str) -> str:
         """Write an object that only the holder of the lease may write; returns its version.
 
@@ -171,8 +180,7 @@ class Lease:
             Fenced: another attempt has taken over; nothing was written.
         """
         while True:
-            if self._lost:
-                raise self._fenced()
+            self.raise_if_lost()
             try:
                 return self._store.write(key, data, expected=version)
             except PreconditionFailed:

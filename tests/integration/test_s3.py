@@ -392,3 +392,23 @@ def test_another_configuration_is_refused_or_taken_when_asked(cloud: Cloud, stor
 
 def training_lines_of(store: S3Store) -> list[dict[str, Any]]:
     return [event for event in ledger(store) if "iteration" in event]
+
+
+@pytest.mark.slow
+def test_one_that_is_replaced_before_it_trains_is_fenced_not_preempted(
+    cloud: Cloud, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """Found by the soak: the scheduler would have started it again."""
+    held = fault_proxy.add(Hold(method="GET", match="/data/scenes/dataset.yaml"))
+    zombie = cloud(job_attempt=1)
+    assert held.reached.wait(120)
+    zombie.send(signal.SIGSTOP)
+    successor = cloud(job_attempt=2, environment={"S4GAN_SCRATCH": str(tmp_path / "another")})
+    successor.wait_for("^device: ")
+    zombie.send(signal.SIGCONT)
+    # Its lease finds out at the next renewal, while the data still do not come.
+    wait_until(lambda: "stopped" in zombie.output or zombie.process.poll() is not None)
+    held.release()
+    assert zombie.finish() == 76, zombie.output
+    successor.send(signal.SIGTERM)
+    assert successor.finish() == 75
