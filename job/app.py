@@ -413,7 +413,14 @@ def _restore_or_begin(
     if saved is None:
         console.print(f"backbone: {note}")
     else:
-        state.load_state_dict(saved)
+        try:
+            state.load_state_dict(saved)
+        except (RuntimeError, ValueError, KeyError) as error:  # only after --resume-anyway
+            raise ConfigError(
+                f"{attempt.store.uri}: its checkpoint does not fit the networks of this "
+                f"configuration: {' '.join(str(error).split())[:300]}",
+                mend="put model.* and the number of classes back, or choose another --run",
+            ) from None
     record.ledger.rewind(iteration=state.iteration, evaluated_iteration=state.evaluated_iteration)
     record.resumed_at = state.iteration
     record.tell(Notice("training_started", "", {"resumed_at": state.iteration}))

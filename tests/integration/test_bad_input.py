@@ -317,3 +317,20 @@ def test_three_attempts_that_fail_alike_exit_93_with_their_story(make_data, trai
     assert "Traceback" in err, "whoever mends it needs to see where"
     # Mended, it goes on.
     assert train(data, train__iterations=40)[0] == 0
+
+
+def test_other_networks_cannot_be_resumed_even_when_asked(s4gan, make_data, tmp_path):
+    data = make_data()
+    assert s4gan(command(data, tmp_path / "run", train__iterations=2))[0] == 0
+    other = command(data, tmp_path / "run", train__iterations=4, model__discriminator_channels=16)
+    code, _, err = s4gan([*other, "--resume-anyway"])
+    assert code == 78
+    assert "does not fit the networks of this configuration" in err
+    assert "Discriminator" in err
+    assert "Traceback" not in err
+    # With networks that fit the same run goes on, longer than it was to be.
+    longer = command(data, tmp_path / "run", train__iterations=4)
+    code, out, err = s4gan([*longer, "--resume-anyway"])
+    assert code == 0, err
+    assert "train.iterations: 2 in the run, 4 now" in out
+    assert (tmp_path / "run" / "checkpoint_4.pth").exists()
