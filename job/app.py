@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import io
 import logging
 import shlex
 import shutil
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -54,7 +54,7 @@ from job.preemption import StopRequest, watch_spot
 from job.run import RunIdentity
 from job.storage import LocalStore, ObjectStore, open_store
 from job.storage.progress import ConsoleProgress
-from job.storage.sync import data_folder
+from job.storage.sync import data_folder, scratch_root
 from job.training.loop import BestModelWriter, Surroundings
 from job.training.loop import train as run_loop
 from job.training.state import TrainState, new_train_state
@@ -98,7 +98,7 @@ def train(
     with (
         StopRequest().on_signals() as stop,
         _leased(store, stop) as lease,
-        _scratch(store) as scratch,
+        _scratch(store, lease) as scratch,
         _recorded(store, lease, scratch, console, config) as record,
         watch_spot(stop, record.tell),
         # 3. Bring the data, look at it, split it as the run began.
@@ -281,15 +281,23 @@ def _leased(store: ObjectStore, stop: StopRequest) -> Iterator[Lease]:
 
 
 @contextlib.contextmanager
-def _scratch(store: ObjectStore) -> Iterator[Path]:
+def _scratch(store: ObjectStore, lease: Lease) -> Iterator[Path]:
     """A local folder for files on their way; on the run's own disk, so that moving is free."""
     if isinstance(store, LocalStore):
         store.remove_leftovers()
         folder = store.root / ".work"
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
     else:
-        folder = Path(tempfile.mkdtemp(prefix="s4gan-"))
+        run_hash = hashlib.sha256(store.uri.encode()).hexdigest()[:12]
+        folder = scratch_root() / "work" / f"{run_hash}-a{lease.attempt:04d}"
+        for left in folder.parent.glob(f"{run_hash}-a*"):
+            # Of killed attempts; the last one may still be alive, without knowing it is replaced.
+            if left.name < f"{run_hash}-a{lease.attempt - 1:04d}":
+                shutil.rmtree(left, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError.from_os("write", folder, error) from error
     try:
         yield folder
     finally:

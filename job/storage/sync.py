@@ -82,7 +82,12 @@ def data_folder(
 
 
 def cache_root() -> Path:
-    """Where copies of data sets are kept: S4GAN_SCRATCH, else /scratch, else the user's cache."""
+    """Where copies of data sets are kept."""
+    return scratch_root() / "data"
+
+
+def scratch_root() -> Path:
+    """The local disk to work on: S4GAN_SCRATCH, else /scratch, else the user's cache folder."""
     chosen = os.environ.get(SCRATCH_VARIABLE)
     if chosen:
         base = Path(chosen)
@@ -90,7 +95,7 @@ def cache_root() -> Path:
         base = Path("/scratch")
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return base.absolute() / "s4gan" / "data"
+    return base.absolute() / "s4gan"
 
 
 # ---------------------------------------------------------------- sources
