@@ -138,6 +138,8 @@ class Lane:
             # An interruption that comes too late changes nothing.
             over = attempt.process.poll() is not None or "Finished after" in attempt.output
             successor = None
+            if kind == "zombie" and "device: " not in attempt.output:
+                kind = "SIGKILL"  # asleep with the lock of this disk's data it would bar the next
             if not over:
                 successor = self.interrupt(kind, attempt, imds, uri, environment, number)
             code = attempt.finish()

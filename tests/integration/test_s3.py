@@ -72,8 +72,9 @@ class Cloud:
         **changes: Any,
     ) -> AttemptProcess:
         self._jobs += 1
+        changes.setdefault("train__iterations", ITERATIONS)
         attempt: AttemptProcess = self._start(
-            [*command(data, run_uri, train__iterations=ITERATIONS, **changes), *arguments],
+            [*command(data, run_uri, **changes), *arguments],
             environment={
                 **self._server.environment(identity),
                 "AWS_ENDPOINT_URL": self._proxy.endpoint,
@@ -204,9 +205,9 @@ def test_a_zombie_wakes_after_its_successor_and_publishes_nothing(
 
 @pytest.mark.slow
 def test_an_older_try_of_the_job_is_refused(cloud: Cloud) -> None:
-    newer = cloud(job_attempt=2)
+    newer = cloud(job_attempt=2, train__iterations=4000)
     newer.wait_for_iteration(2)
-    older = cloud(job_attempt=1)
+    older = cloud(job_attempt=1, train__iterations=4000)
     assert older.finish() == 76
     assert "is training in" in older.output
     newer.send(signal.SIGTERM)
@@ -400,10 +401,14 @@ def test_one_that_is_replaced_before_it_trains_is_fenced_not_preempted(
 ) -> None:
     """Found by the soak: the scheduler would have started it again."""
     held = fault_proxy.add(Hold(method="GET", match="/data/scenes/dataset.yaml"))
-    zombie = cloud(job_attempt=1)
+    zombie = cloud(job_attempt=1, train__iterations=4000)
     assert held.reached.wait(120)
     zombie.send(signal.SIGSTOP)
-    successor = cloud(job_attempt=2, environment={"S4GAN_SCRATCH": str(tmp_path / "another")})
+    successor = cloud(
+        job_attempt=2,
+        train__iterations=4000,
+        environment={"S4GAN_SCRATCH": str(tmp_path / "another")},
+    )
     successor.wait_for("^device: ")
     zombie.send(signal.SIGCONT)
     # Its lease finds out at the next renewal, while the data still do not come.
