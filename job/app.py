@@ -107,11 +107,14 @@ def train(
         ) as folder,
     ):
         data = _prepare_data(store, config, data_uri, folder, stop, console, resume_anyway)
-        identity = _open_run(store, config, data)
+        identity = _identity(store)
         # 4. Restore the newest checkpoint that verifies, or begin.
         manager = CheckpointManager(store, lease, scratch)
         attempt = _Attempt(config, store, scratch, lease, identity, data, device, console, record)
         state = _restore_or_begin(attempt, manager, changed, resume_anyway)
+        # Only now: what cannot be gone on with must not be written over what can.
+        store.write(run.CONFIG, config.to_yaml().encode())
+        store.write(run.SPLITS, data.splits.to_json())
         stop.raise_if_requested()
         # 5. Start the trackers and the publisher.
         with _tracking(attempt, state, stop) as tracking:
@@ -236,13 +239,17 @@ def _refuse_same_place(data: ObjectStore, store: ObjectStore) -> None:
 
 def _config_of_run(store: ObjectStore) -> Config | None:
     """The configuration a run has begun with; None if it has no checkpoint, so nothing to lose."""
-    if store.stat(run.LATEST_POINTER) is None:
+    if not _has_checkpoints(store):
         return None
     try:
-        text = store.read(run.CONFIG).decode()
+        text = store.read(run.CONFIG).decode(errors="replace")
     except ObjectNotFound:
         return None
     return config_from_yaml(text, source=f"{store.uri}/{run.CONFIG}")
+
+
+def _has_checkpoints(store: ObjectStore) -> bool:
+    return any(not info.key.startswith(run.QUARANTINE) for info in store.list(run.CHECKPOINTS))
 
 
 def _refuse_other_config(
@@ -315,7 +322,7 @@ def _recorded(
     """
     path = store.local_path(run.LEDGER) or scratch / run.LEDGER
     mirror = LedgerMirror(store, lease, path)
-    ledger = Ledger(path, attempt=lease.attempt)
+    ledger = Ledger(path, attempt=lease.attempt, shown=f"{store.uri}/{run.LEDGER}")
     record = _Record(ledger, mirror, console)
     before = lease.predecessor
     fields: dict[str, Any] = {}
@@ -375,8 +382,9 @@ def _prepare_data(
 ) -> _Data:
     dataset = scan_dataset(folder)
     splits = make_splits(dataset, config)
-    if store.stat(run.LATEST_POINTER) is not None and not resume_anyway:
-        check_same(Splits.from_json(store.read(run.SPLITS)), splits)
+    before = _splits_of_run(store)
+    if before is not None and not resume_anyway:
+        check_same(before, splits)
     items = items_of(dataset, splits)
     console.print(
         f"data: {len(splits.labeled)} labeled, {len(splits.unlabeled)} unlabeled, "
@@ -388,10 +396,23 @@ def _prepare_data(
     return _Data(data_uri, dataset.info, splits, items)
 
 
-def _open_run(store: ObjectStore, config: Config, data: _Data) -> RunIdentity:
-    """Write what says which run this is; the identity is made once and stays."""
-    store.write(run.CONFIG, config.to_yaml().encode())
-    store.write(run.SPLITS, data.splits.to_json())
+def _splits_of_run(store: ObjectStore) -> Splits | None:
+    """How the run began; None if it has nothing to lose, or nothing that says so."""
+    if not _has_checkpoints(store):
+        return None
+    try:
+        return Splits.from_json(store.read(run.SPLITS))
+    except ObjectNotFound:
+        return None
+    except (ValueError, TypeError, AttributeError):
+        raise StorageError(
+            f"{store.uri}/{run.SPLITS}: cannot be read",
+            mend="delete it, if the images are those the run began with",
+        ) from None
+
+
+def _identity(store: ObjectStore) -> RunIdentity:
+    """Which run this is; made once and kept."""
     try:
         return RunIdentity.from_json(store.read(run.IDENTITY))
     except ObjectNotFound:
@@ -399,6 +420,11 @@ def _open_run(store: ObjectStore, config: Config, data: _Data) -> RunIdentity:
         identity = RunIdentity.create(now)
         store.write(run.IDENTITY, identity.to_json())
         return identity
+    except (ValueError, TypeError):
+        raise StorageError(
+            f"{store.uri}/{run.IDENTITY}: cannot be read",
+            mend="delete it: the run goes on, as a new run in W&B",
+        ) from None
 
 
 # ------------------------------------------------------------------------- 4: the state
@@ -488,7 +514,8 @@ def _tracking(attempt: _Attempt, state: TrainState, stop: StopRequest) -> Iterat
             preempted=code is ExitCode.PREEMPTED,
             within_s=stop.seconds_left,
         )
-        _keep_wandb_files(attempt, wandb)
+        if stop.seconds_left is None:  # otherwise they are not worth the time
+            _keep_wandb_files(attempt, wandb)
 
 
 def _keep_wandb_files(attempt: _Attempt, wandb: WandbTracker) -> None:

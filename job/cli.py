@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -80,6 +81,11 @@ def _load_config(name_or_uri: str, overrides: dict[str, Any]) -> Config:
     with local_copy(name_or_uri, name="--config", mend="give a preset or a YAML file") as path:
         text = path.read_text(encoding="utf-8", errors="replace")
     return config_from_yaml(text, source=name_or_uri, overrides=overrides)
+
+
+def _refuse_uri(name: str, folder: Path) -> None:
+    if re.match(r"[a-z0-9]+:/", str(folder)):
+        raise ConfigError(f"{name} {folder}: must be a local folder", mend="give its path")
 
 
 def _transfer_progress() -> ConsoleProgress:
@@ -210,6 +216,7 @@ def predict(
     """Segment a folder of images: class numbers as PNG, and a colour overlay to look at."""
     from job.inference import choose_device, predict_folder
 
+    _refuse_uri("--out", out)
     predicted = predict_folder(weights, images, out, choose_device(), _transfer_progress())
     print(f"{sum(1 for _ in predicted)} images predicted into {out}")
 
@@ -223,6 +230,7 @@ def pull(
     ] = False,
 ) -> None:
     """Bring a run's files here, verified; again after an interruption fetches only the rest."""
+    _refuse_uri("DIR", folder)
     from job.storage.pull import pull as pull_run
     from job.storage.pull import table
 

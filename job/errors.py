@@ -8,6 +8,7 @@
     |  |- Corrupted           what arrives is not what the storage says it keeps
     |  |- ObjectNotFound      no object under that key
     |  `- PreconditionFailed  a conditional write lost against another writer
+    |- RunDeleted         74  the run was deleted while it was trained
     |- Fenced             76  another attempt owns the run
     |- Diverged           70  a loss is NaN or infinite
     |- NoProgress         93  attempt after attempt fails alike at the same place
@@ -98,6 +99,12 @@ class StorageError(JobError):
 
 class AccessDenied(StorageError):
     """The identity of this process lacks a permission; the mend names it."""
+
+
+class RunDeleted(JobError):
+    """Somebody has deleted the run, or a part of it, under the attempt that works on it."""
+
+    exit_code = ExitCode.IO_ERROR
 
 
 class Corrupted(StorageError):

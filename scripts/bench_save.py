@@ -19,7 +19,7 @@ import torch
 from job.checkpoint.lease import acquire
 from job.checkpoint.manager import CheckpointManager
 from job.checkpoint.publisher import Publisher
-from job.drill.environment import in_environment
+from job.drill.environment import empty_folder, in_environment
 from job.drill.seaweed import SeaweedServer
 from job.storage.s3 import S3Store
 
@@ -34,8 +34,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     folder: Path = arguments.folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    empty_folder(folder)
     count = arguments.megabytes * 1_000_000 // TENSOR_BYTES
     weights = {f"w{i}": torch.randn(TENSOR_BYTES // 4) for i in range(count)}
     plain_s: list[float] = []

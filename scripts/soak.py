@@ -27,7 +27,7 @@ from pathlib import Path
 
 from job import run
 from job.drill.attempt import AttemptProcess
-from job.drill.environment import in_environment
+from job.drill.environment import empty_folder, in_environment
 from job.drill.imds import FakeImds
 from job.drill.proof import compare_runs
 from job.drill.proxy import (
@@ -286,8 +286,8 @@ def main() -> int:
     parser.add_argument("--lanes", type=int, default=2, help="runs at the same time")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    shutil.rmtree(arguments.folder, ignore_errors=True)
-    (arguments.folder / "logs").mkdir(parents=True)
+    empty_folder(arguments.folder)
+    (arguments.folder / "logs").mkdir()
     tally = Tally()
     began_s = time.monotonic()
     with (

@@ -27,6 +27,7 @@ from job.errors import (
     ObjectNotFound,
     PreconditionFailed,
     Preempted,
+    RunDeleted,
     StorageError,
 )
 from job.storage import ABSENT, ObjectStore
@@ -195,7 +196,7 @@ class Lease:
         self._thread.join()
         try:
             self._renew(released=True)
-        except (Fenced, *STORAGE_FAILURES) as error:
+        except (Fenced, RunDeleted, *STORAGE_FAILURES) as error:
             log.info("lease not released: %s", error.message)
 
     def _renew(self, *, released: bool = False) -> None:
@@ -222,7 +223,7 @@ class Lease:
         text, version = self._store.read_versioned(run.LEASE)
         found = _parse(text, self._store)
         if found is None:
-            raise StorageError(
+            raise RunDeleted(
                 f"{self._store.uri}: its {run.LEASE} is gone; somebody has deleted "
                 "the run, or a part of it",
                 mend="start again, with another --run if this one is to stay deleted",
@@ -235,7 +236,7 @@ class Lease:
         while not self._done.wait(LEASE_TIME_S / RENEWALS):
             try:
                 self._renew()
-            except Fenced:
+            except (Fenced, RunDeleted):
                 self._on_lost()
                 return
             except STORAGE_FAILURES as error:

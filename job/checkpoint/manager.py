@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import pickle
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -47,6 +48,7 @@ KEEP_RECOVERY = 3
 """Recovery checkpoints that stay: enough to fall back twice."""
 STATE = "state.pth"
 """Name of a checkpoint's one file in its manifest."""
+POINT_ATTEMPTS = 20
 READS = 2
 """Times a damaged file is read before it is believed to be damaged where it lies."""
 
@@ -136,8 +138,8 @@ class CheckpointManager:
         self._store = store
         self._lease = lease
         self._scratch = scratch
-        text, self._pointer_version = store.read_versioned(run.LATEST_POINTER)
-        self._ids: list[str] = json.loads(text)["checkpoints"] if text else []
+        self._ids, self._pointer_version = self._read_pointer()
+        self._quarantined: set[str] = set()
         self._manifests: dict[str, _Manifest] = {}
         self._data_deleted: set[str] = set()
         self._best_ids: set[str] = set()
@@ -207,8 +209,8 @@ class CheckpointManager:
             StorageError: the storage failed (which says nothing about the checkpoints), or there
                 are checkpoints and not one is good.
         """
-        bad = {Path(info.key).stem for info in self._store.list(run.QUARANTINE)}
-        for id_ in [id_ for id_ in self._ids if id_ not in bad]:
+        self._quarantined = {Path(info.key).stem for info in self._store.list(run.QUARANTINE)}
+        for id_ in [id_ for id_ in self._ids if id_ not in self._quarantined]:
             try:
                 manifest = self._manifest(id_)
                 state, key = self._verified_state(manifest)
@@ -334,7 +336,7 @@ class CheckpointManager:
         The lease is checked after the version of the name was taken: a process that sleeps between
         the check and the copy finds the name changed by its successor, and copies nothing.
         """
-        while True:
+        for _ in range(POINT_ATTEMPTS):
             before = self._store.stat(plain)
             self._lease.check()
             try:
@@ -345,6 +347,29 @@ class CheckpointManager:
             except ObjectNotFound:
                 self._lease.check()  # a successor deletes what its predecessor has left
                 raise
+        raise StorageError(f"{self._store.uri}/{plain}: is changed by somebody all the time")
+
+    def _read_pointer(self) -> tuple[list[str], str]:
+        """The ids to try, and the pointer's version; by the manifests where the pointer is lost."""
+        text, version = self._store.read_versioned(run.LATEST_POINTER)
+        try:
+            return [str(id_) for id_ in json.loads(text)["checkpoints"]], version
+        except (ValueError, KeyError, TypeError):
+            pass
+        found = []
+        for info in self._store.list(run.CHECKPOINTS):
+            id_, _, name = info.key.removeprefix(run.CHECKPOINTS).partition("/")
+            if name and info.key == run.checkpoint_manifest(id_):
+                found.append(id_)
+        if found or version != ABSENT:
+            log.warning(
+                "%s/%s is missing or cannot be read; going by the %d manifests that are there",
+                self._store.uri,
+                run.LATEST_POINTER,
+                len(found),
+            )
+        # A later attempt has published later, even if it had fallen back to an earlier iteration.
+        return sorted(found, key=lambda id_: (run.attempt_in(id_), id_), reverse=True), version
 
     def _publish_pointer(self, ids: list[str]) -> None:
         text = json.dumps({"checkpoints": ids, "attempt": self._lease.attempt}).encode()
@@ -407,10 +432,15 @@ class CheckpointManager:
                 )
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except MemoryError:
-            raise
-        except Exception as error:  # torch raises whatever its unpickler stumbles over
+        except pickle.UnpicklingError as error:  # it holds more than tensors and plain values
             raise _Damaged(f"torch cannot load it ({reason(error)})") from None
+        except Exception as error:  # torch raises whatever it stumbles over
+            # The bytes are those that were written, so this says nothing against the checkpoint.
+            raise StorageError(
+                f"{self._store.uri}/{key}: is whole, but torch cannot load it ({reason(error)})",
+                mend="if memory is short, use a machine with more; otherwise the version of torch "
+                "that wrote it",
+            ) from error
         finally:
             if path.is_relative_to(self._scratch):
                 path.unlink()
@@ -419,6 +449,7 @@ class CheckpointManager:
     def _quarantine(self, id_: str, why: str) -> None:
         log.warning("checkpoint %s is bad and will not be tried again: %s", id_, why)
         self._store.write(run.quarantine_mark(id_), json.dumps({"id": id_, "reason": why}).encode())
+        self._quarantined.add(id_)
 
     def _prune(self, best: BestModel | None) -> None:
         """Delete what the pointer no longer needs; only ever called after a successful publish.
@@ -436,8 +467,10 @@ class CheckpointManager:
             if rank < KEEP_RECOVERY or numbered:
                 kept[id_] = manifest
             if numbered and rank >= KEEP_RECOVERY and id_ not in self._data_deleted:
-                self._store.delete(manifest.keys[0])  # the plain name holds the same data
-                self._data_deleted.add(id_)
+                plain = self._store.stat(manifest.keys[1])
+                if plain is not None and plain.size == manifest.files[STATE].size:
+                    self._store.delete(manifest.keys[0])  # the plain name holds the same data
+                    self._data_deleted.add(id_)
         dropped = set(self._ids) - set(kept)
         if dropped:
             self._publish_pointer(list(kept))
@@ -462,6 +495,8 @@ class CheckpointManager:
             id_, slash, _ = info.key.removeprefix(prefix).partition("/")
             if not slash or id_ in keep or info.key.startswith(run.QUARANTINE):
                 continue
+            if id_ in self._quarantined:
+                continue  # put aside, for whoever wants to look
             try:
                 ours_or_older = run.attempt_in(id_) <= self._lease.attempt
             except (ValueError, IndexError):

@@ -23,7 +23,7 @@ from job.events import Notice
 FINISH_ATTEMPTS = 4
 RETRY_WAIT_S = (2.0, 10.0, 30.0)
 """Before each repetition in `finish`; a storage that is down for longer fails the attempt."""
-MAX_OWED_STATES = 2
+MAX_OWED_STATES = 3
 """Copies of the state that are held for a storage that is down."""
 MAX_TRIES = 10
 """Of a numbered checkpoint that keeps later states waiting."""
@@ -102,6 +102,7 @@ class Publisher:
         self._tell = tell
         self._before_pointer = before_pointer
         self._on_fenced = on_fenced
+        self._last_warning = ""
         self._shared = _Shared()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._serve, name="publisher", daemon=True)
@@ -254,8 +255,8 @@ class Publisher:
                 self._tell(
                     Notice(
                         "save_given_up",
-                        f"warning: {one.name} will have no checkpoint of its own: the storage has "
-                        "been refusing it for too long",
+                        f"warning: {one.name} will have no checkpoint of its own: the storage "
+                        f"takes nothing, and no more than {MAX_OWED_STATES} states are held for it",
                         {"of_iteration": one.iteration},
                     )
                 )
@@ -330,13 +331,11 @@ class Publisher:
         )
 
     def _tell_failure(self, job: _Save | _Best, error: StorageError | ConfigError) -> None:
-        self._tell(
-            Notice(
-                "save_failed",
-                f"warning: {job.name} could not be saved; the next save will do it again: {error}",
-                {"reason": error.message},
-            )
-        )
+        text = f"warning: {job.name} could not be saved; the next save will do it again: {error}"
+        # The ledger has every time; on the console the same words once are enough.
+        message = "" if text == self._last_warning else text
+        self._last_warning = text
+        self._tell(Notice("save_failed", message, {"reason": error.message}))
 
 
 def needed(owed: Sequence[_Save | _Best]) -> list[_Save | _Best]:

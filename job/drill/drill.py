@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import signal
 import statistics
 import time
@@ -25,12 +24,13 @@ from rich.table import Table
 
 from job import run
 from job.drill.attempt import AttemptProcess, Line, UnexpectedEnd
-from job.drill.environment import in_environment
+from job.drill.environment import empty_folder, in_environment
 from job.drill.imds import FakeImds
 from job.drill.proof import compare_runs
 from job.drill.proxy import CutUpload, FaultProxy, LoseReply, Status
 from job.drill.seaweed import SeaweedServer
-from job.errors import ExitCode
+from job.errors import ConfigError, ExitCode
+from job.storage import open_store
 from job.storage.pack import pack
 from job.storage.pull import pull
 from job.storage.s3 import S3Store
@@ -274,8 +274,10 @@ def _warned(
 def _scene(
     console: Console, data: str, folder: Path, config: str, iterations: int
 ) -> Iterator[Scene]:
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "logs").mkdir(parents=True)
+    if open_store(data).stat("dataset.yaml") is None:
+        raise ConfigError(f"{data}: there is no dataset.yaml", mend="check --data")
+    empty_folder(folder)
+    (folder / "logs").mkdir()
     arguments = ["train", "--config", config, "--data", DATA_URI]
     settings = {
         "train.iterations": iterations,

@@ -6,6 +6,7 @@ Lines with an "iteration" belong to that iteration and vanish when it is rolled 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 from job import run
 from job.checkpoint.lease import Lease
-from job.errors import STORAGE_FAILURES, Fenced, StorageError
+from job.errors import STORAGE_FAILURES, Fenced, RunDeleted, StorageError
 from job.events import EvalEvent, Notice, TrainEvent
 from job.storage import ObjectStore
 
@@ -28,10 +29,14 @@ MIRROR_EVERY_S = 30.0
 """Between two uploads of a ledger that has grown."""
 
 
-def read_ledger(path: Path) -> list[dict[str, Any]]:
+def read_ledger(path: Path, shown: str = "") -> list[dict[str, Any]]:
     """All lines of a ledger; none if there is no file.
 
     A last line that a killed process left half-written is dropped.
+
+    Args:
+        path: of the file.
+        shown: what to call it in an error; its path if empty.
 
     Raises:
         StorageError: any other line is broken.
@@ -51,7 +56,7 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
             event = None
         if not isinstance(event, dict) or "event" not in event:
             raise StorageError(
-                f"{path}: line {number} is no event",
+                f"{shown or path}: line {number} is no event",
                 mend="the file was changed from outside: remove that line",
             )
         events.append(event)
@@ -66,13 +71,14 @@ class Ledger:
     Args:
         path: of the file; what a killed process left half-written at its end is cut off.
         attempt: written into every line.
+        shown: what to call the file in an error.
     """
 
-    def __init__(self, path: Path, *, attempt: int) -> None:
+    def __init__(self, path: Path, *, attempt: int, shown: str = "") -> None:
         self.path = path
         self._attempt = attempt
         self._lock = threading.Lock()
-        self._write_anew(read_ledger(path))
+        self._write_anew(read_ledger(path, shown))
 
     def rewind(self, *, iteration: int, evaluated_iteration: int) -> None:
         """Drop the lines of a future that will be trained again.
@@ -111,8 +117,9 @@ class Ledger:
         self._append(notice.kind, notice.fields)
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what a full disk does not take has been said by then."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _write_anew(self, events: list[dict[str, Any]]) -> None:
         try:
@@ -179,7 +186,10 @@ class LedgerMirror:
         if self._in_place:
             return
         with self._lock:
-            text = self._path.read_bytes()
+            try:
+                text = self._path.read_bytes()
+            except OSError as error:
+                raise StorageError.from_os("read", self._path, error) from error
             whole_lines = text[: text.rfind(b"\n") + 1]
             if whole_lines != self._published:
                 self._version = self._lease.publish(run.LEDGER, whole_lines, self._version)
@@ -191,14 +201,14 @@ class LedgerMirror:
         self._thread.join()
         try:
             self.publish()
-        except (Fenced, *STORAGE_FAILURES) as error:
+        except (Fenced, RunDeleted, *STORAGE_FAILURES) as error:
             log.info("the ledger was not published: %s", error.message)
 
     def _keep_publishing(self) -> None:
         while not self._in_place and not self._done.wait(MIRROR_EVERY_S):
             try:
                 self.publish()
-            except Fenced:
+            except (Fenced, RunDeleted):
                 return  # the lease tells whom it concerns
             except STORAGE_FAILURES as error:
                 log.info("ledger not published, trying again: %s", error.message)

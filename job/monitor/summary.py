@@ -51,6 +51,10 @@ def checklist(
     last = evaluations[-1] if evaluations else None
     gap = last["train_miou"] - last["val_miou"] if last else None
     unreadable = sum(event["event"] == "unreadable_image" for event in events)
+    given_up = [event["of_iteration"] for event in events if event["event"] == "save_given_up"]
+    errors = [f"{unreadable} images could not be decoded"] if unreadable else []
+    if given_up:
+        errors.append(f"no checkpoint of iterations {', '.join(map(str, given_up))}")
     return [
         Check(
             "Best validation mIoU recorded",
@@ -60,8 +64,8 @@ def checklist(
         Check("best_model.pth exists and verifies", best_verified, best_path),
         Check(
             "Training completed without errors",
-            unreadable == 0,
-            f"{unreadable} images could not be decoded" if unreadable else "",
+            not errors,
+            "; ".join(errors),
         ),
         Check(
             f"Final train/val gap < {MAX_GAP}",

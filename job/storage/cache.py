@@ -289,7 +289,8 @@ class DataCache:
 
     def _close_journal(self) -> None:
         if self._journal is not None:
-            self._journal.close()
+            with contextlib.suppress(OSError):  # of a full disk, which has been raised before
+                self._journal.close()
             self._journal = None
 
     def _index_path(self, id_: str) -> Path:

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 from job import run
@@ -136,10 +136,17 @@ def _wanted(listing: Sequence[Listed], everything: bool) -> list[Listed]:
     if run.CONFIG not in by_name and run.IDENTITY not in by_name:
         return []
     if everything:
+        damaged = tuple(
+            f"{run.CHECKPOINTS}{PurePosixPath(item.path).stem}/"
+            for item in listing
+            if item.path.startswith(run.QUARANTINE)
+        )
         return [
             item
             for item in listing
-            if item.path != run.LEASE and not any(p.startswith(".") for p in item.path.split("/"))
+            if item.path != run.LEASE
+            and not any(p.startswith(".") for p in item.path.split("/"))
+            and not item.path.startswith(damaged)
         ]
     numbered = sorted(
         (int(match[1]), name) for name in by_name if (match := _NUMBERED.fullmatch(name))

@@ -334,3 +334,52 @@ def test_other_networks_cannot_be_resumed_even_when_asked(s4gan, make_data, tmp_
     assert code == 0, err
     assert "train.iterations: 2 in the run, 4 now" in out
     assert (tmp_path / "run" / "checkpoint_4.pth").exists()
+
+
+def test_what_cannot_be_gone_on_with_does_not_change_the_run(s4gan, make_data, tmp_path):
+    data = make_data()
+    right = command(data, tmp_path / "run", train__iterations=2)
+    assert s4gan(right)[0] == 0
+    before = (tmp_path / "run/config.yaml").read_text()
+    other = command(data, tmp_path / "run", train__iterations=2, model__discriminator_channels=16)
+    assert s4gan([*other, "--resume-anyway"])[0] == 78
+    assert (tmp_path / "run/config.yaml").read_text() == before
+    assert s4gan(right)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["splits.json", "run.json", "config.yaml", "metrics.jsonl"])
+def test_a_damaged_small_file_of_a_run_is_named(s4gan, make_data, tmp_path, name):
+    data = make_data()
+    right = command(data, tmp_path / "run", train__iterations=2)
+    assert s4gan(right)[0] == 0
+    (tmp_path / "run" / name).write_bytes(b'{"x\xff\n')
+    code, out, err = s4gan(right)
+    assert code in (74, 78)
+    assert f"run/{name}" in err
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "--weights=w.pth", "--images=i", "--out=s3://bucket/out"],
+        ["pull", "s3://bucket/run", "s3://bucket/elsewhere"],
+    ],
+)
+def test_a_uri_where_only_a_folder_can_be_is_refused(s4gan, arguments):
+    code, _, err = s4gan(arguments)
+    assert code == 78
+    assert "must be a local folder" in err
+
+
+def test_a_drill_deletes_nothing_of_the_users(s4gan, make_data, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis").write_text("years")
+    code, _, err = s4gan(["drill", f"--data={make_data()}", f"--folder={precious}"])
+    assert code == 78
+    assert "is not empty, and was not made by a drill" in err
+    code, _, err = s4gan(["drill", "--data=nowhere", f"--folder={tmp_path / 'new'}"])
+    assert code == 78
+    assert "there is no dataset.yaml" in err
+    assert (precious / "thesis").read_text() == "years"

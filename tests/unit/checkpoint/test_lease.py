@@ -16,7 +16,7 @@ from job import run
 from job.checkpoint import lease as lease_module
 from job.checkpoint.lease import Holder, acquire
 from job.drill.proxy import FaultProxy, Hold, LoseReply
-from job.errors import ConfigError, Fenced, Preempted, StorageError
+from job.errors import ConfigError, Fenced, Preempted, RunDeleted, StorageError
 from job.storage import ObjectStore
 from job.storage.s3 import S3Store
 from tests.services import wait_until
@@ -166,9 +166,9 @@ def test_a_lease_is_renewed_in_the_background(store, monkeypatch):
 def test_a_run_deleted_under_an_attempt_is_said_to_be_deleted(store):
     lease = take(store)
     store.delete(run.LEASE)
-    with pytest.raises(StorageError, match="somebody has deleted") as caught:
+    with pytest.raises(RunDeleted, match="somebody has deleted") as caught:
         lease.check()
-    assert not isinstance(caught.value, Fenced)
+    assert caught.value.exit_code == 74
     lease.release()
 
 
@@ -420,7 +420,7 @@ def test_a_renewal_that_arrives_after_the_lease_was_taken_over_changes_nothing(
 def test_a_deleted_lease_can_be_taken_again(store):
     lease = take(store)
     store.delete(run.LEASE)
-    with pytest.raises(StorageError, match="somebody has deleted"):
+    with pytest.raises(RunDeleted, match="somebody has deleted"):
         lease.check()
     again = take(store)
     assert again.predecessor is None

@@ -562,7 +562,7 @@ def test_a_successor_that_has_only_restored_shuts_its_predecessor_out(store, tak
 def test_a_stale_attempts_leftovers_go_with_the_next_ones_first_save(store, take_over, tmp_path):
     mortal = MortalStore(store)
     stale = CheckpointManager(mortal, take_over(mortal), tmp_path / "s1")
-    mortal.changes_left = 2
+    mortal.changes_left = 1  # the data, but no manifest that makes them a checkpoint
     with pytest.raises(Killed):
         save(stale, 10)
     assert kept_data(store) == [10]
@@ -784,3 +784,53 @@ def test_a_damaged_copy_of_a_numbered_checkpoint_is_made_anew_from_the_other(
     assert store.read(run.checkpoint_state(newest)) == whole
     assert "made anew" in caplog.text
     assert list(store.list(run.QUARANTINE)) == []
+
+
+@pytest.mark.parametrize("content", [b"", b'{"checkp', b"[]", None], ids=repr)
+def test_a_lost_pointer_is_no_fresh_start(manager, store, reopened, content, caplog):
+    """The manifests say what there is; nothing of it is taken for leftovers."""
+    for iteration in (5, 10, 15):
+        save(manager, iteration)
+    before = pointer(store)
+    if content is None:
+        store.delete(run.LATEST_POINTER)
+    else:
+        store.write(run.LATEST_POINTER, content)
+    again = reopened()
+    assert again.restore()["iteration"] == 15
+    assert "going by the 3 manifests" in caplog.text
+    assert pointer(store) == before
+    save(again, 16)
+    assert len(pointer(store)) == KEEP_RECOVERY
+
+
+def test_a_whole_checkpoint_that_cannot_be_loaded_is_not_condemned(
+    manager, store, reopened, monkeypatch
+):
+    """As on a machine short of memory, where torch raises a RuntimeError."""
+    save(manager, 5)
+    save(manager, 10)
+
+    def short(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", short)
+        with pytest.raises(StorageError, match="is whole, but torch cannot load it") as caught:
+            reopened().restore()
+    assert "memory" in caught.value.mend
+    assert list(store.list(run.QUARANTINE)) == []
+    assert reopened().restore()["iteration"] == 10
+
+
+def test_a_damaged_checkpoint_is_put_aside_not_deleted(manager, store, reopened):
+    for iteration in (5, 10):
+        save(manager, iteration)
+    bad = pointer(store)[0]
+    store.write(run.checkpoint_state(bad), b"damaged")
+    again = reopened()
+    assert again.restore()["iteration"] == 5
+    for iteration in (6, 7, 8, 9):
+        save(again, iteration)
+    assert bad not in pointer(store)
+    assert store.read(run.checkpoint_state(bad)) == b"damaged"
