@@ -166,6 +166,8 @@ def train(
     overrides |= {key: value for key, value in flags.items() if value is not None}
     resolved = _load_config(config, overrides)
 
+    # An exception would abort the process where torch's own start-up calls back into Python.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(ExitCode.PREEMPTED))
     from job.app import train as run_attempt
     from job.monitor.console import make_console
 

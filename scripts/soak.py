@@ -101,13 +101,18 @@ class Lane:
         self.random = random.Random(seed * 1000 + number)
         self.folder: Path = arguments.folder
         self.wanted: int = arguments.interruptions
+        self.until_s = time.monotonic() + 60 * arguments.minutes
         self.tally = tally
 
     def work(self, server: SeaweedServer) -> None:
         """Until all lanes together have seen enough."""
         with FaultProxy(server.endpoint) as proxy, FakeImds() as imds:
             count = 0
-            while self.tally.interruptions < self.wanted and not self.tally.failures:
+            while (
+                self.tally.interruptions < self.wanted
+                and time.monotonic() < self.until_s
+                and not self.tally.failures
+            ):
                 count += 1
                 try:
                     self.one_run(f"lane{self.number}-run{count}", server, proxy, imds)
@@ -283,6 +288,7 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument("--folder", type=Path, required=True, help="for everything; emptied")
     parser.add_argument("--interruptions", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=120, help="begin no run after so long")
     parser.add_argument("--lanes", type=int, default=2, help="runs at the same time")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -203,3 +203,18 @@ def test_files_of_a_finished_run(twin):
     assert not list(run.rglob(".tmp-*"))
     recovery = [p for p in (run / "checkpoints").iterdir() if (p / "state.pth").exists()]
     assert len(recovery) == 3
+
+
+@pytest.mark.slow
+def test_sigterm_at_any_moment_of_the_start_exits_75(start, make_data, tmp_path):
+    """Also while torch starts, whose C++ cannot bear an exception (found by the soak)."""
+    data = make_data()
+    codes = set()
+    for tenths in range(4, 28, 4):
+        training = start(command(data, tmp_path / "run", train__iterations=100_000))
+        time.sleep(tenths / 10)
+        training.send(signal.SIGTERM)
+        codes.add(training.finish())
+    # Before Python has read the program there is nobody to answer.
+    assert codes <= {75, -signal.SIGTERM}
+    assert 75 in codes
