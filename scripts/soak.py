@@ -153,8 +153,9 @@ class Lane:
             with self.tally.lock:
                 self.tally.faults += sum(one.fired for one in armed)
             resumed = resumed_at(attempt)
-            if pending is not None and resumed is not None:
-                self.note(pending, at - resumed)
+            if pending is not None:
+                # One that did not come so far as to resume has lost nothing yet.
+                self.note(pending, at - resumed if resumed is not None else 0)
                 pending = None
             if resumed is not None and resumed < durable and "is bad and" not in attempt.output:
                 self.fail(f"{name}: attempt {number} resumed at {resumed}, {durable} was durable")
