@@ -516,7 +516,7 @@ if __name__ == "__main__":
 
 
 def run_script(text: str, folder: Path, *arguments: str) -> tuple[str, int | None]:
-    """What a script prints, and its exit status; None if it has not ended after 30 s."""
+    """What a script prints, and its exit status; None if it has not ended after 4 minutes."""
     script = folder / "script.py"
     script.write_text(text)
     process = subprocess.Popen(
@@ -528,7 +528,7 @@ def run_script(text: str, folder: Path, *arguments: str) -> tuple[str, int | Non
         start_new_session=True,
     )
     try:
-        status = process.wait(30)
+        status = process.wait(240)  # starting twice takes a busy machine 20 s
     except subprocess.TimeoutExpired:
         status = None
     with contextlib.suppress(ProcessLookupError):
