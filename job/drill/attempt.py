@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from job.errors import JobError
@@ -21,15 +20,6 @@ PATIENCE_S = 300.0
 
 class UnexpectedEnd(JobError):
     """An attempt has not done what it should have; the message holds its last lines."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of an attempt's console."""
-
-    at_s: float
-    """Monotonic seconds when it was read."""
-    text: str
 
 
 class AttemptProcess:
@@ -49,7 +39,7 @@ class AttemptProcess:
     ) -> None:
         self.began_s = time.monotonic()
         self.ended_s: float | None = None
-        self.lines: list[Line] = []
+        self.lines: list[str] = []
         self._arrived = threading.Condition()
         self._read_upto = 0
         self._over = False
@@ -76,9 +66,9 @@ class AttemptProcess:
     @property
     def output(self) -> str:
         """All lines so far."""
-        return "\n".join(line.text for line in self.lines)
+        return "\n".join(self.lines)
 
-    def wait_for(self, pattern: str) -> Line:
+    def wait_for(self, pattern: str) -> str:
         """The next line that matches, after the one this returned before.
 
         Raises:
@@ -90,14 +80,14 @@ class AttemptProcess:
                 while self._read_upto < len(self.lines):
                     line = self.lines[self._read_upto]
                     self._read_upto += 1
-                    if re.search(pattern, line.text):
+                    if re.search(pattern, line):
                         return line
                 if self._over or time.monotonic() > deadline_s:
                     break
                 self._arrived.wait(1.0)
         raise UnexpectedEnd(f"no line matched {pattern!r}:\n{self._tail()}")
 
-    def wait_for_iteration(self, iteration: int) -> Line:
+    def wait_for_iteration(self, iteration: int) -> str:
         """The line of this iteration's losses."""
         return self.wait_for(rf"^Iter {iteration}/")
 
@@ -105,7 +95,7 @@ class AttemptProcess:
     def reached(self) -> int:
         """The last iteration whose losses were printed; 0 before the first."""
         for line in reversed(self.lines):
-            found = re.match(r"Iter (\d+)/", line.text)
+            found = re.match(r"Iter (\d+)/", line)
             if found:
                 return int(found[1])
         return 0
@@ -138,19 +128,19 @@ class AttemptProcess:
         assert self.process.stdout is not None
         with self.process.stdout as stream:
             for text in stream:
-                self._take(Line(time.monotonic(), text.rstrip("\n")))
+                self._take(text.rstrip("\n"))
         self.ended_s = time.monotonic()
         with self._arrived:
             self._over = True
             self._arrived.notify_all()
 
-    def _take(self, line: Line) -> None:
+    def _take(self, line: str) -> None:
         with self._arrived:
             self.lines.append(line)
             self._arrived.notify_all()
         if self._log is not None:
             with open(self._log, "a", encoding="utf-8") as file:
-                file.write(line.text + "\n")
+                file.write(line + "\n")
 
     def _tail(self) -> str:
-        return "\n".join(line.text for line in self.lines[-25:])
+        return "\n".join(self.lines[-25:])

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from job import run
-from job.drill.attempt import AttemptProcess, Line, UnexpectedEnd
+from job.drill.attempt import AttemptProcess, UnexpectedEnd
 from job.drill.environment import empty_folder, in_environment
 from job.drill.imds import FakeImds
 from job.drill.proof import compare_runs
@@ -307,8 +307,8 @@ def _scene(
             yield Scene(console, folder, arguments, environment, server, proxy, imds, iterations)
 
 
-def _number_in(line: Line, word: str) -> int:
-    return int(line.text.partition(f"{word} ")[2].split()[0])
+def _number_in(line: str, word: str) -> int:
+    return int(line.partition(f"{word} ")[2].split()[0])
 
 
 def _print_table(scene: Scene, total_s: float) -> None:

@@ -181,7 +181,7 @@ def test_a_notice_too_late_for_a_save_is_admitted(
     assert "warning: no time to save iteration" in attempt.output
     resumed = cloud()
     line = resumed.wait_for(r"resuming after iteration \d+")
-    saved = int(line.text.partition("iteration ")[2].split()[0])
+    saved = int(line.partition("iteration ")[2].split()[0])
     assert f"saved after iteration {saved} of 40" in attempt.output
     (skipped,) = of(ledger(store), "save_skipped")
     assert skipped["reached"] > saved
