@@ -23,10 +23,16 @@ from job.events import Notice
 FINISH_ATTEMPTS = 4
 RETRY_WAIT_S = (2.0, 10.0, 30.0)
 """Before each repetition in `finish`; a storage that is down for longer fails the attempt."""
+LOOK_AGAIN_S = 0.5
+"""While waiting, at how much time is left."""
 MAX_OWED_STATES = 3
 """Copies of the state that are held for a storage that is down."""
 MAX_TRIES = 10
 """Of a numbered checkpoint that keeps later states waiting."""
+
+
+def _for_ever() -> float | None:
+    return None
 
 
 @dataclass(eq=False)
@@ -154,7 +160,10 @@ class Publisher:
         Raises:
             Fenced: another attempt has taken over.
         """
-        return self._wait_until(lambda: not self._has_save_under_way(), time.monotonic() + within_s)
+        deadline_s = time.monotonic() + within_s
+        return self._wait_until(
+            lambda: not self._has_save_under_way(), lambda: deadline_s - time.monotonic()
+        )
 
     def save_best(
         self, files: Mapping[str, Mapping[str, Any]], *, iteration: int, val_miou: float
@@ -173,30 +182,33 @@ class Publisher:
         self._put(_Best(best, copy_tensors(files)))
         return best
 
-    def finish(self, within_s: float | None = None) -> None:
+    def finish(self, seconds_left: Callable[[], float | None] = _for_ever) -> None:
         """Wait until everything is durable.
 
         Args:
-            within_s: give up after so long; None waits as long as the storage makes progress.
+            seconds_left: how long it may still take, None for as long as the storage makes
+                progress; asked again and again, as a spot notice may come meanwhile.
 
         Raises:
             Fenced: another attempt has taken over.
             StorageError or ConfigError: it could not be made durable, in several attempts or in
                 time.
         """
-        deadline_s = None if within_s is None else time.monotonic() + within_s
         for attempt in range(FINISH_ATTEMPTS):
-            if not self._wait_until(self._is_idle, deadline_s):
-                raise StorageError(f"the state is not durable after {within_s:.0f} s")
+            if not self._wait_until(self._is_idle, seconds_left):
+                raise StorageError("the state is not durable, and no time is left")
             if not self._shared.owed:
                 return
             assert self._shared.error is not None
             if attempt == FINISH_ATTEMPTS - 1:
                 raise self._shared.error
-            pause_s = RETRY_WAIT_S[attempt]
-            if deadline_s is not None and time.monotonic() + pause_s > deadline_s:
+            again_s = time.monotonic() + RETRY_WAIT_S[attempt]
+            left_s = seconds_left()
+            if (left_s is not None and left_s < RETRY_WAIT_S[attempt]) or not self._wait_until(
+                lambda at_s=again_s: time.monotonic() >= at_s,  # type: ignore[misc]
+                seconds_left,
+            ):
                 raise self._shared.error
-            time.sleep(pause_s)
             with self._changed:
                 self._shared.wake = True
                 self._changed.notify_all()
@@ -223,14 +235,16 @@ class Publisher:
             and any(isinstance(job, _Save) for job in shared.owed)
         )
 
-    def _wait_until(self, true: Callable[[], bool], deadline_s: float | None = None) -> bool:
+    def _wait_until(
+        self, true: Callable[[], bool], seconds_left: Callable[[], float | None] = _for_ever
+    ) -> bool:
         with self._changed:
             while not true():
                 self._raise_if_dead()
-                left = None if deadline_s is None else deadline_s - time.monotonic()
-                if left is not None and left <= 0:
+                left_s = seconds_left()
+                if left_s is not None and left_s <= 0:
                     return False
-                self._changed.wait(left)
+                self._changed.wait(LOOK_AGAIN_S if left_s is None else min(left_s, LOOK_AGAIN_S))
             self._raise_if_dead()
         return True
 

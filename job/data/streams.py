@@ -6,7 +6,9 @@ the stream). The loader has no state: to resume, it is simply asked to start at 
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import logging
 import os
 import signal
 from collections.abc import Callable, Generator, Sequence
@@ -34,6 +36,8 @@ from job.data.images import (
 )
 from job.data.splits import SplitItems
 from job.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _STREAMS = {"labeled": 1, "unlabeled": 2, "real": 3}
 _ORDER, _CROP = 1, 2
@@ -192,7 +196,9 @@ class _IterationLoader(DataLoader[Any]):
     def __iter__(self) -> Generator[Batch, None, None]:  # type: ignore[override]
         iterator = super().__iter__()
         try:
-            for item in iterator:
+            # Counted, so that torch does not see the end and close by itself: see `_close`.
+            for _ in range(len(self)):
+                item = next(iterator)
                 if isinstance(item, DataError):
                     raise item
                 yield item
@@ -200,9 +206,21 @@ class _IterationLoader(DataLoader[Any]):
             # Not left to the garbage collector: an error's traceback would keep the loader
             # processes alive, and the interpreter would wait for them at its end.
             if self.num_workers:
-                iterator._shutdown_workers()  # type: ignore[attr-defined]
-                for worker in iterator._workers:  # type: ignore[attr-defined]
-                    worker.kill()  # one that hangs in a read would be waited for as well
+                _close(iterator)
+
+
+def _close(iterator: Any) -> None:
+    """End the loader processes, whatever state they are in: nothing of theirs is needed."""
+    try:
+        iterator._shutdown_workers()
+    except RuntimeError as error:
+        # One died of a signal while it was asked to leave. That is no failure of the training,
+        # and the others must not be left behind.
+        log.debug("a loader process: %s", error)
+        for queue in iterator._index_queues:
+            queue.cancel_join_thread()
+    for worker in iterator._workers:
+        worker.kill()  # one that hangs in a read would be waited for as well
 
 
 def iteration_loader(
@@ -218,7 +236,7 @@ def iteration_loader(
         batch_size=None,
         sampler=range(first, config.train.iterations + 1),
         num_workers=workers,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_prepare_worker,
         # Without its own generator the loader would draw from the global one at every start,
         # and a resumed run would no longer be bit-identical.
         generator=torch.Generator(),
@@ -239,8 +257,11 @@ def _num_workers(config: Config, device: torch.device) -> int:
     return min(8, max(1, cores - 1))
 
 
-def _ignore_signals(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
     """Ctrl-C reaches the whole process group; only the main process may act on it."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Without the destructors of C++: about one process in twenty aborted in them ("terminate
+    # called without an active exception", torch 2.15), which the main process takes for a crash.
+    atexit.register(os._exit, 0)

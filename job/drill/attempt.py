@@ -88,16 +88,18 @@ class AttemptProcess:
         raise UnexpectedEnd(f"no line matched {pattern!r}:\n{self._tail()}")
 
     def wait_for_iteration(self, iteration: int) -> str:
-        """The line of this iteration's losses."""
-        return self.wait_for(rf"^Iter {iteration}/")
+        """The line of this iteration's losses, or of a later one if it resumed beyond."""
+        while True:
+            line = self.wait_for(r"^Iter \d+/")
+            if _iteration_of(line) >= iteration:
+                return line
 
     @property
     def reached(self) -> int:
         """The last iteration whose losses were printed; 0 before the first."""
         for line in reversed(self.lines):
-            found = re.match(r"Iter (\d+)/", line)
-            if found:
-                return int(found[1])
+            if re.match(r"Iter \d+/", line):
+                return _iteration_of(line)
         return 0
 
     def send(self, number: signal.Signals) -> None:
@@ -144,3 +146,7 @@ class AttemptProcess:
 
     def _tail(self) -> str:
         return "\n".join(self.lines[-25:])
+
+
+def _iteration_of(line: str) -> int:
+    return int(line.removeprefix("Iter ").partition("/")[0])

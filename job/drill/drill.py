@@ -299,8 +299,10 @@ def _scene(
             "AWS_ENDPOINT_URL": proxy.endpoint,
             **imds.environment(),
             "S4GAN_SCRATCH": str(folder / "scratch"),
-            # Sums in another order round differently: one thread, whoever else is at work.
+            # Sums in another order round differently: one thread, whoever else is at work, and no
+            # GPU.
             "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
         }
         with in_environment(server.environment()):
             pack(data, DATA_URI)

@@ -68,7 +68,7 @@ def train(state: TrainState, around: Surroundings) -> bool:
     config, stop, tracker = around.config, around.stop, around.tracker
     finite = torch.ones((), dtype=torch.bool, device=around.device)
     speed = _Speed(config, state.iteration)
-    saving = Saving(config, around.checkpoints, around.schedule, stop, tracker)
+    saving = Saving(config, around.checkpoints, around.schedule, stop, tracker, state.iteration)
     evaluated = state.iteration > 0 and _evaluate_if_due(state, around)
     if evaluated:
         saving.save(state)  # the last attempt was stopped before it could evaluate
@@ -97,13 +97,12 @@ def train(state: TrainState, around: Surroundings) -> bool:
                 _evaluate_if_due(state, around)
             if stop.requested:
                 _raise_if_diverged(finite, state, config)
-                durable = saving.before_leaving(state)
-                return durable and _is_complete(state, config)
+                break
             if saving.due(iteration):
                 _raise_if_diverged(finite, state, config)
                 saving.save(state)
-    saving.finish()
-    return _is_complete(state, config)
+        durable = saving.before_leaving(state)
+    return durable and _is_complete(state, config)
 
 
 def _is_complete(state: TrainState, config: Config) -> bool:

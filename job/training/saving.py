@@ -23,6 +23,7 @@ class Saving:
         schedule: of recovery checkpoints.
         stop: tells how much time is left.
         tracker: is told of what a user should know.
+        resumed_at: iteration of the state as restored, which need not be saved again.
     """
 
     def __init__(
@@ -32,13 +33,14 @@ class Saving:
         schedule: SaveSchedule,
         stop: StopRequest,
         tracker: Tracker,
+        resumed_at: int,
     ) -> None:
         self._config = config
         self._publisher = publisher
         self._schedule = schedule
         self._stop = stop
         self._tracker = tracker
-        self._handed_over: int | None = None
+        self._handed_over = resumed_at
         self._pause_s = 0.0
         self._cost = publisher.cost
 
@@ -69,52 +71,54 @@ class Saving:
     def before_leaving(self, state: TrainState) -> bool:
         """Make the state durable, if the time allows; say so if it does not. Whether it is durable.
 
-        Without a known end of the machine this takes as long as it takes.
+        Without a known end of the machine this takes as long as it takes; a spot notice that comes
+        meanwhile counts at once.
 
         Raises:
             Fenced: another attempt has taken over.
-            StorageError: the storage refuses, and there was time to try.
+            StorageError: the storage refuses, and no notice tells of the machine's end.
         """
-        left_s = self._stop.seconds_left
-        if left_s is None:
-            self._save_unless_handed_over(state)
-            self._publisher.finish()
-            return True
-        needed_s = self._publisher.cost.seconds if self._publisher.cost else 0.0
-        spare_s = left_s - RESERVE_S - needed_s
-        if self._handed_over != state.iteration and not (
-            spare_s > 0 and self._publisher.wait_until_free(spare_s)
-        ):
-            self._tell_skipped(state, f"a save takes {needed_s:.0f} s, {left_s:.0f} s are left")
-            return False
-        self._save_unless_handed_over(state)
+        if self._handed_over != state.iteration:
+            left_s = self._stop.seconds_left
+            if left_s is not None and not self._is_time_for_a_save(left_s):
+                self._tell_skipped(
+                    state, f"a save takes {self._needed_s:.0f} s, {left_s:.0f} s are left"
+                )
+                return False
+            self.save(state)
         try:
-            self._publisher.finish(within_s=max(0.0, (self._stop.seconds_left or 0.0) - RESERVE_S))
+            self._publisher.finish(self._seconds_left)
         except STORAGE_FAILURES as error:
+            if self._stop.seconds_left is None:
+                raise
             self._tell_skipped(state, error.message)
             return False
-        left_s = self._stop.seconds_left or 0.0
-        self._tracker.notice(
-            Notice(
-                "saved_in_time",
-                f"Saved after iteration {state.iteration}, {left_s:.0f} s before the machine goes",
-                {"saved_at": state.iteration, "seconds_left": round(left_s, 1)},
+        left_s = self._stop.seconds_left
+        if left_s is not None:
+            self._tracker.notice(
+                Notice(
+                    "saved_in_time",
+                    f"Saved after iteration {state.iteration}, {left_s:.0f} s before the machine "
+                    "goes",
+                    {"saved_at": state.iteration, "seconds_left": round(left_s, 1)},
+                )
             )
-        )
         return True
 
-    def finish(self) -> None:
-        """Wait until all is durable.
+    @property
+    def _needed_s(self) -> float:
+        """What a save takes, as far as is known."""
+        return self._publisher.cost.seconds if self._publisher.cost else 0.0
 
-        Raises:
-            Fenced: another attempt has taken over.
-            StorageError: it could not be made durable.
-        """
-        self._publisher.finish()
+    def _is_time_for_a_save(self, left_s: float) -> bool:
+        """Whether it fits into the time that is left, after the one that is on its way."""
+        spare_s = left_s - RESERVE_S - self._needed_s
+        return spare_s > 0 and self._publisher.wait_until_free(spare_s)
 
-    def _save_unless_handed_over(self, state: TrainState) -> None:
-        if self._handed_over != state.iteration:
-            self.save(state)
+    def _seconds_left(self) -> float | None:
+        """For saving: without what is reserved for the last words."""
+        left_s = self._stop.seconds_left
+        return None if left_s is None else left_s - RESERVE_S
 
     def _is_numbered(self, iteration: int) -> bool:
         """Whether the checkpoint of an iteration is kept for good."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from job.drill.imds import FakeImds
 from job.drill.proof import compare_runs
 from job.drill.proxy import CutUpload, FaultProxy, Hold, LoseReply, Status
 from job.drill.seaweed import Identity, SeaweedServer
+from job.preemption.spot import POLL_S
 from job.storage.pull import pull
 from job.storage.s3 import S3Store
 from tests.conftest import write_data
@@ -106,6 +108,14 @@ def ledger(store: S3Store) -> list[dict[str, Any]]:
     return [json.loads(line) for line in store.read(run.LEDGER).splitlines()]
 
 
+def notice_comes(attempt: AttemptProcess, imds: FakeImds, in_s: float) -> None:
+    """At the next poll, before which a fast machine would be done: the attempt stands still."""
+    attempt.send(signal.SIGSTOP)
+    imds.notice(in_s + POLL_S)
+    time.sleep(POLL_S)
+    attempt.send(signal.SIGCONT)
+
+
 def of(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == kind]
 
@@ -141,7 +151,7 @@ def test_a_job_with_least_privilege_is_interrupted_and_ends_as_its_twin(
     attempt = cloud(environment=imds.environment())
     attempt.wait_for_iteration(26)
     fault_proxy.add(CutUpload(method="PUT", match="state.pth", after_bytes=9_000))
-    imds.notice(120)
+    notice_comes(attempt, imds, 120)
     assert attempt.finish() == 75, attempt.output
     assert "Spot notice: this machine will terminate" in attempt.output
     fault_proxy.clear()
@@ -175,7 +185,7 @@ def test_a_notice_too_late_for_a_save_is_admitted(
     attempt.wait_for_iteration(9)
     wait_until(lambda: store.stat(run.LATEST_POINTER) is not None)
     held = fault_proxy.add(Hold(method="PUT", match="state.pth", times=None))
-    imds.notice(2)
+    notice_comes(attempt, imds, 2)
     assert attempt.finish() == 75, attempt.output
     held.remove()
     assert "warning: no time to save iteration" in attempt.output

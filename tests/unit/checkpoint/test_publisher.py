@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -343,13 +344,19 @@ def test_finish_with_a_best_model_after_a_failed_state(publisher, slow, store):
     assert loaded(store, run.BEST_MODEL)["weights"][0] == 6
 
 
+def within(seconds: float) -> Callable[[], float]:
+    """What is left of so many seconds from now on."""
+    deadline_s = time.monotonic() + seconds
+    return lambda: deadline_s - time.monotonic()
+
+
 def test_finish_gives_up_when_its_time_is_over(publisher, slow, store):
     slow.close_gate()
     save(publisher, 5)
     with pytest.raises(StorageError, match="not durable"):
-        publisher.finish(within_s=0.05)
+        publisher.finish(within(0.05))
     slow.gate.set()
-    publisher.finish(within_s=60)
+    publisher.finish(within(60))
     assert iterations(pointer(store)) == [5]
 
 
@@ -358,12 +365,26 @@ def test_finish_does_not_wait_beyond_its_time_for_another_try(publisher, slow, m
     slow.failures = [StorageError("down")]
     save(publisher, 5)
     with pytest.raises(StorageError, match="down"):
-        publisher.finish(within_s=60)
+        publisher.finish(within(60))
+
+
+@pytest.mark.parametrize("down", [False, True], ids=["uploading", "between two tries"])
+def test_finish_learns_meanwhile_that_its_time_is_limited(publisher, slow, monkeypatch, down):
+    monkeypatch.setattr(publisher_module, "RETRY_WAIT_S", (3600.0,) * 3)
+    if down:
+        slow.failures = [StorageError("down")]
+    else:
+        slow.close_gate()
+    save(publisher, 5)
+    wait_until(lambda: slow.waiting.is_set() or (down and publisher._is_idle()))
+    left_s = iter([None, None, None, 0.0])
+    with pytest.raises(StorageError, match="down" if down else "no time is left"):
+        publisher.finish(lambda: next(left_s))
 
 
 def test_finish_with_nothing_to_do_returns(publisher):
     publisher.finish()
-    publisher.finish(within_s=0)
+    publisher.finish(within(0))
 
 
 def test_a_best_model_is_there_before_a_state_that_refers_to_it(publisher, slow, store):
@@ -411,7 +432,7 @@ def everything_raises(publisher: Publisher, error: type[BaseException], match: s
         lambda: publisher.busy,
         lambda: publisher.wait_until_free(1),
         lambda: publisher.finish(),
-        lambda: publisher.finish(within_s=1),
+        lambda: publisher.finish(within(1)),
     ):
         with pytest.raises(error, match=match):
             call()

@@ -570,6 +570,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -581,20 +582,50 @@ if __name__ == "__main__":
     config = configured(iterations=10**6, data={"workers": 2})
     with closing(iter(iteration_loader(items, INFO, config, first=1, device=CPU))) as batches:
         next(batches), next(batches)
-        os.kill(multiprocessing.active_children()[0].pid, getattr(signal, sys.argv[2]))
-        if sys.argv[2] == "SIGKILL":
+        first, second = (child.pid for child in multiprocessing.active_children())
+        if sys.argv[2] == "killed":
+            os.kill(first, signal.SIGKILL)
             for _ in batches:
                 pass
+        os.kill(first, signal.SIGSTOP)
+        os.kill(second, signal.SIGSTOP)
+        threading.Timer(1.0, os.kill, (second, signal.SIGKILL)).start()
     print("left", flush=True)
 """
 
 
 def test_a_worker_killed_for_memory_ends_the_process_with_an_error(tmp_path: Path) -> None:
-    assert run_script(_LOST_WORKER, tmp_path, "SIGKILL") == ("", 1)
+    assert run_script(_LOST_WORKER, tmp_path, "killed") == ("", 1)
 
 
 def test_a_worker_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
-    assert run_script(_LOST_WORKER, tmp_path, "SIGSTOP") == ("left\n", 0)
+    """Not even when the other one dies while they are asked to leave."""
+    assert run_script(_LOST_WORKER, tmp_path, "one hangs, one dies") == ("left\n", 0)
+
+
+_WHOLE_RUN = """
+import multiprocessing
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from job.data.streams import iteration_loader
+from tests.unit.data.test_streams import CPU, INFO, configured, plain_items
+
+if __name__ == "__main__":
+    items = plain_items(Path(sys.argv[1]))
+    config = configured(iterations=4, data={"workers": 2})
+    loader = iteration_loader(items, INFO, config, first=1, device=CPU)
+    with closing(iter(loader)) as batches:
+        processes = []
+        for _ in batches:
+            processes = multiprocessing.active_children() or processes
+    print(len(processes), sorted({process.exitcode for process in processes}))
+"""
+
+
+def test_the_workers_of_a_whole_run_end_in_peace(tmp_path: Path) -> None:
+    assert run_script(_WHOLE_RUN, tmp_path) == ("2 [0]\n", 0)
 
 
 def test_on_a_cpu_auto_means_no_workers(tmp_path: Path) -> None:

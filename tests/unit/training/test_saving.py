@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def heard() -> Heard:
 @pytest.fixture
 def saving(publisher: Publisher, stop: StopRequest, heard: Heard) -> Saving:
     config = tiny_config(checkpoint__every=10, checkpoint__keep_every=50, train__iterations=120)
-    return Saving(config, publisher, SaveSchedule(10), stop, heard)
+    return Saving(config, publisher, SaveSchedule(10), stop, heard, 0)
 
 
 def durable(slow: Slow) -> list[int]:
@@ -237,6 +238,23 @@ def test_a_last_save_that_hangs_is_given_up_before_the_machine_goes(saving, stop
     assert "not durable" in heard.only.fields["reason"]
 
 
+def test_a_notice_counts_that_comes_while_the_last_save_hangs(saving, stop, slow, heard):
+    """As at the end of a run, which nothing had stopped."""
+    slow.close_gate()
+    saving.save(State(7))
+    timer = threading.Timer(0.2, notice_comes, (stop, RESERVE_S + 0.3))
+    timer.start()
+    assert not saving.before_leaving(State(7))
+    timer.join()
+    assert heard.only.kind == "save_skipped"
+
+
+def test_a_state_as_it_was_restored_is_not_saved_again(publisher, stop, slow, heard):
+    saving = Saving(tiny_config(), publisher, SaveSchedule(10), stop, heard, 7)
+    assert saving.before_leaving(State(7))
+    assert slow.uploads == []
+
+
 @pytest.mark.parametrize("error", [StorageError("down"), ConfigError("keys were revoked")])
 def test_a_storage_that_fails_before_the_machine_goes_is_told(saving, stop, slow, heard, error):
     slow.failures = [error] * 100
@@ -312,7 +330,7 @@ def test_a_rebalance_recommendation_makes_a_save_due(saving, stop):
 
 
 def test_a_measured_cost_is_told_once_when_it_changes_the_interval(publisher, stop, heard):
-    saving = Saving(tiny_config(), publisher, SaveSchedule("auto"), stop, heard)
+    saving = Saving(tiny_config(), publisher, SaveSchedule("auto"), stop, heard, 0)
     saving.save(State(1))
     publisher.finish()
     publisher._shared.cost = SaveCost(size=1, serialise_s=100.0, publish_s=300.0)
@@ -330,4 +348,4 @@ def test_what_is_due_after_a_fencing_raises(saving, slow, publisher):
     with pytest.raises(Fenced):
         saving.due(10)
     with pytest.raises(Fenced):
-        saving.finish()
+        saving.before_leaving(State(11))
