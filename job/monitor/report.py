@@ -8,9 +8,6 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ccc }
@@ -120,6 +117,10 @@ def _attempts(events: Sequence[Mapping[str, Any]]) -> str:
 
 def _charts(events: Sequence[Mapping[str, Any]]) -> str:
     """Losses, mIoU, ST_Count and learning rates over iterations, as one SVG."""
+    # Not above: an attempt should not wait for it before it trains.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     train = [event for event in events if event["event"] == "train"]
     evaluations = [event for event in events if event["event"] == "eval"]
     figure = Figure(figsize=(10, 7), layout="constrained")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from job import cli
 from job.drill.attempt import AttemptProcess
 from job.drill.proof import compare_runs
 
@@ -51,6 +54,33 @@ def start() -> Iterator[Any]:
     yield start_attempt
     for attempt in running:
         attempt.kill()
+
+
+class Ended(NamedTuple):
+    """A command line that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def s4gan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[[Sequence[object]], Ended]]:
+    """Run a command line in this process, which saves it the seconds that importing torch takes."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(arguments: Sequence[object]) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["s4gan", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Ended(int(caught.value.code or 0), out, err)
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
 def assert_same_result(run: Path, twin: Path, iteration: int) -> None:

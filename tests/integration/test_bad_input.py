@@ -4,34 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from job import cli
 from job.drill.proof import training_lines
 from tests.conftest import IGNORE_INDEX
 from tests.integration.conftest import command
-
-
-@pytest.fixture
-def s4gan(monkeypatch, capsys):
-    """Run a command line in this process; returns exit code, stdout and stderr."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(argv: list[str]) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["s4gan", *argv])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    yield run
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

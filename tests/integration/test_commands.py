@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -28,53 +27,53 @@ def finished(tmp_path_factory):
     return data, folder / "run", training.output
 
 
-def s4gan(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "job", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "100"},
-    )
-
-
-def test_evaluate_agrees_with_the_run(finished):
+def test_evaluate_agrees_with_the_run(finished, s4gan):
     data, run, _ = finished
-    result = s4gan("evaluate", "--weights", run / "best_model.pth", "--data", data, "--json")
-    assert result.returncode == 0, result.stderr
-    scores = json.loads(result.stdout)
+    result = s4gan(["evaluate", "--weights", run / "best_model.pth", "--data", data, "--json"])
+    assert result.code == 0, result.err
+    scores = json.loads(result.out)
     summary = json.loads((run / "summary.json").read_text())
     assert scores["miou"] == pytest.approx(summary["best"]["val_miou"], abs=1e-12)
     assert scores["class_iou"] == pytest.approx(summary["best"]["class_iou"], abs=1e-12)
     assert scores["images"] == 4
 
-    table = s4gan("evaluate", "--weights", run / "best_model.pth", "--data", data)
-    assert f"mIoU            {scores['miou']:.4f}" in table.stdout
-    assert all(name in table.stdout for name in CLASSES)
+    table = s4gan(["evaluate", "--weights", run / "best_model.pth", "--data", data])
+    assert f"mIoU            {scores['miou']:.4f}" in table.out
+    assert all(name in table.out for name in CLASSES)
 
 
-def test_evaluate_on_the_training_images(finished):
+def test_evaluate_on_the_training_images(finished, s4gan):
     data, run, _ = finished
     result = s4gan(
-        "evaluate", "--weights", run / "final_model.pth", "--data", data, "--split=train", "--json"
+        [
+            "evaluate",
+            "--weights",
+            run / "final_model.pth",
+            "--data",
+            data,
+            "--split=train",
+            "--json",
+        ]
     )
-    assert json.loads(result.stdout)["images"] == 8
+    assert json.loads(result.out)["images"] == 8
 
 
-def test_predict_writes_index_and_overlay(finished, tmp_path):
+def test_predict_writes_index_and_overlay(finished, tmp_path, s4gan):
     data, run, _ = finished
     out = tmp_path / "out"
     result = s4gan(
-        "predict",
-        "--weights",
-        run / "best_model.pth",
-        "--images",
-        data / "val/images",
-        "--out",
-        out,
+        [
+            "predict",
+            "--weights",
+            run / "best_model.pth",
+            "--images",
+            data / "val/images",
+            "--out",
+            out,
+        ]
     )
-    assert result.returncode == 0, result.stderr
-    assert "4 images predicted" in result.stdout
+    assert result.code == 0, result.err
+    assert "4 images predicted" in result.out
     with Image.open(out / "val_0000.png") as index:
         assert (index.mode, index.size) == ("P", (48, 40))
         assert np.asarray(index).max() < len(CLASSES)
@@ -137,22 +136,22 @@ def test_predict_writes_index_and_overlay(finished, tmp_path):
         (["train", "--data", "{data}", "--run", "x", "--config", "giude"], "did you mean guide"),
     ],
 )
-def test_wrong_use_is_told_in_words(finished, arguments, named):
+def test_wrong_use_is_told_in_words(finished, arguments, named, s4gan):
     data, run, _ = finished
-    result = s4gan(*(text.format(data=data, run=run) for text in arguments))
-    assert result.returncode == 78
-    assert named in result.stderr
-    assert "Traceback" not in result.stderr
+    result = s4gan([text.format(data=data, run=run) for text in arguments])
+    assert result.code == 78
+    assert named in result.err
+    assert "Traceback" not in result.err
 
 
-def test_evaluate_refuses_other_classes(finished, tmp_path):
+def test_evaluate_refuses_other_classes(finished, tmp_path, s4gan):
     _, run, _ = finished
     other = write_data(tmp_path / "other")
     text = (other / "dataset.yaml").read_text().replace("disc", "ball")
     (other / "dataset.yaml").write_text(text)
-    result = s4gan("evaluate", "--weights", run / "best_model.pth", "--data", other)
-    assert result.returncode == 78
-    assert "are not the model's" in result.stderr
+    result = s4gan(["evaluate", "--weights", run / "best_model.pth", "--data", other])
+    assert result.code == 78
+    assert "are not the model's" in result.err
 
 
 def test_the_console_prints_the_guides_lines(finished):
@@ -230,8 +229,8 @@ def test_help_needs_no_torch():
         assert flag in result.stdout
 
 
-def test_version():
-    assert re.fullmatch(r"s4gan \d+\.\d+\.\d+\n", s4gan("--version").stdout)
+def test_version(s4gan):
+    assert re.fullmatch(r"s4gan \d+\.\d+\.\d+\n", s4gan(["--version"]).out)
 
 
 def test_the_checkpoint_knows_its_run(finished):

@@ -22,7 +22,7 @@ from job.preemption.spot import POLL_S
 from job.storage.pull import pull
 from job.storage.s3 import S3Store
 from tests.conftest import write_data
-from tests.integration.conftest import command
+from tests.integration.conftest import Ended, command
 from tests.services import BUCKET, JOB, s3_client, wait_until
 
 ITERATIONS = 40
@@ -55,8 +55,18 @@ def uploaded(twin: tuple[Path, Path], bucket: str, s3_server: SeaweedServer) -> 
 class Cloud:
     """Starts attempts as a job in the cloud would run: its identity, its network, its disk."""
 
-    def __init__(self, start: Any, server: SeaweedServer, proxy: FaultProxy, scratch: Path) -> None:
+    def __init__(
+        self,
+        start: Any,
+        s4gan: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        server: SeaweedServer,
+        proxy: FaultProxy,
+        scratch: Path,
+    ) -> None:
         self._start = start
+        self._s4gan = s4gan
+        self._monkeypatch = monkeypatch
         self._server = server
         self._proxy = proxy
         self._scratch = scratch
@@ -77,23 +87,50 @@ class Cloud:
         changes.setdefault("train__iterations", ITERATIONS)
         attempt: AttemptProcess = self._start(
             [*command(data, run_uri, **changes), *arguments],
-            environment={
-                **self._server.environment(identity),
-                "AWS_ENDPOINT_URL": self._proxy.endpoint,
-                "S4GAN_SCRATCH": str(self._scratch),
-                "AWS_BATCH_JOB_ID": "11111111-2222",
-                "AWS_BATCH_JOB_ATTEMPT": str(job_attempt or self._jobs),
-                **(environment or {}),
-            },
+            environment=self._environment(identity, job_attempt or self._jobs)
+            | (environment or {}),
         )
         return attempt
+
+    def refuses(
+        self,
+        *,
+        data: str = DATA,
+        run_uri: str = RUN,
+        environment: dict[str, str] | None = None,
+        **changes: Any,
+    ) -> Ended:
+        """An attempt that ends before it trains, in this process."""
+        self._jobs += 1
+        for name, value in (self._environment(JOB, self._jobs) | (environment or {})).items():
+            self._monkeypatch.setenv(name, value)
+        changes.setdefault("train__iterations", ITERATIONS)
+        ended: Ended = self._s4gan(command(data, run_uri, **changes))
+        assert "Traceback" not in ended.err
+        assert "Iter 1/" not in ended.out
+        return ended
+
+    def _environment(self, identity: Identity, job_attempt: int) -> dict[str, str]:
+        return {
+            **self._server.environment(identity),
+            "AWS_ENDPOINT_URL": self._proxy.endpoint,
+            "S4GAN_SCRATCH": str(self._scratch),
+            "AWS_BATCH_JOB_ID": "11111111-2222",
+            "AWS_BATCH_JOB_ATTEMPT": str(job_attempt),
+        }
 
 
 @pytest.fixture
 def cloud(
-    start: Any, s3_server: SeaweedServer, fault_proxy: FaultProxy, tmp_path: Path, uploaded: str
+    start: Any,
+    s4gan: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    s3_server: SeaweedServer,
+    fault_proxy: FaultProxy,
+    tmp_path: Path,
+    uploaded: str,
 ) -> Cloud:
-    return Cloud(start, s3_server, fault_proxy, tmp_path / "scratch")
+    return Cloud(start, s4gan, monkeypatch, s3_server, fault_proxy, tmp_path / "scratch")
 
 
 @pytest.fixture
@@ -312,27 +349,25 @@ READER = Identity("reader", "readerkey", "readersecret", (f"Read:{BUCKET}", f"Li
 def test_what_is_wrong_shows_before_training(
     cloud: Cloud, arrange: dict[str, Any], code: int, named: str, mend: str
 ) -> None:
-    attempt = cloud(**arrange)
-    assert attempt.finish() == code, attempt.output
-    assert named in attempt.output
-    assert mend in attempt.output
-    assert "Traceback" not in attempt.output
-    assert "Iter 1/" not in attempt.output
+    ended = cloud.refuses(**arrange)
+    assert ended.code == code, ended
+    assert named in ended.err
+    assert mend in ended.err
 
 
 def test_a_bucket_that_is_not_there(cloud: Cloud, s3_env: dict[str, str]) -> None:
-    attempt = cloud(run_uri="s3://no-such-bucket/run", environment=s3_env)
-    assert attempt.finish() == 78, attempt.output
-    assert "there is no bucket no-such-bucket" in attempt.output
+    ended = cloud.refuses(run_uri="s3://no-such-bucket/run", environment=s3_env)
+    assert ended.code == 78, ended
+    assert "there is no bucket no-such-bucket" in ended.err
 
 
 def test_a_read_only_run_shows_before_training(cloud: Cloud, fault_proxy: FaultProxy) -> None:
     fault_proxy.add(Status(status=403, method="PUT", times=None))
-    attempt = cloud()
-    assert attempt.finish() == 74, attempt.output
-    assert "access denied" in attempt.output
-    assert "s3:PutObject" in attempt.output
-    assert "backbone:" not in attempt.output
+    ended = cloud.refuses()
+    assert ended.code == 74, ended
+    assert "access denied" in ended.err
+    assert "s3:PutObject" in ended.err
+    assert "backbone:" not in ended.out
 
 
 def test_without_the_right_to_list_nothing_is_taken_for_absent(
@@ -345,9 +380,9 @@ def test_without_the_right_to_list_nothing_is_taken_for_absent(
     pointer = store.read(run.LATEST_POINTER)
     # AWS answers so for whatever is not there, when the right to list is missing.
     fault_proxy.add(Status(status=403, match="/checkpoints/", times=None))
-    attempt = cloud()
-    assert attempt.finish() == 74, attempt.output
-    assert "s3:ListBucket" in attempt.output
+    ended = cloud.refuses()
+    assert ended.code == 74, ended
+    assert "s3:ListBucket" in ended.err
     assert store.read(run.LATEST_POINTER) == pointer
 
 
@@ -387,16 +422,16 @@ def test_another_configuration_is_refused_or_taken_when_asked(cloud: Cloud, stor
     attempt.wait_for_iteration(8)
     attempt.send(signal.SIGTERM)
     assert attempt.finish() == 75
-    refused = cloud(train__learning_rate=0.005)
-    assert refused.finish() == 78
-    assert "train.learning_rate: 0.01 in the run, 0.005 now" in refused.output
-    assert "--resume-anyway" in refused.output
+    refused = cloud.refuses(train__learning_rate=0.005)
+    assert refused.code == 78
+    assert "train.learning_rate: 0.01 in the run, 0.005 now" in refused.err
+    assert "--resume-anyway" in refused.err
     taken = cloud(train__learning_rate=0.005, arguments=("--resume-anyway",))
     assert taken.finish() == 0, taken.output
     assert "warning: going on with another configuration, as asked" in taken.output
     (changed,) = of(ledger(store), "configuration_changed")
     assert changed["changes"] == ["train.learning_rate: 0.01 in the run, 0.005 now"]
-    assert f"--config {RUN}/config.yaml" in refused.output
+    assert f"--config {RUN}/config.yaml" in refused.err
     # Which is how to go on as before.
     assert training_lines_of(store)[-1]["iteration"] == ITERATIONS
 
