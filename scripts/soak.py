@@ -71,7 +71,7 @@ EXPECTED = {
     "zombie": (ExitCode.FENCED,),
     "damaged checkpoint": (-signal.SIGKILL,),
 }
-MEAN_LIFE_S = 9.0
+MEAN_LIFE_S = 14.0
 """Of an attempt before its interruption; starting takes about half of that."""
 
 
