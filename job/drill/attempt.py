@@ -44,7 +44,22 @@ class AttemptProcess:
         self._read_upto = 0
         self._over = False
         self._log = log
-        self.process = subprocess.Popen(
+        self.process = self._launch(
+            arguments,
+            {
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+                "PYTHONIOENCODING": "utf-8",
+                **(environment or {}),
+            },
+        )
+        self._reader = threading.Thread(target=self._read, name="attempt-output", daemon=True)
+        self._reader.start()
+
+    def _launch(
+        self, arguments: Sequence[str], environment: Mapping[str, str]
+    ) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             [sys.executable, "-m", "job", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -52,16 +67,9 @@ class AttemptProcess:
             text=True,
             encoding="utf-8",
             errors="replace",
-            env={
-                **os.environ,
-                "PYTHONUNBUFFERED": "1",
-                "PYTHONIOENCODING": "utf-8",
-                **(environment or {}),
-            },
+            env=environment,
             start_new_session=True,
         )
-        self._reader = threading.Thread(target=self._read, name="attempt-output", daemon=True)
-        self._reader.start()
 
     @property
     def output(self) -> str:

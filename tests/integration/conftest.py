@@ -13,6 +13,7 @@ import pytest
 from job import cli
 from job.drill.attempt import AttemptProcess
 from job.drill.proof import compare_runs
+from tests.nursery import ForkedAttempt
 
 SMALL = {
     "data.crop_size": 32,
@@ -44,11 +45,16 @@ def command(data: Path | str, run: Path | str, **changes: Any) -> list[str]:
 
 @pytest.fixture
 def start() -> Iterator[Any]:
-    """A function that starts an `AttemptProcess`; whatever still runs at the end is killed."""
+    """A function that starts an attempt; whatever still runs at the end is killed.
+
+    With `forked=False` it is a new Python, as a user's would be.
+    """
     running: list[AttemptProcess] = []
 
-    def start_attempt(arguments: list[str], **options: Any) -> AttemptProcess:
-        running.append(AttemptProcess(arguments, **options))
+    def start_attempt(
+        arguments: list[str], *, forked: bool = True, **options: Any
+    ) -> AttemptProcess:
+        running.append((ForkedAttempt if forked else AttemptProcess)(arguments, **options))
         return running[-1]
 
     yield start_attempt

@@ -106,18 +106,18 @@ def test_a_finished_run_can_be_finished_again(twin, start, tmp_path):
 def test_loader_processes_do_not_change_the_result(twin, start, tmp_path):
     data, uninterrupted = twin
     run = tmp_path / "run"
-    training = start(command(data, run, data__workers=2))
+    training = start(command(data, run, data__workers=2), forked=False)
     training.wait_for_iteration(12)
     training.send(signal.SIGTERM)
     assert training.finish() == 75, training.output
-    assert start(command(data, run, data__workers=1)).finish() == 0
+    assert start(command(data, run, data__workers=1), forked=False).finish() == 0
     assert_same_result(run, uninterrupted, ITERATIONS)
 
 
 @pytest.mark.slow
 def test_loader_processes_do_not_outlive_a_killed_training(twin, start, tmp_path):
     data, _ = twin
-    training = start(command(data, tmp_path / "run", data__workers=2))
+    training = start(command(data, tmp_path / "run", data__workers=2), forked=False)
     training.wait_for_iteration(3)
     children = children_of(training.process.pid)
     assert len(children) >= 2
@@ -211,7 +211,7 @@ def test_sigterm_at_any_moment_of_the_start_exits_75(start, make_data, tmp_path)
     data = make_data()
     codes = set()
     for tenths in range(4, 28, 4):
-        training = start(command(data, tmp_path / "run", train__iterations=100_000))
+        training = start(command(data, tmp_path / "run", train__iterations=100_000), forked=False)
         time.sleep(tenths / 10)
         training.send(signal.SIGTERM)
         codes.add(training.finish())

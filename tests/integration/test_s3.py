@@ -16,7 +16,7 @@ from job import run
 from job.drill.attempt import AttemptProcess
 from job.drill.imds import FakeImds
 from job.drill.proof import compare_runs
-from job.drill.proxy import CutUpload, FaultProxy, Hold, LoseReply, Status
+from job.drill.proxy import CutUpload, FaultProxy, Hold, LoseReply, Status, Throttle
 from job.drill.seaweed import Identity, SeaweedServer
 from job.preemption.spot import POLL_S
 from job.storage.pull import pull
@@ -232,6 +232,33 @@ def test_a_notice_too_late_for_a_save_is_admitted(
     assert f"saved after iteration {saved} of 40" in attempt.output
     (skipped,) = of(ledger(store), "save_skipped")
     assert skipped["reached"] > saved
+
+
+@pytest.mark.slow
+def test_a_notice_comes_while_a_slow_network_carries_an_upload(
+    twin: tuple[Path, Path],
+    cloud: Cloud,
+    imds: FakeImds,
+    fault_proxy: FaultProxy,
+    store: S3Store,
+    tmp_path: Path,
+) -> None:
+    """An upload takes ten seconds, longer than the training between two saves."""
+    fault_proxy.add(Throttle(400_000, method="PUT", times=None))
+    attempt = cloud(environment=imds.environment())
+    part = Hold(method="PUT", match="state.pth", at="upload", after_bytes=400_000)
+    on_the_wire = fault_proxy.add(part)
+    assert on_the_wire.reached.wait(120)
+    notice_comes(attempt, imds, 120)
+    on_the_wire.release()
+    assert attempt.finish() == 75, attempt.output
+    fault_proxy.clear()
+    (in_time,) = of(ledger(store), "saved_in_time")
+    resumed = cloud()
+    resumed.wait_for(f"resuming after iteration {in_time['saved_at']} of")
+    assert resumed.finish() == 0, resumed.output
+    pull(RUN, tmp_path / "pulled", everything=True)
+    assert compare_runs(tmp_path / "pulled", twin[1], ITERATIONS) == []
 
 
 @pytest.mark.slow
