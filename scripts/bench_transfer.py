@@ -59,8 +59,8 @@ def main() -> None:
                 for name, make in commands(options.s5cmd, options.aws):
                     to = folder / f"to-{number}" / name.replace(" ", "-")
                     times.setdefault(name, []).append(timed(make(to), to))
-                    # Small files stay to the end: for a while after many are deleted, ext4 takes
-                    # ten times as long to make new ones.
+                    # Small files stay to the end: where this was written, making new ones took
+                    # several times as long for a while after many had been deleted.
                     if name.startswith("large"):
                         shutil.rmtree(to)
     finally:

@@ -1,7 +1,8 @@
 """Watching for the spot notice: EC2 says two minutes ahead when it takes an instance back.
 
 The notice is asked for inside the container, as nothing signals a Batch job when it comes. Outside
-of EC2 the watch ends by itself, in silence. Source: Amazon EC2 User Guide, "Spot Instance
+of EC2 the watch ends by itself, in silence. In a container on EC2 that cannot reach the service (by
+default it is one network hop too far) it says so. Source: Amazon EC2 User Guide, "Spot Instance
 interruption notices" and "EC2 instance rebalance recommendations".
 """
 
@@ -29,7 +30,9 @@ TIMEOUT_S = 2.0
 TOKEN_TTL_S = 21_600
 """The longest the service gives."""
 TRIES_WITHOUT_ANSWER = 3
-"""Then this is no EC2 instance."""
+"""Then this is no EC2 instance, or one whose service a container cannot reach."""
+IN_THE_CLOUD = ("AWS_BATCH_JOB_ID", "ECS_CONTAINER_METADATA_URI_V4")
+"""Variables that AWS sets in a container which does run on such an instance."""
 DEFAULT_ENDPOINT = "http://169.254.169.254"
 ACTION_PATH = "/latest/meta-data/spot/instance-action"
 REBALANCE_PATH = "/latest/meta-data/events/recommendations/rebalance"
@@ -133,9 +136,20 @@ class _Watch:
             except _UNUSABLE:
                 silent += 1
                 if silent >= TRIES_WITHOUT_ANSWER and not self._answered:
+                    self._warn_if_needed()
                     return
             if self._done.wait(POLL_S):
                 return
+
+    def _warn_if_needed(self) -> None:
+        if any(os.environ.get(name) for name in IN_THE_CLOUD):
+            self._tell(
+                Notice(
+                    "spot_watch_off",
+                    "warning: the instance's metadata service does not answer, so a spot notice "
+                    "would not be seen; give the instances an HttpPutResponseHopLimit of 2",
+                )
+            )
 
     def _look(self) -> bool:
         """One poll; whether the notice has come."""

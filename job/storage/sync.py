@@ -75,8 +75,14 @@ def data_folder(
         return
     bringer = _Bringer(source, progress or Silent(), stopped)
     data, held = bringer.bring()
+    folder = bringer.cache.path_of(data)
     try:
-        yield bringer.cache.path_of(data)
+        yield folder
+    except DataError as error:  # what is to be mended is the original
+        copy, original = f"{folder}/", f"{uri.rstrip('/')}/"
+        raise DataError(
+            error.message.replace(copy, original), mend=error.mend.replace(copy, original)
+        ) from error
     finally:
         os.close(held)
 

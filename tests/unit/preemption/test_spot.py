@@ -183,6 +183,20 @@ def test_a_service_that_never_answers_is_given_up_in_silence(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("variable", spot.IN_THE_CLOUD)
+def test_in_a_container_on_an_instance_silence_is_told(on_ec2, stop, told, monkeypatch, variable):
+    """By default the service is one hop too far for a container."""
+    monkeypatch.setattr(spot, "TIMEOUT_S", 0.05)
+    monkeypatch.setenv(variable, "anything")
+    on_ec2.hang = True
+    with watch_spot(stop, told.append):
+        wait_until(lambda: not watching())
+    (notice,) = told
+    assert notice.kind == "spot_watch_off"
+    assert "HttpPutResponseHopLimit of 2" in notice.message
+    assert not stop.requested
+
+
 def test_nobody_listening_is_no_instance(imds, stop, told, monkeypatch, capfd):
     with FakeImds() as gone:
         pass

@@ -81,6 +81,18 @@ def test_a_prefix_is_mirrored(remote: Remote) -> None:
     assert (log.files_done, log.size_done) == (log.files, log.size)
 
 
+def test_an_error_in_the_data_names_the_original(remote: Remote) -> None:
+    remote.put_all(FILES)
+
+    def read(folder: Path) -> None:
+        raise DataError(f"{folder}/dataset.yaml: wrong", mend=f"edit {folder}/dataset.yaml")
+
+    with pytest.raises(DataError) as caught, data_folder(remote.uri("data/")) as folder:
+        read(folder)
+    original = remote.uri("data/dataset.yaml")
+    assert str(caught.value) == f"{original}: wrong\n  mend: edit {original}"
+
+
 def test_an_unchanged_set_is_only_listed(remote: Remote) -> None:
     remote.put_all(FILES)
     bring(remote)
