@@ -132,7 +132,7 @@ class Lane:
             "OMP_NUM_THREADS": "1",
         }
         number, durable, at = 1, 0, 0
-        pending: str | None = None
+        pending: list[str] = []
         attempt = start(uri, environment, number, self.folder)
         while True:
             kind = self.random.choice(KINDS)
@@ -140,6 +140,7 @@ class Lane:
             end_s = time.monotonic() + self.random.uniform(0.0, 2 * MEAN_LIFE_S)
             while time.monotonic() < end_s and attempt.process.poll() is None:
                 time.sleep(0.05)
+            asleep_at = attempt.reached
             # An interruption that comes too late changes nothing.
             over = attempt.process.poll() is not None or "Finished after" in attempt.output
             successor = None
@@ -153,14 +154,16 @@ class Lane:
             with self.tally.lock:
                 self.tally.faults += sum(one.fired for one in armed)
             resumed = resumed_at(attempt)
-            if pending is not None:
-                # One that did not come so far as to resume has lost nothing yet.
-                self.note(pending, at - resumed if resumed is not None else 0)
-                pending = None
+            if resumed is not None and pending:
+                # The first of them has cost it; the others came before anything was trained again.
+                self.note(pending.pop(0), at - resumed)
+                while pending:
+                    self.note(pending.pop(0), 0)
             if resumed is not None and resumed < durable and "is bad and" not in attempt.output:
                 self.fail(f"{name}: attempt {number} resumed at {resumed}, {durable} was durable")
             if resumed is not None:
-                at = max(attempt.reached, resumed)
+                # What a zombie trains when it has been replaced is not the run's.
+                at = max(attempt.reached if successor is None else asleep_at, resumed)
             if code == ExitCode.OK:
                 if successor is not None:
                     successor.kill()
@@ -177,7 +180,8 @@ class Lane:
                 durable = newest(store) if kind != "damaged checkpoint" else 0
             if kind == "damaged checkpoint" and not over:
                 damage_newest(store)
-            pending = kind if not over else pending
+            if not over:
+                pending.append(kind)
             number += 1
             if successor is not None:
                 attempt, number = successor, number
@@ -267,9 +271,13 @@ def resumed_at(attempt: AttemptProcess) -> int | None:
 
 
 def newest(store: S3Store) -> int:
-    """Iteration of the newest durable checkpoint; 0 if there is none."""
+    """Iteration of the newest durable checkpoint that nobody has found bad; 0 if there is none."""
     text, _ = store.read_versioned(run.LATEST_POINTER)
-    return int(json.loads(text)["checkpoints"][0].partition("-")[0]) if text else 0
+    for checkpoint in json.loads(text)["checkpoints"] if text else []:
+        # An attempt that put it aside may have been killed before it could change the pointer.
+        if store.stat(run.quarantine_mark(checkpoint)) is None:
+            return int(checkpoint.partition("-")[0])
+    return 0
 
 
 def damage_newest(store: S3Store) -> None:
