@@ -253,9 +253,21 @@ def _has_checkpoints(store: ObjectStore) -> bool:
 
 
 def _refuse_other_config(
-    before: Config | None, now: Config, store: ObjectStore, resume_anyway: bool
+    before: Config | None,
+    now: Config,
+    store: ObjectStore,
+    resume_anyway: bool,
+    *,
+    of_checkpoint: bool = False,
 ) -> list[str]:
     """The fields that differ from what the run began with, a line each, if that is wanted.
+
+    Args:
+        before: what it began with, by `config.yaml` or by its newest checkpoint.
+        now: what is to come.
+        store: of the run.
+        resume_anyway: whether it is wanted.
+        of_checkpoint: where `before` is from; `config.yaml` is known to agree with `now` then.
 
     Raises:
         ConfigError: some do, and it is not wanted.
@@ -263,6 +275,13 @@ def _refuse_other_config(
     changed = differences(before, now) if before is not None else {}
     lines = [f"{key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items()]
     if lines and not resume_anyway:
+        if of_checkpoint:
+            raise ConfigError(
+                f"{store.uri}: the newest checkpoint is of another configuration than "
+                f"{run.CONFIG}\n  " + "\n  ".join(lines),
+                mend="accept the change (again, if an attempt that had accepted it could not save "
+                "any more) with --resume-anyway, or choose another --run",
+            )
         raise ConfigError(
             f"{store.uri}: this run began with another configuration\n  " + "\n  ".join(lines),
             mend=f"choose another --run, go on with --config {store.uri}/{run.CONFIG}, or accept "
@@ -435,10 +454,15 @@ def _restore_or_begin(
 ) -> TrainState:
     console, config, record = attempt.console, attempt.config, attempt.record
     saved = manager.restore()
-    if saved is not None:
+    if saved is None:
+        _refuse_lost_checkpoints(attempt)
+    else:
         raw = saved["run"]["config"]
         before = config_from_dict(raw, source="the checkpoint")
-        changed = _refuse_other_config(before, config, attempt.store, resume_anyway) or changed
+        changed = (
+            _refuse_other_config(before, config, attempt.store, resume_anyway, of_checkpoint=True)
+            or changed
+        )
     state, note = new_train_state(
         config, attempt.data.info.num_classes, attempt.device, pretrained=saved is None
     )
@@ -455,6 +479,16 @@ def _restore_or_begin(
                 f"configuration: {' '.join(str(error).split())[:300]}",
                 mend="put model.* and the number of classes back, or choose another --run",
             ) from None
+        if state.iteration > config.train.iterations:
+            raise ConfigError(
+                f"{attempt.store.uri}: the run is at iteration {state.iteration} already, "
+                f"train.iterations is {config.train.iterations}",
+                mend=f"give at least {state.iteration}, or choose another --run",
+            )
+    if state.iteration < config.train.iterations and attempt.store.stat(run.SUMMARY):
+        # Of a run that is not finished any more.
+        attempt.lease.raise_if_lost()
+        attempt.store.delete(run.SUMMARY)
     record.ledger.rewind(iteration=state.iteration, evaluated_iteration=state.evaluated_iteration)
     record.resumed_at = state.iteration
     record.tell(Notice("training_started", "", {"resumed_at": state.iteration}))
@@ -480,6 +514,26 @@ def _restore_or_begin(
         f"{config.train.iterations}"
     )
     return state
+
+
+def _refuse_lost_checkpoints(attempt: _Attempt) -> None:
+    """Raises StorageError if the run has had a checkpoint: to begin anew would overwrite the rest.
+
+    There may be states without a manifest (their save was interrupted), but no more than that.
+    """
+    saved = [
+        event["saved_at"]
+        for event in read_ledger(attempt.record.ledger.path)
+        if event["event"] == "checkpoint" and "saved_at" in event
+    ]
+    if not saved and attempt.store.stat(run.LATEST_CHECKPOINT) is None:
+        return
+    upto = f"iteration {saved[-1]} was saved" if saved else f"there is {run.LATEST_CHECKPOINT}"
+    raise StorageError(
+        f"{attempt.store.uri}: the checkpoints of this run are gone ({upto})",
+        mend=f"bring {attempt.store.uri}/{run.CHECKPOINTS} back (older versions of the objects, if "
+        "the bucket keeps them), or choose another --run",
+    )
 
 
 def _device_name(device: torch.device) -> str:

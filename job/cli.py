@@ -5,6 +5,7 @@ Nothing here imports torch before a verb needs it, so that `--help` and errors c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -44,7 +46,8 @@ def main() -> None:
     logging.addLevelName(logging.WARNING, "warning")
     logging.addLevelName(logging.ERROR, "error")
     # Until the run has its own handlers, seconds of imports away, nothing is there to be saved.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.PREEMPTED))
+    signal.signal(signal.SIGTERM, _stopped_early)
+    signal.signal(signal.SIGINT, _stopped_early)
     try:
         app()
     except JobError as error:
@@ -55,11 +58,17 @@ def main() -> None:
     except OSError as error:  # what the system refuses outside a run's own storage
         print(f"error: {error}", file=sys.stderr)
         sys.exit(ExitCode.IO_ERROR)
-    except KeyboardInterrupt:
-        sys.exit(ExitCode.KILLED_BY_USER)
     finally:
         # All is said and done: a signal now must not change the exit code that tells it.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _stopped_early(number: int, _frame: FrameType | None) -> NoReturn:
+    # Not print, whose buffer the signal may have interrupted.
+    with contextlib.suppress(OSError):
+        name = signal.Signals(number).name
+        os.write(2, f"\nstopped by {name}; the same command goes on\n".encode())
+    sys.exit(ExitCode.PREEMPTED if number == signal.SIGTERM else ExitCode.KILLED_BY_USER)
 
 
 def _leave(code: ExitCode) -> NoReturn:
@@ -168,6 +177,7 @@ def train(
 
     # An exception would abort the process where torch's own start-up calls back into Python.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(ExitCode.PREEMPTED))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(ExitCode.KILLED_BY_USER))
     from job.app import train as run_attempt
     from job.monitor.console import make_console
 

@@ -28,12 +28,12 @@ JOB = Identity(
     (
         f"Read:{BUCKET}/data/*",
         f"List:{BUCKET}/data/*",
-        f"Read:{BUCKET}/runs/*",
-        f"Write:{BUCKET}/runs/*",
-        f"List:{BUCKET}/runs/*",
+        f"Read:{BUCKET}/runs/first/*",
+        f"Write:{BUCKET}/runs/first/*",
+        f"List:{BUCKET}/runs/first/*",
     ),
 )
-"""What a training job may do: read `data/` and own `runs/` of the tests' bucket."""
+"""What a training job may do: read `data/` and own `runs/first/` of the tests' bucket."""
 
 
 @pytest.fixture(scope="session")

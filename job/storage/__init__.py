@@ -1,5 +1,6 @@
 """Where runs and data live. `open_store` is the only place that looks at a URI's scheme."""
 
+import re
 from pathlib import Path
 
 from job.errors import ConfigError
@@ -13,10 +14,15 @@ def open_store(uri: str) -> ObjectStore:
     """The store behind a URI; nothing is read or written yet.
 
     Raises:
-        ConfigError: a scheme this version does not know.
+        ConfigError: a scheme this version does not know, or one that is misspelt.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
+        if re.match("(s3|gs|file|https?):", uri):
+            raise ConfigError(
+                f"{uri}: a URI has two slashes after the colon",
+                mend=f"write s3://BUCKET/PREFIX, or ./{uri} if it is a folder",
+            )
         return LocalStore(Path(uri))
     if scheme == "file":
         return LocalStore(Path(rest))

@@ -19,6 +19,8 @@ from job.storage.progress import megabytes
 from job.storage.units import explained_write, open_new
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".zip")
+FOREIGN = "__MACOSX/"
+"""What macOS puts beside the files when it makes a zip."""
 MARK = "dataset.yaml"
 """A single folder at the top that holds this is left out of the names."""
 
@@ -114,7 +116,7 @@ def _entries(archive: Path) -> Generator[_Entry, None, None]:
     if archive.name.lower().endswith(".zip"):
         with zipfile.ZipFile(archive) as file:
             for info in file.infolist():
-                if info.is_dir():
+                if info.is_dir() or info.filename.startswith(FOREIGN):
                     continue
                 if stat.S_ISLNK(info.external_attr >> 16):
                     raise _Refused(f"{info.filename} is a link")

@@ -27,8 +27,8 @@ from typing import IO, Any
 
 from job.errors import Preempted
 from job.storage.digests import file_has
-from job.storage.large import JOURNAL, PART, boot_id
-from job.storage.units import explained_write
+from job.storage.large import JOURNAL, boot_id
+from job.storage.units import PART, explained_write, part_of
 
 FORMAT = 1
 POLL_S = 0.2
@@ -215,7 +215,9 @@ class DataCache:
         with explained_write(self.incoming):
             self.incoming.mkdir(parents=True, exist_ok=True)
             allowed = kept.files.keys() | {
-                path + ending for path in expected for ending in (PART, JOURNAL)
+                part_of(Path(path), ending).as_posix()
+                for path in expected
+                for ending in (PART, JOURNAL)
             }
             for parent, _, names in os.walk(self.incoming):
                 for name in names:

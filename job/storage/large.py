@@ -1,8 +1,8 @@
 """A large object into a file: in chunks, by several threads, to be continued after a kill.
 
 The chunks are the parts it was uploaded in where it was (only they can be checked against the
-server's checksum of such an object), otherwise ranges. They are written at their place in `.part`;
-beside it a journal says which are there. The file gets its name when all is verified.
+server's checksum of such an object), otherwise ranges. They are written at their place in a `.part`
+file; beside it a journal says which are there. The file gets its name when all is verified.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from job.storage.units import (
     Arrived,
     Whole,
     explained_write,
+    part_of,
     stream,
     until_good,
 )
 
-PART = ".part"
 JOURNAL = ".part.json"
 
 
@@ -229,13 +229,13 @@ def _verifies(path: Path, unit: Whole, pieces: Sequence[_Piece], promise: Promis
 
 
 class _PartFile:
-    """`NAME.part` and its journal; what an earlier attempt left of the same object is kept."""
+    """A file's part and its journal; what an earlier attempt left of the same object is kept."""
 
     def __init__(self, final: Path, unit: Whole, *, by_parts: bool) -> None:
-        self.path = final.with_name(final.name + PART)
+        self.path = part_of(final)
         self.pieces: dict[int, _Piece] = {}
         self._size = unit.size
-        self._journal_path = final.with_name(final.name + JOURNAL)
+        self._journal_path = part_of(final, JOURNAL)
         self._journal: IO[str] | None = None
         # After a power cut the journal may be on the disk and the data not: hence the boot's id.
         self._head = {

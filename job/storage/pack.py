@@ -11,21 +11,23 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, NoReturn, cast
 
 from job.errors import ConfigError, DataError, PreconditionFailed, Preempted, StorageError
 from job.storage import open_store
 from job.storage.archives import is_archive
 from job.storage.digests import file_digest
+from job.storage.get import ObjectChanged
 from job.storage.packindex import INDEX, PackedFile, PackIndex, Shard, is_shard, shard_name
 from job.storage.progress import Silent, TransferProgress, megabytes
-from job.storage.sync import Listed, S3Source, check_collisions, check_path
+from job.storage.sync import Listed, S3Source, check_collisions, check_path, scratch_root
 from job.storage.transfer import Origin, transfer
 from job.storage.units import Whole, explained_write
 
@@ -93,7 +95,8 @@ def pack(
     packed: list[PackedFile] = []
     uploaded = 0
     try:
-        with tempfile.TemporaryDirectory(prefix="s4gan-pack-") as scratch:
+        scratch_root().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="pack-", dir=scratch_root()) as scratch:
             for group in _cut(files):
                 with source.local(group, Path(scratch), stopped) as folder:
                     tar, members = _write_tar(Path(scratch), folder, group, stopped)
@@ -110,7 +113,7 @@ def pack(
                 ]
                 progress.advance(len(group), sum(file.size for file in group))
     except OSError as error:
-        raise StorageError.from_os("write", tempfile.gettempdir(), error) from error
+        raise StorageError.from_os("write", scratch_root(), error) from error
     finally:
         progress.end()
     text = PackIndex(tuple(packed), tuple(shards)).to_json()
@@ -139,16 +142,25 @@ class _Folder:
             raise DataError(f"{uri}: no such folder", mend="check the first argument")
 
     def files(self) -> list[Listed]:
-        """All files, sorted by path; links are followed, hidden ones left out."""
+        """All files, sorted by path; links are followed, hidden ones left out.
+
+        Raises:
+            StorageError: a folder cannot be read.
+            DataError: something is neither a file nor a folder.
+        """
+
+        def refuse(error: OSError) -> NoReturn:
+            raise StorageError.from_os("read", error.filename, error) from error
+
         found = []
         seen = {self._folder.resolve()}  # a link to a folder above would lead in circles
-        for parent, folders, names in os.walk(self._folder, followlinks=True):
+        for parent, folders, names in os.walk(self._folder, onerror=refuse, followlinks=True):
             folders[:] = [n for n in folders if Path(parent, n).resolve() not in seen]
             seen.update(Path(parent, name).resolve() for name in folders)
             for name in names:
                 path = Path(parent, name).relative_to(self._folder).as_posix()
                 if not _is_hidden(path):
-                    found.append(Listed(path, path, Path(parent, name).stat().st_size, ""))
+                    found.append(Listed(path, path, _size_of(Path(parent, name)), ""))
         return sorted(found, key=lambda file: file.path)
 
     @contextlib.contextmanager
@@ -157,6 +169,18 @@ class _Folder:
     ) -> Iterator[Path]:
         """A folder with these files."""
         yield self._folder
+
+
+def _size_of(path: Path) -> int:
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        raise DataError(f"{path}: is a link to nothing", mend="remove it") from None
+    except OSError as error:
+        raise StorageError.from_os("read", path, error) from error
+    if not stat.S_ISREG(about.st_mode):
+        raise DataError(f"{path}: is neither a file nor a folder", mend="remove it")
+    return about.st_size
 
 
 class _Bucket:
@@ -181,6 +205,10 @@ class _Bucket:
         try:
             transfer(self._origin, units, folder, arrived=lambda _: None, stopped=stopped)
             yield folder
+        except ObjectChanged as changed:
+            raise DataError(
+                f"{changed}: changed while it was packed", mend="run it again"
+            ) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -7,24 +7,25 @@ manifests) is what the pulled one must be; the others are compared with the serv
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 from job import run
 from job.errors import ConfigError, ObjectNotFound, StorageError
-from job.storage import ObjectStore, open_store
+from job.storage import LocalStore, ObjectStore, open_store
 from job.storage.digests import file_digest, md5_promise
 from job.storage.get import FolderAddress, ObjectChanged, folder_etag
 from job.storage.progress import Silent, TransferProgress, megabytes
 from job.storage.sync import LISTINGS, Listed, S3Source, check_path
 from job.storage.transfer import Origin, transfer
-from job.storage.units import Arrived, Whole, explained_write
+from job.storage.units import Arrived, Whole, begun, explained_write
 
 if TYPE_CHECKING:
     from job.storage.s3 import S3Store
@@ -103,9 +104,11 @@ def pull(
             raise ConfigError(
                 f"{run_uri}: there is no run", mend="check the URI; a run holds config.yaml"
             )
+        _refuse_other_run(store, folder)
         records = _read_records(store, listing)
         try:
-            files, fetched = _bring(origin, wanted, records, folder, progress, stopped)
+            with _alone(folder):
+                files, fetched = _bring(origin, wanted, records, folder, progress, stopped)
         except ObjectChanged as changed:
             if attempt == LISTINGS:
                 raise StorageError(
@@ -116,6 +119,35 @@ def pull(
         finished = any(item.path == run.SUMMARY for item in listing)
         return PullResult(files, fetched, finished)
     raise AssertionError("unreachable")
+
+
+def _refuse_other_run(store: ObjectStore, folder: Path) -> None:
+    """Raises ConfigError if the folder holds the files of another run."""
+    ids = []
+    for place in (store, LocalStore(folder)):
+        with contextlib.suppress(ObjectNotFound, ValueError, TypeError):
+            ids.append(run.RunIdentity.from_json(place.read(run.IDENTITY)).run_id)
+    if len(set(ids)) > 1:
+        raise ConfigError(
+            f"{folder}: holds the files of another run, {ids[1]}", mend="choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Raises StorageError if another pull is writing into the folder."""
+    with explained_write(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise StorageError(
+            f"{folder}: another pull is writing there", mend="wait until it has ended"
+        ) from None
+    finally:
+        os.close(descriptor)
 
 
 def _listing(store: ObjectStore) -> tuple[Origin, list[Listed]]:
@@ -166,8 +198,12 @@ def _read_records(store: ObjectStore, listing: Iterable[Listed]) -> Records:
         )
         if manifest or item.path == run.SUMMARY:
             # One that is just being pruned, or damaged, says nothing.
-            with contextlib.suppress(ObjectNotFound, ValueError):
-                texts[item.path] = json.loads(store.read(item.path))
+            with contextlib.suppress(
+                ObjectNotFound, ValueError, TypeError, KeyError, AttributeError
+            ):
+                content = json.loads(store.read(item.path))
+                records_of({item.path: content})
+                texts[item.path] = content
     return records_of(texts)
 
 
@@ -216,7 +252,7 @@ def _bring(
     missing = [item for item in wanted if item.path not in here]
     work = folder / _WORK
     size = sum(item.size for item in missing)
-    _check_space(folder, size)
+    _check_space(folder, size - sum(begun(work / item.path) for item in missing))
     units = []
     for item in missing:
         check_path(item.path, item.path)

@@ -108,6 +108,9 @@ def split_uri(uri: str) -> tuple[str, str]:
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     if not bucket:
         raise ConfigError(f"{uri}: names no bucket", mend="write s3://BUCKET/PREFIX")
+    if prefix.strip("/") and any(part in ("", ".", "..") for part in prefix.strip("/").split("/")):
+        # Legal as a key, but some servers do not list it again.
+        raise ConfigError(f"{uri}: has '//' or a dot for a folder in it", mend="remove it")
     return bucket, prefix.strip("/")
 
 

@@ -35,7 +35,7 @@ from job.storage.large import boot_id
 from job.storage.packindex import INDEX, PackIndex, is_shard
 from job.storage.progress import Silent, TransferProgress, megabytes
 from job.storage.transfer import Origin, spans, transfer
-from job.storage.units import Arrived, Member, Span, Whole, read_all, until_good
+from job.storage.units import Arrived, Member, Span, Whole, begun, read_all, until_good
 
 if TYPE_CHECKING:
     from job.storage.s3 import S3Store  # boto3 takes a while to import
@@ -342,7 +342,8 @@ class _Bringer:
         units = plan.units(missing)
         archives = [a for a in plan.archives if a.path not in content.archives]
         size = sum(plan.sizes[path] for path in missing) + sum(a.size for a in archives)
-        self._check_space(size, len(missing) + len(archives))
+        begun_there = sum(begun(self.cache.incoming / path) for path in missing)
+        self._check_space(size - begun_there, len(missing) + len(archives))
         self._progress.begin("data", len(missing) + len(archives), size)
         try:
             self._fetch(units, plan, content, lock)
@@ -588,6 +589,13 @@ def check_path(path: str, called: str) -> None:
             f"{called}: its key cannot be the name of a file (it has '..', '.' or '//' in it)",
             mend="rename or remove that object",
         )
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{called.encode(errors='replace').decode()}: its name is not in UTF-8",
+            mend="rename or remove that file",
+        ) from None
     if any(len(part.encode()) > NAME_BYTES for part in parts):
         raise DataError(
             f"{called}: its name is too long for a file", mend="rename or remove that object"

@@ -10,6 +10,7 @@ Runs in this process or in a worker's; knows nothing of who asked for it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import random
 import time
@@ -22,6 +23,7 @@ from job.errors import StorageError
 from job.storage.digests import check_of, new_hash, parts_of, promise_of
 from job.storage.get import Getter, Reply, ReplyBroken
 
+PART = ".part"
 CHUNK_BYTES = 16 * 2**20
 """An object up to this size is fetched by one GET into memory; times the threads of a process."""
 STREAM_BYTES = 2**20
@@ -30,6 +32,13 @@ ATTEMPTS = 4
 """To read a body that ends early or is not what its checksum says."""
 
 _Result = TypeVar("_Result")
+
+
+def part_of(path: Path, ending: str = PART) -> Path:
+    """Where a file lies until it is whole: under a name that no data set has, of any length."""
+    return path.with_name(
+        f".s4gan-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:24]}{ending}"
+    )
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ def _fetch_span(getter: Getter, folder: Path, span: Span) -> list[Arrived]:
                 raise ReplyBroken(f"{member.path} in it is damaged")
         return data
 
-    data = until_good(attempt, span.key, mend="make the pack again: s4gan data pack")
+    data = until_good(attempt, span.key, mend=_mend_shard(span))
     return [
         Arrived(
             member.path,
@@ -153,6 +162,10 @@ def _fetch_span(getter: Getter, folder: Path, span: Span) -> list[Arrived]:
     ]
 
 
+def _mend_shard(span: Span) -> str:
+    return f"delete {span.key}, and make the pack again: s4gan data pack"
+
+
 def _contents(span: Span, data: bytearray) -> list[tuple[Member, memoryview]]:
     view = memoryview(data)
     return [(m, view[m.offset - span.first :][: m.size]) for m in span.members]
@@ -162,7 +175,7 @@ def _stream_member(getter: Getter, folder: Path, span: Span) -> Arrived:
     """A large file of a shard: straight to disk, under another name until it has proved right."""
     member = span.members[0]
     path = folder / member.path
-    temporary = path.with_name(path.name + ".part")
+    temporary = part_of(path)
     algorithm = member.check.partition(":")[0]
 
     def attempt() -> None:
@@ -179,7 +192,7 @@ def _stream_member(getter: Getter, folder: Path, span: Span) -> Arrived:
             raise ReplyBroken(f"{member.path} in it is damaged")
 
     try:
-        until_good(attempt, span.key, mend="make the pack again: s4gan data pack")
+        until_good(attempt, span.key, mend=_mend_shard(span))
         with explained_write(path):
             os.replace(temporary, path)
             mtime_ns = path.stat().st_mtime_ns
@@ -238,6 +251,14 @@ def expect_length(headers: Mapping[str, str], size: int) -> None:
     """Refuse a reply of another length, for example the whole object where a range was asked."""
     if headers.get("content-length") != str(size):
         raise ReplyBroken(f"{headers.get('content-length')} bytes where {size} were expected")
+
+
+def begun(path: Path) -> int:
+    """Bytes of the disk that a file takes already, of which only a part has come."""
+    try:
+        return part_of(path).stat().st_blocks * 512
+    except OSError:
+        return 0
 
 
 def write_file(path: Path, data: bytearray | memoryview) -> int:

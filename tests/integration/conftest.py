@@ -75,7 +75,8 @@ def s4gan(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[[Sequence[object]], Ended]]:
     """Run a command line in this process, which saves it the seconds that importing torch takes."""
-    before = signal.getsignal(signal.SIGTERM)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
     monkeypatch.setenv("COLUMNS", "100")
 
     def run(arguments: Sequence[object]) -> Ended:
@@ -86,7 +87,8 @@ def s4gan(
         return Ended(int(caught.value.code or 0), out, err)
 
     yield run
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def assert_same_result(run: Path, twin: Path, iteration: int) -> None:

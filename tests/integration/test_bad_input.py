@@ -317,6 +317,33 @@ def test_other_networks_cannot_be_resumed_even_when_asked(s4gan, make_data, tmp_
     assert (tmp_path / "run" / "checkpoint_4.pth").exists()
 
 
+def test_a_run_that_has_lost_its_checkpoints_does_not_begin_anew(s4gan, make_data, tmp_path):
+    data = make_data()
+    run = tmp_path / "run"
+    assert s4gan(command(data, run, train__iterations=3))[0] == 0
+    (run / "checkpoints/latest.json").unlink()
+    for manifest in run.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    kept = {path: path.read_bytes() for path in run.rglob("*.pth")}
+    for ledger in ("there", "gone"):
+        code, _, err = s4gan(command(data, run, train__iterations=3))
+        assert code == 74
+        assert "the checkpoints of this run are gone" in err
+        assert {path: path.read_bytes() for path in run.rglob("*.pth")} == kept
+        if ledger == "there":
+            (run / "metrics.jsonl").unlink()
+
+
+def test_a_run_cannot_go_back_to_fewer_iterations(s4gan, make_data, tmp_path):
+    data = make_data()
+    assert s4gan(command(data, tmp_path / "run", train__iterations=4))[0] == 0
+    shorter = command(data, tmp_path / "run", train__iterations=2)
+    code, _, err = s4gan([*shorter, "--resume-anyway"])
+    assert code == 78
+    assert "the run is at iteration 4 already, train.iterations is 2" in err
+    assert "give at least 4" in err
+
+
 def test_what_cannot_be_gone_on_with_does_not_change_the_run(s4gan, make_data, tmp_path):
     data = make_data()
     right = command(data, tmp_path / "run", train__iterations=2)
@@ -364,3 +391,20 @@ def test_a_drill_deletes_nothing_of_the_users(s4gan, make_data, tmp_path):
     assert code == 78
     assert "there is no dataset.yaml" in err
     assert (precious / "thesis").read_text() == "years"
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("s3:/bucket/run", "two slashes after the colon"),
+        ("s3:bucket/run", "two slashes after the colon"),
+        ("s3://bucket/runs//one", "has '//' or a dot for a folder in it"),
+        ("s3://bucket/runs/../one", "has '//' or a dot for a folder in it"),
+    ],
+)
+def test_a_misspelt_run_is_refused(s4gan, make_data, tmp_path, monkeypatch, uri, said):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = s4gan(command(make_data(), uri, train__iterations=2))
+    assert code == 78
+    assert said in err
+    assert not (tmp_path / "s3:").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,11 @@ import pytest
 from PIL import Image
 
 from job.drill.attempt import AttemptProcess
+from job.drill.proxy import Hold
+from job.storage.s3 import S3Store
 from tests.conftest import CLASSES, PALETTE, write_data
 from tests.integration.conftest import command
+from tests.services import BUCKET
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +247,20 @@ def test_the_checkpoint_knows_its_run(finished):
     assert state["run"]["config"]["train"]["iterations"] == 30
     assert set(state) >= {"generator", "discriminator", "optimizer_G", "optimizer_D", "rng"}
     assert Path(run / "checkpoint_30.pth").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_pull_that_is_stopped_says_how_to_go_on(
+    start, tmp_path, s3_env, fault_proxy, number, code
+):
+    store = S3Store(f"s3://{BUCKET}/runs/first")
+    store.write("config.yaml", b"{}")
+    store.write("best_model.pth", bytes(100))
+    held = fault_proxy.add(Hold(method="GET", match="best_model.pth", times=None))
+    environment = {**s3_env, "AWS_ENDPOINT_URL": fault_proxy.endpoint}
+    pulling = start(["pull", store.uri, str(tmp_path / "here")], environment=environment)
+    assert held.reached.wait(120)
+    pulling.send(number)
+    assert pulling.finish() == code
+    assert "the same command goes on" in pulling.output
+    assert "Traceback" not in pulling.output

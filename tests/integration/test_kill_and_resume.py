@@ -13,6 +13,7 @@ import pytest
 
 from job.drill.attempt import AttemptProcess
 from job.drill.proof import training_lines
+from job.storage.pull import pull
 from tests.conftest import write_data
 from tests.integration.conftest import assert_same_result, command
 
@@ -100,6 +101,21 @@ def test_a_finished_run_can_be_finished_again(twin, start, tmp_path):
     assert training.finish() == 0, training.output
     assert_same_result(run, uninterrupted, ITERATIONS)
     assert "Finished after 40 iterations" in training.output
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_goes_on_is_not_finished(twin, start, tmp_path):
+    data, uninterrupted = twin
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    training = start([*command(data, run, train__iterations=2000), "--resume-anyway"])
+    training.wait_for(r"New best validation mIoU")
+    training.send(signal.SIGTERM)
+    assert training.finish() == 75, training.output
+    pulled = pull(str(run), tmp_path / "pulled")
+    assert not pulled.finished
+    best = {file.name: file.verified for file in pulled.files}["best_model.pth"]
+    assert best == "sha256"
 
 
 @pytest.mark.slow

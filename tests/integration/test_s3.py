@@ -366,12 +366,22 @@ READER = Identity("reader", "readerkey", "readersecret", (f"Read:{BUCKET}", f"Li
             "AWS_ACCESS_KEY_ID",
         ),
         ({"run_uri": f"s3://{BUCKET}/elsewhere/first"}, 74, "access denied", "s3:"),
+        ({"run_uri": f"s3://{BUCKET}/runs/second"}, 74, "access denied", "s3:"),
         ({"data": f"s3://{BUCKET}/private"}, 74, "access denied", "s3:ListBucket"),
         ({"data": f"s3://{BUCKET}/data/nothing"}, 78, "data/nothing", "check"),
         ({"run_uri": f"{DATA}/runs/first"}, 78, "lies in --data", "another place"),
         ({"run_uri": "s3://"}, 78, "names no bucket", "s3://BUCKET/PREFIX"),
     ],
-    ids=["secret", "key", "run denied", "data denied", "no data", "run in data", "no bucket"],
+    ids=[
+        "secret",
+        "key",
+        "place denied",
+        "run denied",
+        "data denied",
+        "no data",
+        "run in data",
+        "no bucket",
+    ],
 )
 def test_what_is_wrong_shows_before_training(
     cloud: Cloud, arrange: dict[str, Any], code: int, named: str, mend: str

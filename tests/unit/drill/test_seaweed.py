@@ -187,12 +187,12 @@ def test_a_wrong_secret_is_refused(s3_server, bucket):
 
 def test_a_job_reads_its_data_and_nothing_else(s3_server, bucket):
     with s3_client(s3_server) as client:
-        for key in ("data/a", "database/a", "runs/a", "other/a"):
+        for key in ("data/a", "database/a", "runs/second/a", "other/a"):
             client.put_object(Bucket=bucket, Key=key, Body=b"1")
     with s3_client(s3_server, identity=JOB) as client:
         assert client.get_object(Bucket=bucket, Key="data/a")["Body"].read() == b"1"
         assert client.list_objects_v2(Bucket=bucket, Prefix="data/")["KeyCount"] == 1
-        for key in ("database/a", "other/a"):
+        for key in ("database/a", "runs/second/a", "other/a"):
             assert code_of(client.get_object, Bucket=bucket, Key=key) == "AccessDenied"
         for key in ("data/a", "data/new", "database/a"):
             assert code_of(client.put_object, Bucket=bucket, Key=key) == "AccessDenied"
@@ -202,23 +202,23 @@ def test_a_job_reads_its_data_and_nothing_else(s3_server, bucket):
         assert client.head_object(Bucket=bucket, Key="data/a")["ContentLength"] == 1
 
 
-def test_a_job_owns_its_runs(s3_server, bucket):
-    where = {"Bucket": bucket, "Key": "runs/one/a"}
+def test_a_job_owns_its_run(s3_server, bucket):
+    where = {"Bucket": bucket, "Key": "runs/first/a"}
     with s3_client(s3_server, identity=JOB) as client:
         client.put_object(**where, Body=b"1", IfNoneMatch="*")
         assert code_of(client.put_object, **where, IfNoneMatch="*") == "PreconditionFailed"
-        client.copy_object(Bucket=bucket, Key="runs/one/b", CopySource=where)
-        upload = client.create_multipart_upload(Bucket=bucket, Key="runs/one/c")["UploadId"]
-        part = {"Bucket": bucket, "Key": "runs/one/c", "UploadId": upload}
+        client.copy_object(Bucket=bucket, Key="runs/first/b", CopySource=where)
+        upload = client.create_multipart_upload(Bucket=bucket, Key="runs/first/c")["UploadId"]
+        part = {"Bucket": bucket, "Key": "runs/first/c", "UploadId": upload}
         etag = client.upload_part(**part, PartNumber=1, Body=b"part")["ETag"]
         parts = {"Parts": [{"PartNumber": 1, "ETag": etag}]}
         client.complete_multipart_upload(**part, MultipartUpload=parts)
-        assert client.list_objects_v2(Bucket=bucket, Prefix="runs/one/")["KeyCount"] == 3
+        assert client.list_objects_v2(Bucket=bucket, Prefix="runs/first/")["KeyCount"] == 3
         client.delete_object(**where)
         assert code_of(client.get_object, **where) == "NoSuchKey"
 
 
-@pytest.mark.parametrize("prefix", ["", "run", "runs", "other/"])
+@pytest.mark.parametrize("prefix", ["", "run", "runs", "runs/second/", "other/"])
 def test_listing_is_granted_by_prefix(s3_server, bucket, prefix):
     with s3_client(s3_server, identity=JOB) as client:
         assert code_of(client.list_objects_v2, Bucket=bucket, Prefix=prefix) == "AccessDenied"

@@ -211,3 +211,72 @@ def test_what_cannot_be_packed_is_named(source: Path, tmp_path: Path) -> None:
     (source / "more.zip").touch()
     with pytest.raises(DataError, match="an archive in a pack"):
         pack(str(source), str(tmp_path / "pack"))
+
+
+def fifo(source: Path) -> None:
+    os.mkfifo(source / "pipe")
+
+
+def dangling_link(source: Path) -> None:
+    (source / "link").symlink_to("nowhere")
+
+
+def foreign_name(source: Path) -> None:
+    Path(os.fsdecode(os.fsencode(source) + b"/caf\xe9.png")).write_bytes(b"x")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (fifo, "pipe: is neither a file nor a folder"),
+        (dangling_link, "link: is a link to nothing"),
+        (foreign_name, "its name is not in UTF-8"),
+    ],
+)
+def test_what_is_no_file_is_named(source: Path, tmp_path: Path, change: Any, said: str) -> None:
+    change(source)
+    with pytest.raises(DataError, match=said) as caught:
+        pack(str(source), str(tmp_path / "pack"))
+    str(caught.value).encode()
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def denied(path: Any) -> Any:
+        if str(path).endswith("masks"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(StorageError, match=r"cannot read .*masks: Permission denied"):
+        pack(str(source), str(tmp_path / "pack"))
+
+
+def test_an_object_that_changes_while_it_is_packed_is_named(
+    remote: Remote, source: Path, tmp_path: Path
+) -> None:
+    remote.put_all(FILES)
+    remote.proxy.add(Status(412, method="GET", match="train/images/07.png", times=None))
+    with pytest.raises(DataError, match=r"train/images/07\.png: changed while it was packed"):
+        pack(remote.uri(), str(tmp_path / "pack"))
+
+
+@pytest.mark.parametrize("large", [100, SPAN_BYTES + 100])
+def test_a_half_download_beside_its_file_stays_what_it_is(
+    source: Path, tmp_path: Path, large: int
+) -> None:
+    """As other programs leave it: the name is not ours to use."""
+    whole = {"a.jpg": os.urandom(large), "a.jpg.part": b"half", "a.jpg.part.json": b"{}"}
+    for name, data in whole.items():
+        (source / name).write_bytes(data)
+    pack(str(source), str(tmp_path / "pack"))
+    assert bring(str(tmp_path / "pack")) == FILES | whole
+
+
+def test_a_large_file_may_have_the_longest_name(source: Path, tmp_path: Path) -> None:
+    (source / ("x" * 255)).write_bytes(os.urandom(SPAN_BYTES + 1))
+    pack(str(source), str(tmp_path / "pack"))
+    assert len(bring(str(tmp_path / "pack"))) == len(FILES) + 1

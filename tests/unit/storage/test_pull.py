@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -12,7 +14,10 @@ import pytest
 
 from job.drill.proxy import Hold
 from job.errors import ConfigError, ExitCode, Preempted, StorageError
+from job.run import RunIdentity
+from job.storage.large import JOURNAL
 from job.storage.pull import pull, records_of, table
+from job.storage.units import part_of
 from tests.unit.storage.conftest import Remote, tree
 
 CHUNK_BYTES = 2**20
@@ -146,7 +151,7 @@ def test_a_pull_goes_on_where_it_was_interrupted(remote: Remote, tmp_path: Path)
     remote.put("runs/one/best_model.pth", large)
     # The last range waits; when all others are there we are stopped.
     held = remote.proxy.add(Hold(method="GET", match="best_model", skip=3, times=None))
-    part = tmp_path / ".pull" / "best_model.pth.part.json"
+    part = part_of(tmp_path / ".pull" / "best_model.pth", JOURNAL)
 
     def three_are_there() -> bool:
         return part.exists() and len(part.read_text().splitlines()) == 4
@@ -194,3 +199,57 @@ def test_the_summary_decides_between_best_models() -> None:
     ended = records_of({**manifests, "summary.json": {"files": {"best_model.pth": record(b"b")}}})
     assert len(running["best_model.pth"]) == 2
     assert ended["best_model.pth"] == running["best/1/best_model.pth"]
+
+
+def test_what_an_interrupted_pull_has_brought_needs_no_room_again(
+    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = os.urandom(8 * CHUNK_BYTES)
+    remote.put_all({"config.yaml": b"c"}, "runs/one/")
+    remote.put("runs/one/best_model.pth", large)
+    held = remote.proxy.add(Hold(method="GET", match="best_model", skip=6, times=None))
+    part = part_of(tmp_path / ".pull" / "best_model.pth", JOURNAL)
+    with pytest.raises(Preempted):
+        pull(
+            remote.uri("runs/one"),
+            tmp_path,
+            stopped=lambda: part.exists() and len(part.read_text().splitlines()) == 7,
+        )
+    held.release()
+    usage = shutil.disk_usage(tmp_path)._replace(free=4 * CHUNK_BYTES)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    pull(remote.uri("runs/one"), tmp_path)
+    assert (tmp_path / "best_model.pth").read_bytes() == large
+
+
+def test_a_folder_with_another_run_is_refused(remote: Remote, tmp_path: Path) -> None:
+    ours = RunIdentity.create("2026-01-01")
+    remote.put_all(objects_of_run() | {"run.json": ours.to_json()}, "runs/one/")
+    (tmp_path / "run.json").write_bytes(RunIdentity.create("2026-01-02").to_json())
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match="holds the files of another run"):
+        pull(remote.uri("runs/one"), tmp_path)
+    assert tree(tmp_path) == before
+    (tmp_path / "run.json").write_bytes(ours.to_json())
+    pull(remote.uri("runs/one"), tmp_path)
+
+
+def test_of_two_pulls_into_one_folder_one_is_refused(remote: Remote, tmp_path: Path) -> None:
+    remote.put_all(objects_of_run(), "runs/one/")
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(StorageError, match="another pull is writing there"):
+        pull(remote.uri("runs/one"), tmp_path)
+    os.close(descriptor)
+    pull(remote.uri("runs/one"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", [b"[]", b"null", b'{"files": 1}', b'{"files": {"best_model.pth": 5}}']
+)
+def test_a_summary_of_another_shape_says_nothing(
+    remote: Remote, tmp_path: Path, text: bytes
+) -> None:
+    remote.put_all(objects_of_run() | {"summary.json": text}, "runs/one/")
+    files = pull(remote.uri("runs/one"), tmp_path).files
+    assert {file.name for file in files} == NAMES

@@ -481,6 +481,12 @@ def test_a_hostile_or_damaged_archive_is_refused(
     assert not list(scratch.rglob("sets/*"))
 
 
+def test_a_zip_made_on_a_mac_is_the_data(remote: Remote) -> None:
+    top = {f"scenes/{name}": data for name, data in FILES.items()}
+    remote.put("data/set.zip", zip_of(top | {"__MACOSX/scenes/._dataset.yaml": b"resource fork"}))
+    assert bring(remote) == FILES
+
+
 def test_a_hostile_or_damaged_zip_is_refused(remote: Remote) -> None:
     remote.put("data/set.zip", zip_of({"../out": b"x"}))
     with pytest.raises(DataError, match="leads out"):

@@ -19,7 +19,7 @@ from job.storage.get import ObjectChanged
 from job.storage.progress import ConsoleProgress
 from job.storage.sync import S3Source
 from job.storage.transfer import SPAN_GAP_BYTES, SPAN_MEMBERS, spans, transfer
-from job.storage.units import CHUNK_BYTES, Arrived, Member, Whole
+from job.storage.units import CHUNK_BYTES, Arrived, Member, Whole, part_of
 from tests.services import s3_client
 from tests.unit.storage.conftest import Remote, tree
 
@@ -121,7 +121,7 @@ def test_only_missing_parts_are_fetched(remote: Remote, content: Path, tmp_path:
     with pytest.raises(StorageError, match="access denied"):
         fetch(remote, "data/x", tmp_path / "to")
     denied.remove()
-    done = len((tmp_path / "to" / "x.part.json").read_text().splitlines()) - 1
+    done = len(part_of(tmp_path / "to" / "x", large.JOURNAL).read_text().splitlines()) - 1
     remote.proxy.forget()
 
     fetch(remote, "data/x", tmp_path / "to")
