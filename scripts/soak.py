@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,13 +64,14 @@ SETTINGS = {
     "data.workers": 0,
     "wandb.mode": "disabled",
 }
-KINDS = ("SIGKILL", "SIGTERM", "spot notice", "zombie", "damaged checkpoint")
+DAMAGE = "damaged checkpoint"
+KINDS = ("SIGKILL", "SIGTERM", "spot notice", "zombie", DAMAGE)
 EXPECTED = {
     "SIGKILL": (-signal.SIGKILL,),
     "SIGTERM": (ExitCode.PREEMPTED,),
     "spot notice": (ExitCode.PREEMPTED,),
     "zombie": (ExitCode.FENCED,),
-    "damaged checkpoint": (-signal.SIGKILL,),
+    DAMAGE: (-signal.SIGKILL,),
 }
 MEAN_LIFE_S = 14.0
 """Of an attempt before its interruption; starting takes about half of that."""
@@ -133,6 +135,7 @@ class Lane:
         }
         number, durable, at = 1, 0, 0
         pending: list[str] = []
+        damaged: set[str] = set()
         attempt = start(uri, environment, number, self.folder)
         while True:
             kind = self.random.choice(KINDS)
@@ -155,11 +158,15 @@ class Lane:
                 self.tally.faults += sum(one.fired for one in armed)
             resumed = resumed_at(attempt)
             if resumed is not None and pending:
-                # The first of them has cost it; the others came before anything was trained again.
-                self.note(pending.pop(0), at - resumed)
-                while pending:
-                    self.note(pending.pop(0), 0)
-            if resumed is not None and resumed < durable and "is bad and" not in attempt.output:
+                # A damaged checkpoint has cost it, else the first of them: the others came before
+                # anything was trained again.
+                guilty = DAMAGE if DAMAGE in pending else pending[0]
+                pending.remove(guilty)
+                self.note(guilty, at - resumed)
+                for kind_of_other in pending:
+                    self.note(kind_of_other, 0)
+                pending.clear()
+            if resumed is not None and resumed < durable:
                 self.fail(f"{name}: attempt {number} resumed at {resumed}, {durable} was durable")
             if resumed is not None:
                 # What a zombie trains when it has been replaced is not the run's.
@@ -176,10 +183,10 @@ class Lane:
                 self.fail(f"{name}: ended by itself with {code}:\n{attempt.output[-3000:]}")
                 return
             store = S3Store(uri)
+            if kind == DAMAGE and not over:
+                damaged.update(damage_newest(store))
             if successor is None:  # otherwise the successor is writing already
-                durable = newest(store) if kind != "damaged checkpoint" else 0
-            if kind == "damaged checkpoint" and not over:
-                damage_newest(store)
+                durable = newest(store, damaged)
             if not over:
                 pending.append(kind)
             number += 1
@@ -208,7 +215,7 @@ class Lane:
         number: int,
     ) -> AttemptProcess | None:
         """Do it; returns the successor where one was started already."""
-        if kind in ("SIGKILL", "damaged checkpoint"):
+        if kind in ("SIGKILL", DAMAGE):
             attempt.send(signal.SIGKILL)
         elif kind == "SIGTERM":
             attempt.send(signal.SIGTERM)
@@ -270,25 +277,23 @@ def resumed_at(attempt: AttemptProcess) -> int | None:
     return 0 if "backbone: " in attempt.output else None
 
 
-def newest(store: S3Store) -> int:
-    """Iteration of the newest durable checkpoint that nobody has found bad; 0 if there is none."""
+def newest(store: S3Store, damaged: Set[str]) -> int:
+    """Iteration of the newest durable checkpoint that was left as it is; 0 if there is none."""
     text, _ = store.read_versioned(run.LATEST_POINTER)
-    for checkpoint in json.loads(text)["checkpoints"] if text else []:
-        # An attempt that put it aside may have been killed before it could change the pointer.
-        if store.stat(run.quarantine_mark(checkpoint)) is None:
-            return int(checkpoint.partition("-")[0])
-    return 0
+    ids = json.loads(text)["checkpoints"] if text else []
+    return next((int(id_.partition("-")[0]) for id_ in ids if id_ not in damaged), 0)
 
 
-def damage_newest(store: S3Store) -> None:
-    """Flip a bit of the newest checkpoint, unless it is the only one."""
+def damage_newest(store: S3Store) -> Sequence[str]:
+    """Flip a bit of the newest checkpoint, unless it is the only one; returns its id."""
     text, _ = store.read_versioned(run.LATEST_POINTER)
     ids = json.loads(text)["checkpoints"] if text else []
     if len(ids) < 2 or store.stat(run.checkpoint_state(ids[0])) is None:
-        return
+        return ()
     state = bytearray(store.read(run.checkpoint_state(ids[0])))
     state[random.randrange(len(state))] ^= 1
     store.write(run.checkpoint_state(ids[0]), bytes(state))
+    return ids[:1]
 
 
 def main() -> int:
