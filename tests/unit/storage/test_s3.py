@@ -193,7 +193,7 @@ def as_job(direct, monkeypatch, s3_server) -> Iterator[Callable[[str], S3Store]]
 
 
 def test_an_identity_that_owns_its_prefix_can_do_everything_there(as_job, tmp_path):
-    store = as_job("runs/x")
+    store = as_job("runs/first")
     version = store.write("key", b"content", expected=ABSENT)
     store.write("key", b"content", expected=version)
     store.write("target", b"content")
