@@ -202,12 +202,7 @@ class Publisher:
             assert self._shared.error is not None
             if attempt == FINISH_ATTEMPTS - 1:
                 raise self._shared.error
-            again_s = time.monotonic() + RETRY_WAIT_S[attempt]
-            left_s = seconds_left()
-            if (left_s is not None and left_s < RETRY_WAIT_S[attempt]) or not self._wait_until(
-                lambda at_s=again_s: time.monotonic() >= at_s,  # type: ignore[misc]
-                seconds_left,
-            ):
+            if not self._pause(RETRY_WAIT_S[attempt], seconds_left):
                 raise self._shared.error
             with self._changed:
                 self._shared.wake = True
@@ -247,6 +242,14 @@ class Publisher:
                 self._changed.wait(LOOK_AGAIN_S if left_s is None else min(left_s, LOOK_AGAIN_S))
             self._raise_if_dead()
         return True
+
+    def _pause(self, wait_s: float, seconds_left: Callable[[], float | None]) -> bool:
+        """Wait before another try; False as soon as it is clear that there is no time for it."""
+        again_s = time.monotonic() + wait_s
+        left_s = seconds_left()
+        if left_s is not None and left_s < wait_s:
+            return False
+        return self._wait_until(lambda: time.monotonic() >= again_s, seconds_left)
 
     def _raise_if_dead(self) -> None:
         if self._shared.fatal is not None:
