@@ -214,16 +214,17 @@ class DataCache:
         """
         with explained_write(self.incoming):
             self.incoming.mkdir(parents=True, exist_ok=True)
-            allowed = kept.files.keys() | {
-                part_of(Path(path), ending).as_posix()
-                for path in expected
-                for ending in (PART, JOURNAL)
-            }
-            for parent, _, names in os.walk(self.incoming):
-                for name in names:
-                    path = Path(parent, name)
-                    if path.relative_to(self.incoming).as_posix() not in allowed:
-                        path.unlink()
+            left = {
+                Path(parent, name) for parent, _, names in os.walk(self.incoming) for name in names
+            } - {self.incoming / path for path in kept.files}
+            if left:  # else the names of ten thousand parts would be made for nothing
+                left -= {
+                    part_of(self.incoming / path, ending)
+                    for path in expected
+                    for ending in (PART, JOURNAL)
+                }
+            for path in left:
+                path.unlink()
             _remove_empty_folders(self.incoming)
             shutil.rmtree(self.unpacked, ignore_errors=True)
             self._close_journal()

@@ -342,8 +342,7 @@ class _Bringer:
         units = plan.units(missing)
         archives = [a for a in plan.archives if a.path not in content.archives]
         size = sum(plan.sizes[path] for path in missing) + sum(a.size for a in archives)
-        begun_there = sum(begun(self.cache.incoming / path) for path in missing)
-        self._check_space(size - begun_there, len(missing) + len(archives))
+        self._check_space(size, missing, len(archives))
         self._progress.begin("data", len(missing) + len(archives), size)
         try:
             self._fetch(units, plan, content, lock)
@@ -485,10 +484,13 @@ class _Bringer:
                 self.cache.record(linked)
                 self.cache.record_archive(entry)
 
-    def _check_space(self, size: int, files: int) -> None:
-        """Raises StorageError if the disk cannot take so many bytes and files."""
-        folder = self.cache.folder
+    def _check_space(self, size: int, missing: Sequence[str], archives: int) -> None:
+        """Raises StorageError if the disk cannot take so many bytes, or so many files."""
+        folder, files = self.cache.folder, len(missing) + archives
         needed, free = int(size * (1 + SPARE)), shutil.disk_usage(folder).free
+        if needed > free:  # seldom: then it is worth looking for what has come already
+            size -= sum(begun(self.cache.incoming / path) for path in missing)
+            needed = int(size * (1 + SPARE))
         if needed > free:
             raise StorageError(
                 f"the data needs {megabytes(needed)} in {folder}, {megabytes(free)} are free",

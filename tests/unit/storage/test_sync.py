@@ -198,6 +198,28 @@ def test_a_killed_process_has_not_worked_in_vain(
     assert 0 < len(remote.keys_read) <= count - count // 2
 
 
+def test_what_an_interrupted_transfer_has_brought_needs_no_room_again(
+    remote: Remote, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("units", "large"):
+        monkeypatch.setattr(f"job.storage.{module}.CHUNK_BYTES", 2**20)
+    remote.put("data/large.bin", os.urandom(8 * 2**20))
+    held = remote.proxy.add(Hold(method="GET", match="large.bin", skip=6, times=None))
+
+    def six_are_there() -> bool:
+        journals = scratch.rglob("*.part.json")
+        return any(len(journal.read_text().splitlines()) == 7 for journal in journals)
+
+    with pytest.raises(Preempted):
+        bring(remote, stopped=six_are_there)
+    held.release()
+    usage = shutil.disk_usage(scratch)._replace(free=4 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    remote.proxy.forget()
+    assert set(bring(remote)) == {"large.bin"}
+    assert len(remote.gets) == 2
+
+
 def test_two_processes_share_the_work(remote: Remote) -> None:
     remote.put_all(FILES)
     held = remote.proxy.add(Hold(match="one.png", times=None))
