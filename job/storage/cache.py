@@ -112,7 +112,7 @@ class DataCache:
             lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             told = False
-            while not _try_lock(lock, fcntl.LOCK_EX):
+            while not try_lock(lock, fcntl.LOCK_EX):
                 if not told:
                     waiting()
                     told = True
@@ -175,7 +175,7 @@ class DataCache:
             with explained_write(self._sets):
                 lock = os.open(self._lock_path(id_), os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                if _try_lock(lock, fcntl.LOCK_EX):
+                if try_lock(lock, fcntl.LOCK_EX):
                     self._index_path(id_).unlink(missing_ok=True)
                     shutil.rmtree(self._sets / id_, ignore_errors=True)
                     self._lock_path(id_).unlink(missing_ok=True)
@@ -332,7 +332,8 @@ def _has(path: Path, check: str) -> bool:
         return False
 
 
-def _try_lock(descriptor: int, kind: int) -> bool:
+def try_lock(descriptor: int, kind: int) -> bool:
+    """Lock an open file or folder (fcntl.LOCK_EX or LOCK_SH) at once; whether that worked."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from job import run
 from job.errors import ConfigError, ObjectNotFound, StorageError
 from job.storage import LocalStore, ObjectStore, open_store
+from job.storage.cache import try_lock
 from job.storage.digests import file_digest, md5_promise
 from job.storage.get import FolderAddress, ObjectChanged, folder_etag
 from job.storage.progress import Silent, TransferProgress, megabytes
@@ -97,6 +98,7 @@ def pull(
     """
     progress = progress or Silent()
     store = open_store(run_uri)
+    _refuse_other_run(store, folder)
     for attempt in range(1, LISTINGS + 1):
         origin, listing = _listing(store)
         wanted = _wanted(listing, everything)
@@ -104,7 +106,6 @@ def pull(
             raise ConfigError(
                 f"{run_uri}: there is no run", mend="check the URI; a run holds config.yaml"
             )
-        _refuse_other_run(store, folder)
         records = _read_records(store, listing)
         try:
             with _alone(folder):
@@ -140,12 +141,11 @@ def _alone(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not try_lock(descriptor, fcntl.LOCK_EX):
+            raise StorageError(
+                f"{folder}: another pull is writing there", mend="wait until it has ended"
+            )
         yield
-    except BlockingIOError:
-        raise StorageError(
-            f"{folder}: another pull is writing there", mend="wait until it has ended"
-        ) from None
     finally:
         os.close(descriptor)
 
