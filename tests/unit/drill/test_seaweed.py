@@ -242,3 +242,16 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_emptied_prefixes_are_left_alone(s3_server, bucket):
+    """The server would clean them minutes later, and lose what is written then from its lists."""
+    master, filer = s3_server.shell_addresses
+    said = subprocess.run(
+        [seaweed._program(), "shell", f"-master={master}", f"-filer={filer}"],
+        input=f"s3.bucket.allowEmptyFolders -name {bucket}\nexit\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Allow empty folders: enabled" in said.stdout
