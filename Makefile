@@ -4,7 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo drill soak bench s3 pull test lint lock clean
+.PHONY: help setup demo drill soak bench s3 pull image run-local test test-container lint lock clean
+
+DOCKER ?= docker
+IMAGE  ?= s4gan:latest
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,18 +47,35 @@ pull: setup ## bring a run's files here: make pull RUN=s3://... [DIR=folder]
 	@test -n "$(RUN)" || { echo "error: say which: make pull RUN=s3://BUCKET/runs/NAME"; exit 2; }
 	$(BIN)/s4gan pull "$(RUN)" "$(or $(DIR),pulled)"
 
-test: setup ## the whole test suite
-	$(BIN)/pytest -n 2 --dist worksteal tests
+image: ## build the container image (IMAGE=name:tag, BASE_IMAGE= for another base)
+	DOCKER_BUILDKIT=1 $(DOCKER) build -f docker/Dockerfile -t $(IMAGE) $(BUILD_OPTIONS) \
+	  $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+	  --build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' job/__init__.py) \
+	  --build-arg GIT_SHA=$$(git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown) \
+	  --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) .
 
-lint: setup ## ruff, ruff format, mypy --strict, import-linter
+run-local: ## run the image here: make run-local ARGS="train --config demo --data demo/data --run demo/run"
+	@IMAGE=$(IMAGE) DOCKER=$(DOCKER) scripts/run_local.sh $(ARGS)
+
+test: setup ## the test suite, but for the container's
+	$(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/container
+
+test-container: setup ## build the image with a real Docker engine and run it (5 minutes, 12 GB of disk)
+	$(BIN)/pytest tests/container
+
+lint: setup ## ruff, ruff format, mypy --strict, import-linter, hadolint, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/shellcheck docker/*.sh scripts/*.sh .ci/run
 
 lock: ## resolve requirements.lock anew (needs uv)
 	uv pip compile --universal --generate-hashes --python-version 3.11 --all-extras --no-header --quiet \
 	  --upgrade pyproject.toml -o requirements.lock
+	uv pip compile --universal --generate-hashes --python-version 3.11 --no-header --quiet \
+	  --constraints requirements.lock pyproject.toml -o docker/requirements.lock
 
 clean: ## remove the environment and the demo's data and run
 	rm -rf $(VENV) demo build *.egg-info

@@ -17,6 +17,7 @@ from job.data.dataset import Dataset, DatasetInfo, Item
 from job.data.images import UNREADABLE, read_index_mask, read_rgb
 from job.data.splits import SplitItems
 from job.errors import DataError, Preempted
+from job.heartbeat import beat
 
 MAX_SHOWN = 5
 """Problems listed in one error message."""
@@ -81,8 +82,11 @@ def _each(
 ) -> list[str]:
     """Run a check over all items on threads (decoding releases the GIL); keeps their order."""
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        results = pool.map(lambda item: None if stopped() else check(item), items)
-        problems = [problem for problem in results if problem]
+        problems = []
+        for problem in pool.map(lambda item: None if stopped() else check(item), items):
+            beat()
+            if problem:
+                problems.append(problem)
     if stopped():
         raise Preempted("stopped while the data was checked, before training began")
     return problems

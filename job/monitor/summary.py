@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -136,7 +137,9 @@ def summary_json(content: Mapping[str, Any]) -> bytes:
 
 
 def _git_revision() -> str | None:
-    """Revision of the checkout the program runs from; None for an installed package."""
+    """Revision the image was built from, or of the checkout the program runs from."""
+    if revision := os.environ.get("S4GAN_GIT_SHA"):
+        return revision
     folder = Path(job.__file__).parent.parent
     if not (folder / ".git").exists():
         return None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from job.errors import DataError, Preempted, StorageError
+from job.heartbeat import beat
 from job.storage.progress import megabytes
 from job.storage.units import explained_write, open_new
 
@@ -64,6 +65,7 @@ def unpack(
     try:
         with contextlib.closing(_entries(archive)) as entries:
             for entry in entries:
+                beat()
                 if stopped():
                     raise Preempted("stopped while data was unpacked; run the same command again")
                 parents = _parents(entry.name)

@@ -31,6 +31,7 @@ from job.errors import (
     StorageError,
     reason,
 )
+from job.heartbeat import beat
 from job.storage.store import ABSENT, ObjectInfo
 
 PART_BYTES = 16 * 2**20
@@ -163,7 +164,13 @@ class S3Store:
     def upload(self, path: Path, key: str) -> None:
         """See `ObjectStore.upload`; in parts, so memory stays bounded."""
         with self.explained("write", key):
-            self.client.upload_file(str(path), self.bucket, self._root + key, Config=self._transfer)
+            self.client.upload_file(
+                str(path),
+                self.bucket,
+                self._root + key,
+                Config=self._transfer,
+                Callback=lambda _: beat(),
+            )
 
     def fetch(self, key: str, directory: Path) -> Path:
         """See `ObjectStore.fetch`."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from job.errors import Preempted, StorageError
+from job.heartbeat import beat
 from job.storage.get import Address, Credentials
 from job.storage.large import fetch_large
 from job.storage.units import SPAN_BYTES, Arrived, Member, Span, Whole, fetch_group
@@ -87,6 +88,11 @@ def transfer(
         files = sum(len(unit.members) if isinstance(unit, Span) else 1 for unit in small)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         processes = min(cores, MAX_PROCESSES) if files >= PROCESSES_FROM else 0
+
+    def came_in(size: int) -> None:
+        beat()
+        came(size)
+
     if small:
         groups = list(_groups(small))
         if processes:
@@ -95,9 +101,10 @@ def transfer(
             results = _in_threads(origin, folder, groups, stopped)
         with contextlib.closing(results):
             for result in results:
+                beat()
                 arrived(result)
     if large:
-        _fetch_all_large(origin, folder, large, arrived, came, stopped)
+        _fetch_all_large(origin, folder, large, arrived, came_in, stopped)
 
 
 def spans(key: str, etag: str, members: Iterable[Member]) -> Iterator[Span]:

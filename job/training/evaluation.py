@@ -14,6 +14,7 @@ from torch import Tensor
 
 from job.data.dataset import DatasetInfo, Item
 from job.data.images import Array, read_index_mask, read_rgb, scaled_image, with_internal_ignore
+from job.heartbeat import beat
 from job.models.generator import Generator
 from job.training.confusion import ConfusionMatrix
 from job.training.step import normalized
@@ -81,6 +82,7 @@ def predict(
 
     Shape: image uint8 (h, w, 3) -> int64 `size` = (H, W). The generator must be in eval mode.
     """
+    beat()
     tensor = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0).to(device)
     logits = generator(normalized(tensor))
     if tuple(logits.shape[-2:]) != tuple(size):

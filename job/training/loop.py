@@ -21,6 +21,7 @@ from job.data.splits import SplitItems
 from job.data.streams import iteration_loader
 from job.errors import DataError, Diverged
 from job.events import EvalEvent, Notice, Tracker, TrainEvent
+from job.heartbeat import beat
 from job.preemption import StopRequest
 from job.training.evaluation import evaluate
 from job.training.saving import Saving
@@ -87,6 +88,7 @@ def train(state: TrainState, around: Surroundings) -> bool:
             state.iteration = iteration
             finite &= torch.isfinite(losses.g + losses.d)
             tracker.step_done(iteration)
+            beat()
 
             if iteration % config.train.log_every == 0:
                 _raise_if_diverged(finite, state, config)
