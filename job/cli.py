@@ -6,6 +6,7 @@ Nothing here imports torch before a verb needs it, so that `--help` and errors c
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -57,6 +58,12 @@ def main() -> None:
         _leave(error.exit_code)
     except OSError as error:  # what the system refuses outside a run's own storage
         print(f"error: {error}", file=sys.stderr)
+        if error.errno == errno.ENOENT and error.filename is None:  # tempfile's; torch wants one
+            print(
+                "  mend: set TMPDIR to a folder that can be written; in a container mount one at "
+                "/scratch",
+                file=sys.stderr,
+            )
         sys.exit(ExitCode.IO_ERROR)
     finally:
         # All is said and done: a signal now must not change the exit code that tells it.

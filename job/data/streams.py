@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from job.config import Config
 from job.data.dataset import DatasetInfo, Item
@@ -35,13 +36,20 @@ from job.data.images import (
     valid_pixels,
 )
 from job.data.splits import SplitItems
-from job.errors import DataError
+from job.errors import DataError, JobError, StorageError
 
 log = logging.getLogger(__name__)
 
 _STREAMS = {"labeled": 1, "unlabeled": 2, "real": 3}
 _ORDER, _CROP = 1, 2
 """Parts of every random seed; never renumber, or old runs resume with other data."""
+
+_PREFETCH = 2
+"""Batches that each loader process makes ahead."""
+_BATCHES_IN_USE = 2
+"""One that is trained on and one on its way to the device."""
+_SHARED_MEMORY = "/dev/shm"
+_MEND_SHARED = "in a container: docker run --shm-size 2g"
 
 
 @dataclass
@@ -72,6 +80,14 @@ class Batch:
     def pin_memory(self) -> Batch:
         """In page-locked memory; called by the DataLoader."""
         return self._map(Tensor.pin_memory)
+
+    def share_memory(self) -> Batch:
+        """In memory that another process can read.
+
+        Raises:
+            RuntimeError: there is too little of it.
+        """
+        return self._map(Tensor.share_memory_)
 
     def to(self, device: torch.device) -> Batch:
         """On a device, without waiting for the copy."""
@@ -178,16 +194,24 @@ def _to_nchw(images: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 
 class _ErrorsAsItems(Dataset[Any]):
-    """Hands a DataError on as an item: raised in a loader process, torch would rewrite its text."""
+    """Hands an error on as an item: raised in a loader process, torch would rewrite its text."""
 
     def __init__(self, dataset: IterationDataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, iteration: int) -> Batch | DataError:
+    def __getitem__(self, iteration: int) -> Batch | JobError:
         try:
-            return self._dataset[iteration]
+            batch = self._dataset[iteration]
         except DataError as error:
             return error
+        if get_worker_info() is None:
+            return batch
+        try:
+            # On its way to the main process it goes through shared memory. Done here, because a
+            # failure of the queue that does it is printed and lost, and all would wait for ever.
+            return batch.share_memory()
+        except RuntimeError:
+            return StorageError(f"the shared memory ({_SHARED_MEMORY}) is full", mend=_MEND_SHARED)
 
 
 class _IterationLoader(DataLoader[Any]):
@@ -199,7 +223,7 @@ class _IterationLoader(DataLoader[Any]):
             # Counted, so that torch does not see the end and close by itself: see `_close`.
             for _ in range(len(self)):
                 item = next(iterator)
-                if isinstance(item, DataError):
+                if isinstance(item, JobError):
                     raise item
                 yield item
         finally:
@@ -236,6 +260,7 @@ def iteration_loader(
         batch_size=None,
         sampler=range(first, config.train.iterations + 1),
         num_workers=workers,
+        prefetch_factor=_PREFETCH if workers else None,
         worker_init_fn=_prepare_worker,
         # Without its own generator the loader would draw from the global one at every start,
         # and a resumed run would no longer be bit-identical.
@@ -249,12 +274,36 @@ def iteration_loader(
 
 def _num_workers(config: Config, device: torch.device) -> int:
     if config.data.workers != "auto":
-        return config.data.workers
-    # A CPU run computes on every core already; a GPU run leaves them free.
-    if device.type != "cuda":
-        return 0
-    cores = len(os.sched_getaffinity(0))  # a container may have fewer than the machine
-    return min(8, max(1, cores - 1))
+        wanted = config.data.workers
+    elif device.type != "cuda":  # a CPU run computes on every core already
+        wanted = 0
+    else:
+        cores = len(os.sched_getaffinity(0))  # a container may have fewer than the machine
+        wanted = min(8, max(1, cores - 1))
+    possible = min(wanted, _workers_that_fit(config))
+    if possible < wanted:
+        log.warning(
+            "the shared memory (%s) is too small for %d loader processes; %s (%s)",
+            _SHARED_MEMORY,
+            wanted,
+            f"{possible} load the images" if possible else "the trainer loads the images itself",
+            _MEND_SHARED,
+        )
+    return possible
+
+
+def _workers_that_fit(config: Config) -> int:
+    """How many loader processes the shared memory has room for; an engine's default is 64 MB."""
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except OSError:  # not on this system
+        return sys.maxsize
+    images = config.train.batch_size * config.train.accumulate
+    streams = 1 if config.train.supervised_only else len(_STREAMS)
+    height, width = config.data.crop_size
+    batch_bytes = images * streams * height * width * (3 + 1)  # RGB, and a mask or what is valid
+    batches = status.f_bavail * status.f_frsize // batch_bytes
+    return max(0, batches - _BATCHES_IN_USE) // _PREFETCH
 
 
 def _prepare_worker(_worker: int) -> None:

@@ -200,6 +200,31 @@ def test_health_tells_a_stalled_trainer_from_a_working_one(
     assert attempt.finish() == 75
 
 
+def test_with_little_shared_memory_it_trains_all_the_same(contain: Contain, folder: Path) -> None:
+    attempt = contain(
+        command("data", "runs/one", train__iterations=10, data__workers=2),
+        options=(*mounted(folder), "--shm-size", "64k"),
+    )
+    assert attempt.finish() == 0, attempt.output
+    assert "the trainer loads the images itself" in attempt.output
+    assert "--shm-size 2g" in attempt.output
+
+
+def test_shared_memory_that_others_fill_is_named(
+    docker: Docker, contain: Contain, folder: Path
+) -> None:
+    attempt = contain(
+        command("data", "runs/one", train__iterations=100_000, data__workers=1),
+        options=(*mounted(folder), "--shm-size", "4m"),
+    )
+    attempt.wait_for_iteration(2)
+    filling = "open('/dev/shm/filler', 'wb').write(bytes(2**23))"
+    assert docker.code("exec", attempt.name, "python", "-c", filling)[0] != 0  # it is full
+    assert attempt.finish() == 74, attempt.output
+    assert "Traceback" not in attempt.output
+    assert "the shared memory (/dev/shm) is full" in attempt.output
+
+
 def test_any_user_may_run_it(contain: Contain, folder: Path) -> None:
     attempt = contain(
         command("data", "runs/one", train__iterations=10),
@@ -229,7 +254,7 @@ def test_a_scratch_that_cannot_be_written_is_named(
     )
     assert attempt.finish() == 74, attempt.output
     assert "Traceback" not in attempt.output
-    assert "/scratch" in attempt.output
+    assert "in a container mount one at /scratch" in attempt.output
 
 
 def test_run_local_leaves_files_that_are_ours(docker: Docker, image: str, folder: Path) -> None:

@@ -494,6 +494,25 @@ def test_workers_load_the_same_and_outlive_signals_to_the_process_group(
     assert torch.equal(torch.get_rng_state(), state_before)
 
 
+@pytest.mark.parametrize(
+    ("megabytes", "workers"), [(64, 0), (79, 0), (80, 1), (118, 1), (119, 2), (4096, 2)]
+)
+def test_no_more_workers_than_the_shared_memory_has_room_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    megabytes: int,
+    workers: int,
+) -> None:
+    """The guide's batches are 20 MB, and an engine gives a container 64 MB if not told more."""
+    free = os.statvfs_result((4096, 4096, 0, 0, megabytes * 10**6 // 4096, 0, 0, 0, 0, 255))
+    monkeypatch.setattr("job.data.streams.os.statvfs", lambda _: free)
+    config = configured(data={"crop_size": 321, "workers": 2}, batch_size=4, accumulate=4)
+    loader = iteration_loader(plain_items(tmp_path), INFO, config, first=1, device=CPU)
+    assert loader.num_workers == workers
+    assert ("--shm-size" in caplog.text) == (workers < 2)
+
+
 _FAILING_WORKER = """
 import sys
 from pathlib import Path
