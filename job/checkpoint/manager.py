@@ -43,7 +43,7 @@ from job.storage import ABSENT, ObjectStore
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 KEEP_RECOVERY = 3
 """Recovery checkpoints that stay: enough to fall back twice."""
 STATE = "state.pth"

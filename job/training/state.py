@@ -1,7 +1,7 @@
 """`TrainState`: everything the next iteration reads, and how it is saved and brought back.
 
 What is not here is a pure function of the configuration and the iteration: the order of the data,
-every crop, the learning rates.
+every crop, the learning rates, what dropout draws.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import nn
 
 from job.checkpoint.manager import BestModel
 from job.config import Config
-from job.errors import ConfigError
 from job.models.discriminator import Discriminator
 from job.models.generator import Generator
 from job.models.weights import load_backbone_weights
@@ -54,7 +53,7 @@ class TrainState:
         return lr_g, lr_d
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, the random generators included, as tensors and plain values."""
+        """All of it, as tensors and plain values."""
         return {
             "iteration": self.iteration,
             "evaluated_iteration": self.evaluated_iteration,
@@ -64,12 +63,11 @@ class TrainState:
             "discriminator": self.discriminator.state_dict(),
             "optimizer_G": self.optimizer_G.state_dict(),
             "optimizer_D": self.optimizer_D.state_dict(),
-            "rng": random_state(),
             "run": dict(self.run_facts),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; the random generators of this process are set too."""
+        """Inverse of `state_dict`."""
         self.iteration = state["iteration"]
         self.evaluated_iteration = state["evaluated_iteration"]
         self.best = BestModel.from_dict(state["best"]) if state["best"] else None
@@ -78,7 +76,6 @@ class TrainState:
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer_G.load_state_dict(state["optimizer_G"])
         self.optimizer_D.load_state_dict(state["optimizer_D"])
-        set_random_state(state["rng"])
 
 
 def new_train_state(
@@ -131,31 +128,3 @@ def _adam(discriminator: nn.Module, config: Config) -> torch.optim.Adam:
     return torch.optim.Adam(
         discriminator.parameters(), lr=config.train.learning_rate_D, betas=ADAM_BETAS
     )
-
-
-def random_state() -> dict[str, Any]:
-    """State of torch's global generators, the only ones that training draws from.
-
-    Crops and the order of the data are drawn from generators of their own. Python's and numpy's
-    global ones are anybody's: boto3 draws its waiting times from them when a network fails.
-    """
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Inverse of `random_state`.
-
-    Raises:
-        ConfigError: never for a checkpoint of this program; guards against a foreign one.
-    """
-    try:
-        torch.set_rng_state(state["torch"].cpu())
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise ConfigError(f"the checkpoint's random state is not ours ({error})") from None
-    # A checkpoint may move between a CPU and a GPU, or between GPU counts; then the streams of the
-    # new devices keep the seed's, and the resume is equal in law but not in bits.
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda"]])

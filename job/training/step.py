@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import backward
@@ -19,6 +20,9 @@ from job.data.streams import Batch
 from job.models.discriminator import Discriminator, discriminator_input
 from job.training import losses
 from job.training.state import TrainState
+
+_STEP = 4
+"""Part of every random seed, beside those of `job.data.streams`."""
 
 
 @dataclass
@@ -50,7 +54,8 @@ def train_step(state: TrainState, batch: Batch, config: Config, iteration: int) 
     state.optimizer_G.zero_grad(set_to_none=True)
     state.optimizer_D.zero_grad(set_to_none=True)
 
-    for part in batch.split(config.train.batch_size):
+    for number, part in enumerate(batch.split(config.train.batch_size)):
+        torch.manual_seed(_seed(config, iteration, number))
         # Supervised: its own forward and backward, so that only one graph is alive at a time
         # and batch norm sees labeled and unlabeled images apart (as in the reference).
         logits = state.generator(normalized(part.labeled_images))
@@ -110,6 +115,11 @@ def _unlabeled_part(
     total.st += share * st.detach()
     total.d += share * d.detach()
     total.st_count += accepted.sum()
+
+
+def _seed(config: Config, iteration: int, part: int) -> int:
+    """Of what a part of an iteration draws (dropout): the same after a resume, on any process."""
+    return int(np.random.default_rng([config.train.seed, _STEP, iteration, part]).integers(2**63))
 
 
 def normalized(images: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,11 @@ from job.checkpoint.manager import BestModel
 from job.errors import ConfigError
 from job.models.generator import Generator
 from job.training.schedule import HEAD_FACTOR
-from job.training.state import (
-    TrainState,
-    new_train_state,
-    random_state,
-    set_random_state,
-)
+from job.training.state import TrainState, new_train_state
 from job.training.step import StepLosses, train_step
 from tests.unit.training.tiny import CLASSES, CPU, new_state, random_batch, tiny_config
 
 BEST = BestModel(id="000000003-a0001-abcdef", iteration=3, val_miou=0.5)
-
-
-@pytest.fixture(autouse=True)
-def _random_state_comes_back() -> Iterator[None]:
-    before = random_state()
-    yield
-    set_random_state(before)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -114,16 +102,21 @@ def test_the_next_step_is_bit_identical_dropout_included(tmp_path: Path, accumul
     assert same(original.state_dict(), resumed_state.state_dict())
 
 
-def test_dropout_makes_the_random_state_matter(tmp_path: Path) -> None:
-    # Else the test above would prove less than it says.
+def test_what_dropout_draws_depends_on_seed_iteration_and_part_alone(tmp_path: Path) -> None:
     config = tiny_config()
-    original = trained_state()
-    saved = through_a_file(original, tmp_path)
-    straight = train_step(original, random_batch(config), config, 3)
-    resumed = new_state(config)
-    resumed.load_state_dict(saved)
-    torch.manual_seed(12345)
-    assert not torch.equal(train_step(resumed, random_batch(config), config, 3).d, straight.d)
+    saved = through_a_file(trained_state(), tmp_path)
+    batch = random_batch(config)
+
+    def loss_d(iteration: int, **changes: Any) -> Tensor:
+        state = new_state(config)
+        state.load_state_dict(saved)
+        torch.rand(7)
+        return train_step(state, batch, tiny_config(**changes), iteration).d
+
+    first = loss_d(3)
+    assert torch.equal(loss_d(3), first)
+    assert not torch.equal(loss_d(4), first)
+    assert not torch.equal(loss_d(3, train__seed=9), first)
 
 
 def test_a_loaded_network_is_still_in_training_mode(tmp_path: Path) -> None:
@@ -293,50 +286,3 @@ def test_learning_rates_of_an_iteration_depend_on_nothing_else() -> None:
     assert {id(p) for p in head["params"]} == {id(p) for p in state.generator.head.parameters()}
     assert (backbone["lr"], head["lr"]) == (lr_g, HEAD_FACTOR * lr_g)
     assert state.optimizer_D.param_groups[0]["lr"] == lr_d
-
-
-# ---------------------------------------------------------------------------- random numbers
-
-
-def draw() -> list[float]:
-    return torch.rand(3).tolist()
-
-
-def test_the_random_state_comes_back(tmp_path: Path) -> None:
-    torch.save(random_state(), tmp_path / "rng.pth")
-    first = [draw() for _ in range(300)]
-    torch.manual_seed(9)
-    assert draw() != first[0]
-    set_random_state(torch.load(tmp_path / "rng.pth", weights_only=True))
-    assert [draw() for _ in range(300)] == first
-
-
-def test_looking_at_the_random_state_does_not_change_it() -> None:
-    torch.manual_seed(3)
-    first = draw()
-    torch.manual_seed(3)
-    random_state()
-    assert draw() == first
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param({"torch": torch.zeros(3, dtype=torch.uint8)}, id="torch-size"),
-        pytest.param({"torch": [1, 2, 3]}, id="torch-list"),
-    ],
-)
-def test_a_foreign_random_state_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="random state"):
-        set_random_state({**random_state(), **change})
-
-
-def test_a_random_state_with_a_part_missing_is_refused() -> None:
-    state = random_state()
-    del state["torch"]
-    with pytest.raises(ConfigError, match="random state"):
-        set_random_state(state)
-
-
-def test_the_streams_of_absent_gpus_are_left_alone() -> None:
-    set_random_state({**random_state(), "cuda": [torch.zeros(16, dtype=torch.uint8)] * 77})
