@@ -50,6 +50,7 @@ from job.monitor.pictures import prediction_sheet
 from job.monitor.report import report_html
 from job.monitor.summary import Check, checklist, summary, summary_json
 from job.monitor.wandb_tracker import WandbTracker
+from job.parallel import check_ranks, crew
 from job.preemption import StopRequest, watch_spot
 from job.run import RunIdentity
 from job.storage import LocalStore, ObjectStore, open_store
@@ -57,6 +58,7 @@ from job.storage.progress import ConsoleProgress
 from job.storage.sync import data_folder, scratch_root
 from job.training.loop import BestModelWriter, Surroundings
 from job.training.loop import train as run_loop
+from job.training.saving import Saving
 from job.training.state import TrainState, new_train_state
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ def train(
     data_uri: str,
     run_uri: str,
     console: Console,
+    gpus: int = 1,
     resume_anyway: bool = False,
 ) -> ExitCode:
     """One attempt: take the run over, go on from its newest checkpoint, train, leave its files.
@@ -80,6 +83,7 @@ def train(
         data_uri: folder or s3:// prefix of the data set.
         run_uri: folder or s3:// prefix of the run; the same one resumes.
         console: where to print.
+        gpus: how many GPUs of this machine train together; without any, so many processes.
         resume_anyway: go on with another configuration or other images than the run began with.
 
     Returns:
@@ -94,6 +98,7 @@ def train(
     _refuse_same_place(open_store(data_uri), store)
     changed = _refuse_other_config(_config_of_run(store), config, store, resume_anyway)
     device = choose_device()
+    check_ranks(config, gpus, device)
     # 2. Take the lease, open the ledger, listen for the end.
     with (
         StopRequest().on_signals() as stop,
@@ -101,6 +106,7 @@ def train(
         _scratch(store, lease) as scratch,
         _recorded(store, lease, scratch, console, config) as record,
         watch_spot(stop, record.tell),
+        crew(gpus, device, record.tell) as others,
         # 3. Bring the data, look at it, split it as the run began.
         data_folder(
             data_uri, progress=ConsoleProgress(console), stopped=lambda: stop.requested
@@ -110,12 +116,15 @@ def train(
         identity = _identity(store)
         # 4. Restore the newest checkpoint that verifies, or begin.
         manager = CheckpointManager(store, lease, scratch)
-        attempt = _Attempt(config, store, scratch, lease, identity, data, device, console, record)
+        attempt = _Attempt(
+            config, store, scratch, lease, identity, data, device, gpus, console, record
+        )
         state = _restore_or_begin(attempt, manager, changed, resume_anyway)
         # Only now: what cannot be gone on with must not be written over what can.
         store.write(run.CONFIG, config.to_yaml().encode())
         store.write(run.SPLITS, data.splits.to_json())
         stop.raise_if_requested()
+        ranks = others.meet(config, data.splits, folder, state)
         # 5. Start the trackers and the publisher.
         with _tracking(attempt, state, stop) as tracking:
             with _publishing(attempt, manager, stop) as publisher:
@@ -128,10 +137,17 @@ def train(
                         info=data.info,
                         device=device,
                         tracker=tracking.trackers,
-                        checkpoints=publisher,
-                        schedule=_save_schedule(attempt),
+                        saving=Saving(
+                            config,
+                            publisher,
+                            _save_schedule(attempt),
+                            stop,
+                            tracking.trackers,
+                            state.iteration,
+                        ),
                         save_best=_best_writer(attempt, publisher),
                         stop=stop,
+                        ranks=ranks,
                     ),
                 )
             if not complete:
@@ -190,6 +206,7 @@ class _Attempt:
     identity: RunIdentity
     data: _Data
     device: torch.device
+    gpus: int
     console: Console
     record: _Record
 
@@ -467,7 +484,7 @@ def _restore_or_begin(
         config, attempt.data.info.num_classes, attempt.device, pretrained=saved is None
     )
     state.run_facts = {"config": config.to_dict(), **asdict(attempt.identity)}
-    console.print(f"device: {_device_name(attempt.device)}")
+    console.print(f"device: {_device_name(attempt.device, attempt.gpus)}")
     if saved is None:
         console.print(f"backbone: {note}")
     else:
@@ -536,10 +553,11 @@ def _refuse_lost_checkpoints(attempt: _Attempt) -> None:
     )
 
 
-def _device_name(device: torch.device) -> str:
+def _device_name(device: torch.device, count: int) -> str:
     if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return "cpu (no GPU found)"
+        name = str(torch.cuda.get_device_name(device))
+        return f"{count} x {name}" if count > 1 else name
+    return f"cpu (no GPU found), {count} processes" if count > 1 else "cpu (no GPU found)"
 
 
 # ------------------------------------------------------------------------- 5 and 6: training

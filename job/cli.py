@@ -160,6 +160,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other key; repeatable."),
     ] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of this machine that train together.")] = 1,
     resume_anyway: Annotated[
         bool,
         typer.Option(
@@ -193,6 +194,7 @@ def train(
         data_uri=data,
         run_uri=run,
         console=make_console(),
+        gpus=gpus,
         resume_anyway=resume_anyway,
     )
     raise typer.Exit(code)

@@ -12,6 +12,7 @@
     |- Fenced             76  another attempt owns the run
     |- Diverged           70  a loss is NaN or infinite
     |- NoProgress         93  attempt after attempt fails alike at the same place
+    |- RankLost           75  a process of another GPU is gone
     `- Preempted          75  asked to stop before anything was left to save
 
 Knows nothing of the rest of the program.
@@ -140,6 +141,15 @@ class NoProgress(JobError):
     """Attempts keep failing in the same way without a new checkpoint in between."""
 
     exit_code = ExitCode.NO_PROGRESS
+
+
+class RankLost(JobError):
+    """One of the processes that train together is gone; a new attempt goes on from the last save.
+
+    Counts as a failure where `Preempted` does not: what kills a process may do so again.
+    """
+
+    exit_code = ExitCode.PREEMPTED
 
 
 class Preempted(JobError):

@@ -103,13 +103,25 @@ class Batch:
 
 
 class IterationDataset(Dataset[Batch]):
-    """Map-style data set whose index is the iteration, counted from 1."""
+    """Map-style data set whose index is the iteration, counted from 1.
 
-    def __init__(self, items: SplitItems, info: DatasetInfo, config: Config) -> None:
+    Of `world` ranks, each has the images of its own stretch of the iteration.
+    """
+
+    def __init__(
+        self,
+        items: SplitItems,
+        info: DatasetInfo,
+        config: Config,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         self._items = items
         self._info = info
         self._config = config
         self._images_per_iteration = config.train.batch_size * config.train.accumulate
+        self._share = self._images_per_iteration // world
+        self._first = rank * self._share
 
     def __getitem__(self, iteration: int) -> Batch:
         """Load, cut and stack the images of an iteration."""
@@ -141,7 +153,7 @@ class IterationDataset(Dataset[Batch]):
     def _drawn(self, stream: str, num_items: int, iteration: int) -> list[tuple[int, Crop]]:
         """Index and crop of each image of an iteration."""
         data, seed, number = self._config.data, self._config.train.seed, _STREAMS[stream]
-        first = (iteration - 1) * self._images_per_iteration
+        first = (iteration - 1) * self._images_per_iteration + self._first
         return [
             (
                 drawn_index(seed, number, num_items, place),
@@ -153,7 +165,7 @@ class IterationDataset(Dataset[Batch]):
                     random_mirror=data.random_mirror,
                 ),
             )
-            for place in range(first, first + self._images_per_iteration)
+            for place in range(first, first + self._share)
         ]
 
 
@@ -248,15 +260,23 @@ def _close(iterator: Any) -> None:
 
 
 def iteration_loader(
-    items: SplitItems, info: DatasetInfo, config: Config, *, first: int, device: torch.device
+    items: SplitItems,
+    info: DatasetInfo,
+    config: Config,
+    *,
+    first: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
 ) -> _IterationLoader:
     """Batches of the iterations `first` to the last one, in order, loaded ahead by processes.
 
+    Of `world` ranks that train together on one machine, `rank` gets its share of each.
     Close its iterator (contextlib.closing) when leaving early, so that the processes end.
     """
-    workers = _num_workers(config, device)
+    workers = _num_workers(config, device, world)
     return _IterationLoader(
-        _ErrorsAsItems(IterationDataset(items, info, config)),
+        _ErrorsAsItems(IterationDataset(items, info, config, rank, world)),
         batch_size=None,
         sampler=range(first, config.train.iterations + 1),
         num_workers=workers,
@@ -272,14 +292,14 @@ def iteration_loader(
     )
 
 
-def _num_workers(config: Config, device: torch.device) -> int:
+def _num_workers(config: Config, device: torch.device, world: int) -> int:
     if config.data.workers != "auto":
         wanted = config.data.workers
     elif device.type != "cuda":  # a CPU run computes on every core already
         wanted = 0
     else:
         cores = len(os.sched_getaffinity(0))  # a container may have fewer than the machine
-        wanted = min(8, max(1, cores - 1))
+        wanted = min(8, max(1, cores // world - 1))
     possible = min(wanted, _workers_that_fit(config))
     if possible < wanted:
         log.warning(
@@ -302,6 +322,7 @@ def _workers_that_fit(config: Config) -> int:
     streams = 1 if config.train.supervised_only else len(_STREAMS)
     height, width = config.data.crop_size
     batch_bytes = images * streams * height * width * (3 + 1)  # RGB, and a mask or what is valid
+    # Several ranks share it, but each has its share of a batch only: the count is that of each.
     batches = status.f_bavail * status.f_frsize // batch_bytes
     return max(0, batches - _BATCHES_IN_USE) // _PREFETCH
 

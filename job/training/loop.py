@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from job.checkpoint.interval import SaveSchedule
 from job.checkpoint.manager import BestModel
-from job.checkpoint.publisher import Publisher
 from job.config import Config
 from job.data.dataset import DatasetInfo
 from job.data.splits import SplitItems
@@ -24,7 +22,8 @@ from job.events import EvalEvent, Notice, Tracker, TrainEvent
 from job.heartbeat import beat
 from job.preemption import StopRequest
 from job.training.evaluation import evaluate
-from job.training.saving import Saving
+from job.training.ranks import Ranks
+from job.training.saving import NoSaving, Saving
 from job.training.state import TrainState
 from job.training.step import StepLosses, train_step
 
@@ -48,43 +47,52 @@ class Surroundings:
     info: DatasetInfo
     device: torch.device
     tracker: Tracker
-    checkpoints: Publisher
-    schedule: SaveSchedule
+    saving: Saving | NoSaving
     save_best: BestModelWriter
     stop: StopRequest
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def train(state: TrainState, around: Surroundings) -> bool:
     """Train from where `state` stands to the last iteration, or until a stop is asked for.
 
     On return the state is saved, or the ledger says why there was no time for it. Returns whether
-    the run is complete.
+    the run is complete. Several ranks go through it together, and decide together.
 
     Raises:
         Diverged: a loss is NaN or infinite; nothing of it was saved.
         DataError: too many training images cannot be read.
         Fenced: another attempt has taken over.
         StorageError: the state could not be saved at the end.
+        RankLost: another rank is gone.
     """
-    config, stop, tracker = around.config, around.stop, around.tracker
+    config, stop, tracker, ranks = around.config, around.stop, around.tracker, around.ranks
     finite = torch.ones((), dtype=torch.bool, device=around.device)
     speed = _Speed(config, state.iteration)
-    saving = Saving(config, around.checkpoints, around.schedule, stop, tracker, state.iteration)
-    evaluated = state.iteration > 0 and _evaluate_if_due(state, around)
+    saving = around.saving
+    evaluated = False
+    if state.iteration > 0 and not ranks.any(stop.requested):
+        evaluated = _evaluate_if_due(state, around)
     if evaluated:
         saving.save(state)  # the last attempt was stopped before it could evaluate
-    if stop.requested:
+    if ranks.any(stop.requested):
         durable = not evaluated or saving.before_leaving(state)
         return durable and _is_complete(state, config)
 
     loader = iteration_loader(
-        around.items, around.info, config, first=state.iteration + 1, device=around.device
+        around.items,
+        around.info,
+        config,
+        first=state.iteration + 1,
+        device=around.device,
+        rank=ranks.rank,
+        world=ranks.world,
     )
     with closing(iter(loader)) as batches:
         for iteration, batch in enumerate(batches, start=state.iteration + 1):
-            _count_unreadable(batch.unreadable, state, around)
+            _count_unreadable(ranks.gather(batch.unreadable), state, around)
             lr_g, lr_d = state.set_learning_rates(iteration, config)
-            losses = train_step(state, batch.to(around.device), config, iteration)
+            losses = train_step(state, batch.to(around.device), config, iteration, ranks)
             state.iteration = iteration
             finite &= torch.isfinite(losses.g + losses.d)
             tracker.step_done(iteration)
@@ -94,10 +102,12 @@ def train(state: TrainState, around: Surroundings) -> bool:
                 _raise_if_diverged(finite, state, config)
                 rate = speed.since_last(iteration)
                 tracker.train(_train_event(losses, iteration, lr_g, lr_d, rate))
-            if _evaluation_due(iteration, config):
+            stopping = ranks.any(stop.requested)
+            if _evaluation_due(iteration, config) and not stopping:
                 _raise_if_diverged(finite, state, config)
                 _evaluate_if_due(state, around)
-            if stop.requested:
+                stopping = ranks.any(stop.requested)
+            if stopping:
                 _raise_if_diverged(finite, state, config)
                 break
             if saving.due(iteration):
@@ -122,22 +132,24 @@ def _evaluate_if_due(state: TrainState, around: Surroundings) -> bool:
     with it. Returns whether it evaluated.
     """
     config, tracker, iteration = around.config, around.tracker, state.iteration
-    done = state.evaluated_iteration == iteration
-    if done or not _evaluation_due(iteration, config) or around.stop.requested:
+    ranks = around.ranks
+    if state.evaluated_iteration == iteration or not _evaluation_due(iteration, config):
         return False
     tracker.evaluation_started(iteration)
     matrices = []
     for items in (around.items.train_sample, around.items.val):
         matrix = evaluate(
             state.generator,
-            items,
+            ranks.mine(items),
             around.info,
             image_scale=config.data.image_scale,
             device=around.device,
-            stopped=lambda: around.stop.requested,
+            stopped=lambda: ranks.stop_is_near(around.stop.requested),
         )
-        if matrix is None:
+        if ranks.any(matrix is None):
             return False
+        assert matrix is not None
+        ranks.add_up([matrix.counts])
         matrices.append(matrix)
     train_matrix, val_matrix = matrices
     previous = state.best.val_miou if state.best else None

@@ -14,6 +14,21 @@ RESERVE_S = 5.0
 """Of the time a spot notice leaves: for the last ledger line and W&B's."""
 
 
+class NoSaving:
+    """What the loop asks of a rank that is not the leader: nothing."""
+
+    def due(self, iteration: int) -> bool:
+        """Never."""
+        return False
+
+    def save(self, state: TrainState) -> None:
+        """The leader does."""
+
+    def before_leaving(self, state: TrainState) -> bool:
+        """The leader sees to it."""
+        return True
+
+
 class Saving:
     """The loop's side of the publisher.
 

@@ -19,8 +19,10 @@ from job.data.images import IGNORE, IMAGENET_MEAN, IMAGENET_STD
 from job.data.streams import Batch
 from job.models.discriminator import Discriminator, discriminator_input
 from job.training import losses
+from job.training.ranks import Ranks, RunningStatistics
 from job.training.state import TrainState
 
+ALONE = Ranks()
 _STEP = 4
 """Part of every random seed, beside those of `job.data.streams`."""
 
@@ -43,18 +45,23 @@ class StepLosses:
         return cls(*(torch.zeros((), device=device) for _ in range(6)))
 
 
-def train_step(state: TrainState, batch: Batch, config: Config, iteration: int) -> StepLosses:
+def train_step(
+    state: TrainState, batch: Batch, config: Config, iteration: int, ranks: Ranks = ALONE
+) -> StepLosses:
     """Compute all gradients of an iteration and update both networks.
 
-    The networks must be in training mode and their learning rates set. `batch` holds
-    batch_size * accumulate images of each stream, on the networks' device.
+    The networks must be in training mode and their learning rates set. `batch` holds this rank's
+    share of the batch_size * accumulate images of each stream, on the networks' device.
     """
     total = StepLosses.zeros(batch.labeled_images.device)
     share = 1 / config.train.accumulate
     state.optimizer_G.zero_grad(set_to_none=True)
     state.optimizer_D.zero_grad(set_to_none=True)
 
-    for number, part in enumerate(batch.split(config.train.batch_size)):
+    statistics = RunningStatistics(state.generator, ranks)
+    parts = batch.split(config.train.batch_size)
+
+    for number, part in enumerate(parts, start=ranks.rank * len(parts)):
         torch.manual_seed(_seed(config, iteration, number))
         # Supervised: its own forward and backward, so that only one graph is alive at a time
         # and batch norm sees labeled and unlabeled images apart (as in the reference).
@@ -65,6 +72,10 @@ def train_step(state: TrainState, batch: Batch, config: Config, iteration: int) 
         if part.unlabeled_images is not None:
             _unlabeled_part(state, part, config, iteration, total)
 
+    if not ranks.alone:
+        updates = len(parts) * (1 if batch.unlabeled_images is None else 2)
+        ranks.add_up([*_gradients(state), *statistics.own_part(updates), *vars(total).values()])
+        statistics.finish(updates)
     state.optimizer_G.step()
     if batch.unlabeled_images is not None:
         state.optimizer_D.step()
@@ -115,6 +126,12 @@ def _unlabeled_part(
     total.st += share * st.detach()
     total.d += share * d.detach()
     total.st_count += accepted.sum()
+
+
+def _gradients(state: TrainState) -> list[Tensor]:
+    """Of both networks, as far as there are some; the same ones on every rank."""
+    parameters = (*state.generator.parameters(), *state.discriminator.parameters())
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def _seed(config: Config, iteration: int, part: int) -> int:

@@ -34,6 +34,8 @@ from job.preemption import StopRequest
 from job.storage import LocalStore
 from job.training.confusion import ConfusionMatrix
 from job.training.loop import Surroundings, train
+from job.training.ranks import Ranks
+from job.training.saving import Saving
 from job.training.state import TrainState
 from job.training.step import StepLosses, train_step
 from tests.conftest import MakeData
@@ -161,8 +163,14 @@ class Run:
                     info=self.info,
                     device=CPU,
                     tracker=heard,
-                    checkpoints=checkpoints,
-                    schedule=SaveSchedule(config.checkpoint.every),
+                    saving=Saving(
+                        config,
+                        checkpoints,
+                        SaveSchedule(config.checkpoint.every),
+                        stop,
+                        heard,
+                        state.iteration,
+                    ),
                     save_best=self.best_writer(checkpoints),
                     stop=stop,
                 ),
@@ -707,8 +715,10 @@ def test_divergence_of_the_discriminator_counts_too(make_run: MakeRun) -> None:
 def test_one_loss_that_is_not_finite_is_remembered_until_it_is_looked_at(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, loss: str, value: float
 ) -> None:
-    def step(state: TrainState, batch: Batch, config: Config, iteration: int) -> StepLosses:
-        losses = train_step(state, batch, config, iteration)
+    def step(
+        state: TrainState, batch: Batch, config: Config, iteration: int, ranks: Ranks
+    ) -> StepLosses:
+        losses = train_step(state, batch, config, iteration, ranks)
         return dataclasses.replace(losses, **{loss: torch.tensor(value)} if iteration == 2 else {})
 
     monkeypatch.setattr("job.training.loop.train_step", step)
