@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo drill soak bench s3 pull image run-local test test-container lint lock clean
+.PHONY: help setup demo drill soak bench s3 pull image run-local push deploy test test-container lint lock clean
 
 DOCKER ?= docker
 IMAGE  ?= s4gan:latest
@@ -57,17 +57,24 @@ image: ## build the container image (IMAGE=name:tag, BASE_IMAGE= for another bas
 run-local: ## run the image here: make run-local ARGS="train --config demo --data demo/data --run demo/run"
 	@IMAGE=$(IMAGE) DOCKER=$(DOCKER) scripts/run_local.sh $(ARGS)
 
+push: setup ## put the image into the stack's repository
+	$(BIN)/s4gan infra push --image $(IMAGE) --docker $(DOCKER)
+
+deploy: setup ## make or change the AWS stack (ARGS="--parameter AlarmEmail=you@example.org")
+	$(BIN)/s4gan infra deploy $(ARGS)
+
 test: setup ## the test suite, but for the container's
 	$(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/container
 
 test-container: setup ## build the image with a real Docker engine and run it (5 minutes, 12 GB of disk)
 	$(BIN)/pytest tests/container
 
-lint: setup ## ruff, ruff format, mypy --strict, import-linter, hadolint, shellcheck
+lint: setup ## ruff, ruff format, mypy --strict, import-linter, hadolint, shellcheck, the stack
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/s4gan infra validate
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/shellcheck docker/*.sh scripts/*.sh .ci/run
 

@@ -313,3 +313,99 @@ def drill(
     from job.drill.drill import run_drill
 
     raise typer.Exit(0 if run_drill(data, folder, config=config, iterations=iterations) else 1)
+
+
+infra_app = typer.Typer(help="The AWS stack that jobs run on.", **_TYPER_STYLE)
+app.add_typer(infra_app, name="infra")
+
+_Stack = Annotated[str | None, typer.Option("--stack", help="Its name. [$S4GAN_STACK or s4gan]")]
+_Template = Annotated[Path | None, typer.Option(help="Another template than infra/stack.yaml.")]
+_Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+
+@infra_app.command("validate")
+def infra_validate(template: _Template = None) -> None:
+    """Check the stack's template without an account: cfn-lint, and the project's own rules."""
+    from job.cloud.stack import TEMPLATE, validate
+
+    path = template or TEMPLATE
+    findings = validate(path)
+    for finding in findings:
+        print(finding)
+    if findings:
+        raise typer.Exit(ExitCode.BAD_CONFIG)
+    print(f"{path}: good")
+
+
+@infra_app.command("deploy")
+def infra_deploy(
+    stack: _Stack = None,
+    template: _Template = None,
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", metavar="KEY=VALUE", help="See infra/README.md; repeatable."),
+    ] = None,
+    yes: _Yes = False,
+) -> None:
+    """Make or change the stack; shows what would change, and asks."""
+    from job.cloud.aws import stack_name
+    from job.cloud.stack import TEMPLATE, deploy, parameters_from, table
+
+    name = stack_name(stack)
+
+    def agreed(changes: Any) -> bool:
+        print(f"The stack {name} would change so:\n{table(changes)}")
+        return yes or _confirmed("Do it?")
+
+    outputs = deploy(
+        name, template or TEMPLATE, parameters_from(parameters or []), say=print, agreed=agreed
+    )
+    if outputs is None:
+        print("Nothing was changed.")
+        raise typer.Exit(ExitCode.SOFTWARE)
+    for key, value in sorted(outputs.items()):
+        print(f"{key:<18} {value}")
+
+
+@infra_app.command("destroy")
+def infra_destroy(
+    stack: _Stack = None,
+    delete_bucket: Annotated[
+        bool, typer.Option("--delete-bucket", help="With all data and runs in it.")
+    ] = False,
+    yes: _Yes = False,
+) -> None:
+    """Remove the stack; its bucket, with all runs, stays unless it is told to go."""
+    from job.cloud.aws import stack_name
+    from job.cloud.stack import destroy
+
+    def agreed(gone: str) -> bool:
+        print(f"This deletes {gone}.")
+        return yes or _confirmed("Do it?")
+
+    if not destroy(stack_name(stack), delete_bucket=delete_bucket, say=print, agreed=agreed):
+        print("Nothing was deleted.")
+        raise typer.Exit(ExitCode.SOFTWARE)
+
+
+@infra_app.command("push")
+def infra_push(
+    image: Annotated[str, typer.Option(help="Local image, as `make image` made it.")] = (
+        "s4gan:latest"
+    ),
+    tag: Annotated[str, typer.Option(help="In the repository; the stack's ImageTag.")] = "latest",
+    docker: Annotated[str, typer.Option(help="Docker's command line.")] = "docker",
+    stack: _Stack = None,
+) -> None:
+    """Put the image into the stack's repository, where jobs find it."""
+    from job.cloud.aws import stack_name
+    from job.cloud.image import push
+
+    print(f"pushed {push(image, tag, stack_name(stack), docker)}")
+
+
+def _confirmed(question: str) -> bool:
+    """A yes on the terminal; without one, no."""
+    if not sys.stdin.isatty():
+        raise ConfigError("there is nobody to ask", mend="say --yes")
+    return typer.confirm(question)

@@ -1,0 +1,1 @@
+"""AWS Batch: the stack, submitting jobs, watching them; knows nothing of torch."""

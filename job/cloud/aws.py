@@ -1,0 +1,122 @@
+"""Clients of AWS's services, and their errors as ours.
+
+The endpoint of a service can be named as everywhere in boto3 (AWS_ENDPOINT_URL_BATCH, ...).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from job.errors import AccessDenied, ConfigError, JobError, StorageError, reason
+
+STACK_VARIABLE = "S4GAN_STACK"
+DEFAULT_STACK = "s4gan"
+
+
+def client(service: str) -> Any:
+    """A boto3 client.
+
+    Raises:
+        ConfigError: there are no credentials, or no region.
+    """
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        session = boto3.session.Session()
+        if session.get_credentials() is None:
+            raise ConfigError(
+                "no AWS credentials found",
+                mend="log in (for example: aws sso login), or set AWS_PROFILE or the keys",
+            )
+        return session.client(
+            service,
+            config=Config(
+                connect_timeout=10,
+                read_timeout=60,
+                retries={"mode": "standard", "total_max_attempts": 5},
+                user_agent_extra="s4gan-job",
+            ),
+        )
+    except (BotoCoreError, ValueError) as error:
+        raise explain(error, f"use {service}") from None
+
+
+@contextlib.contextmanager
+def explained(action: str) -> Iterator[None]:
+    """Turn boto3's errors within a block into ours.
+
+    Args:
+        action: what is done there: "submit the job".
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (ClientError, BotoCoreError) as error:
+        raise explain(error, action) from error
+
+
+def explain(error: Exception, action: str) -> JobError:
+    """What boto3 raised, as our error with a mend."""
+    from botocore import exceptions as aws
+
+    if isinstance(error, aws.NoRegionError):
+        return ConfigError("no AWS region is chosen", mend="set AWS_REGION to the stack's region")
+    if isinstance(
+        error, (aws.NoCredentialsError, aws.PartialCredentialsError, aws.ProfileNotFound)
+    ):
+        return ConfigError(
+            f"no usable AWS credentials ({reason(error)})",
+            mend="log in (for example: aws sso login), or set AWS_PROFILE or the keys",
+        )
+    if isinstance(error, aws.ClientError):
+        code = code_of(error)
+        text = str(error.response.get("Error", {}).get("Message", "")) or code
+        if code in ("ExpiredToken", "ExpiredTokenException", "RequestExpired"):
+            return ConfigError(
+                f"cannot {action}: the AWS credentials have expired",
+                mend="renew them (for example: aws sso login)",
+            )
+        if code in ("UnrecognizedClientException", "InvalidClientTokenId", "SignatureDoesNotMatch"):
+            return ConfigError(
+                f"cannot {action}: the AWS credentials are not valid ({code})",
+                mend="check AWS_PROFILE or the keys",
+            )
+        if code in ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation"):
+            operation = error.operation_name
+            return AccessDenied(
+                f"cannot {action}: access denied to {operation} ({text})",
+                mend="ask for the stack's SubmitPolicy; infra/README.md lists what each command "
+                "needs",
+            )
+        return StorageError(f"cannot {action}: {text}", mend="see the reason above")
+    return StorageError(
+        f"cannot {action}: {reason(error)}",
+        mend="check the network, AWS_REGION, and AWS_ENDPOINT_URL if it is set",
+    )
+
+
+def code_of(error: Any) -> str:
+    """Of a ClientError."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def stack_name(chosen: str | None) -> str:
+    """Of the stack to use: as chosen, else S4GAN_STACK, else s4gan.
+
+    Raises:
+        ConfigError: not a name that everything in the stack can have.
+    """
+    name = chosen or os.environ.get(STACK_VARIABLE) or DEFAULT_STACK
+    if not re.fullmatch(r"[a-z][a-z0-9-]{1,38}[a-z0-9]", name):
+        raise ConfigError(
+            f"{name}: cannot be the name of a stack",
+            mend="3 to 40 small letters, digits and hyphens, the first one a letter",
+        )
+    return name

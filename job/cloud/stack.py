@@ -1,0 +1,426 @@
+"""The stack that jobs run on: checking its template, making, changing and removing it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import job
+from job.cloud.aws import client, code_of, explained
+from job.errors import ConfigError, StorageError
+
+TEMPLATE = Path(job.__file__).parent.parent / "infra" / "stack.yaml"
+POLL_S = 5.0
+CHANGE_SET = "s4gan"
+_GONE_WRONG = ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "DELETE_FAILED")
+"""States of a stack that can only be deleted."""
+_REGION = "us-east-1"
+"""For checking: every service and type of machine is there."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with a template."""
+
+    path: Path
+    line: int
+    rule: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.rule} {self.message}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a deployment would do to one resource."""
+
+    action: str
+    """Add, Modify, Remove, ..."""
+    name: str
+    type: str
+    replacement: str
+    """True, False, Conditional; empty where there is nothing to replace."""
+
+
+def read_template(path: Path) -> str:
+    """Text of a template.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: the stack's template cannot be read ({error})",
+            mend="run this in a checkout of the project, or say --template PATH",
+        ) from None
+
+
+def validate(path: Path = TEMPLATE) -> list[Finding]:
+    """Check a template without an account: by cfn-lint, and by our own rules.
+
+    Raises:
+        ConfigError: cfn-lint is not installed, or there is no template.
+    """
+    text = read_template(path)
+    try:
+        from cfnlint.api import lint
+        from cfnlint.core import get_rules
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "checking a template needs cfn-lint", mend="pip install 's4gan-job[infra]'"
+        ) from None
+    rules = get_rules(["job.cloud.rules"], [], [])
+    return [
+        Finding(path, match.linenumber, match.rule.id, match.message)
+        for match in lint(text, rules, [_REGION])
+    ]
+
+
+# ---------------------------------------------------------------- deploying
+
+
+def deploy(
+    name: str,
+    path: Path,
+    parameters: Mapping[str, str],
+    *,
+    say: Callable[[str], None],
+    agreed: Callable[[Sequence[Change]], bool],
+    poll_s: float = POLL_S,
+) -> dict[str, str] | None:
+    """Make or change the stack, once somebody has agreed to what would change.
+
+    Args:
+        name: of the stack.
+        path: of the template.
+        parameters: that differ from the defaults, or from what a stack has already.
+        say: is told what happens.
+        agreed: is shown the changes and decides.
+        poll_s: seconds between two looks at how far it is.
+
+    Returns:
+        The stack's outputs; None if it was not agreed to.
+
+    Raises:
+        ConfigError: the template or a parameter is wrong, or the stack can only be deleted.
+        StorageError: AWS refused, with the first reason it gave.
+    """
+    findings = validate(path)
+    if findings:
+        raise ConfigError(
+            "the template is not as it should be\n  " + "\n  ".join(map(str, findings)),
+            mend="s4gan infra validate",
+        )
+    text = read_template(path)
+    formation = client("cloudformation")
+    status = _status(formation, name)
+    if status in _GONE_WRONG:
+        raise ConfigError(
+            f"the stack {name} is in state {status}, and can only be deleted",
+            mend=f"s4gan infra destroy --stack {name}, then deploy again",
+        )
+    new = status in (None, "REVIEW_IN_PROGRESS")
+    if not new and status is not None and status.endswith("_IN_PROGRESS"):
+        raise ConfigError(
+            f"the stack {name} is being changed by somebody else ({status})",
+            mend="wait until it is done, then deploy again",
+        )
+    changes = _propose(formation, name, text, parameters, new, poll_s)
+    if not changes:
+        say(f"The stack {name} is as the template says; nothing to do.")
+        return outputs(name)
+    wanted = False
+    try:
+        wanted = agreed(changes)
+    finally:
+        if not wanted:
+            _withdraw(formation, name, new)
+    if not wanted:
+        return None
+    began = _newest_event(formation, name)
+    with explained(f"change the stack {name}"):
+        formation.execute_change_set(StackName=name, ChangeSetName=CHANGE_SET)
+    _follow(formation, name, began, say, poll_s, good=("CREATE_COMPLETE", "UPDATE_COMPLETE"))
+    return outputs(name)
+
+
+def outputs(name: str) -> dict[str, str]:
+    """What the stack calls its parts.
+
+    Raises:
+        ConfigError: there is no such stack in this account and region.
+    """
+    found = _stack(client("cloudformation"), name)
+    if found is None:
+        import boto3
+
+        region = boto3.session.Session().region_name
+        raise ConfigError(
+            f"there is no stack {name} in {region}",
+            mend="deploy it (s4gan infra deploy), set AWS_REGION to where it is, or say --stack",
+        )
+    return {item["OutputKey"]: item["OutputValue"] for item in found.get("Outputs", ())}
+
+
+def _propose(
+    formation: Any,
+    name: str,
+    text: str,
+    parameters: Mapping[str, str],
+    new: bool,
+    poll_s: float,
+) -> list[Change]:
+    """Make a change set and return what it would do; empty if nothing."""
+    with explained(f"read the parameters of {TEMPLATE.name}"):
+        known = {
+            item["ParameterKey"]
+            for item in formation.get_template_summary(TemplateBody=text)["Parameters"]
+        }
+    unknown = sorted(set(parameters) - known)
+    if unknown:
+        raise ConfigError(
+            f"the template has no parameter {', '.join(unknown)}",
+            mend=f"it has {', '.join(sorted(known))}",
+        )
+    before = _stack(formation, name) if not new else None
+    kept = {item["ParameterKey"] for item in (before or {}).get("Parameters", ())} & known
+    given: list[dict[str, Any]] = [
+        {"ParameterKey": key, "ParameterValue": value} for key, value in sorted(parameters.items())
+    ]
+    given += [
+        {"ParameterKey": key, "UsePreviousValue": True} for key in sorted(kept - set(parameters))
+    ]
+    with explained(f"propose changes of the stack {name}"):
+        if _has_change_set(formation, name):  # of a deployment that was broken off
+            formation.delete_change_set(StackName=name, ChangeSetName=CHANGE_SET)
+        formation.create_change_set(
+            StackName=name,
+            ChangeSetName=CHANGE_SET,
+            ChangeSetType="CREATE" if new else "UPDATE",
+            TemplateBody=text,
+            Parameters=given,
+            Capabilities=["CAPABILITY_IAM"],
+            Tags=[{"Key": "Project", "Value": name}],
+        )
+        while True:
+            proposed = formation.describe_change_set(StackName=name, ChangeSetName=CHANGE_SET)
+            if proposed["Status"] not in ("CREATE_PENDING", "CREATE_IN_PROGRESS"):
+                break
+            time.sleep(poll_s)
+    why = proposed.get("StatusReason", "")
+    if proposed["Status"] == "FAILED":
+        _withdraw(formation, name, new)
+        if "didn't contain changes" in why or "No updates" in why:
+            return []
+        raise ConfigError(f"CloudFormation refuses the template: {why}")
+    return [
+        Change(
+            change["Action"],
+            change["LogicalResourceId"],
+            change["ResourceType"],
+            change.get("Replacement", ""),
+        )
+        for change in (item["ResourceChange"] for item in _changes(formation, name, proposed))
+    ]
+
+
+def _withdraw(formation: Any, name: str, new: bool) -> None:
+    with explained(f"withdraw the changes of the stack {name}"):
+        formation.delete_change_set(StackName=name, ChangeSetName=CHANGE_SET)
+        if new:  # else an empty stack would stay, in review for ever
+            formation.delete_stack(StackName=name)
+
+
+def _changes(formation: Any, name: str, first: Mapping[str, Any]) -> Iterator[Any]:
+    page = first
+    while True:
+        yield from page.get("Changes", ())
+        if not page.get("NextToken"):
+            return
+        with explained(f"read the changes of the stack {name}"):
+            page = formation.describe_change_set(
+                StackName=name, ChangeSetName=CHANGE_SET, NextToken=page["NextToken"]
+            )
+
+
+def _has_change_set(formation: Any, name: str) -> bool:
+    from botocore.exceptions import ClientError
+
+    try:
+        found = formation.list_change_sets(StackName=name)["Summaries"]
+    except ClientError as error:
+        if code_of(error) in ("ValidationError", "ChangeSetNotFound"):  # there is no such stack
+            return False
+        raise
+    return any(item["ChangeSetName"] == CHANGE_SET for item in found)
+
+
+# ---------------------------------------------------------------- removing
+
+
+def destroy(
+    name: str,
+    *,
+    delete_bucket: bool,
+    say: Callable[[str], None],
+    agreed: Callable[[str], bool],
+    poll_s: float = POLL_S,
+) -> bool:
+    """Remove the stack; its bucket stays unless it is to go too.
+
+    Args:
+        name: of the stack.
+        delete_bucket: delete the bucket and every version of every object in it.
+        say: is told what happens.
+        agreed: is shown what will be gone, and decides.
+        poll_s: seconds between two looks at how far it is.
+
+    Returns:
+        Whether it was agreed to.
+
+    Raises:
+        ConfigError: there is no such stack.
+        StorageError: AWS refused, with the first reason it gave.
+    """
+    formation = client("cloudformation")
+    bucket = outputs(name).get("Bucket", "")
+    if bucket and delete_bucket:
+        gone = f"the stack {name} and all that is in s3://{bucket}"
+    else:
+        gone = f"the stack {name}" + (f" (s3://{bucket} stays)" if bucket else "")
+    if not agreed(gone):
+        return False
+    began = _newest_event(formation, name)
+    # By its id: a deleted stack is not found by its name any more.
+    found = _stack(formation, name)
+    assert found is not None
+    id_ = found["StackId"]
+    with explained(f"delete the stack {name}"):
+        formation.delete_stack(StackName=name)
+    _follow(formation, id_, began, say, poll_s, good=("DELETE_COMPLETE",))
+    if bucket and delete_bucket:
+        _delete_bucket(bucket, say)
+    return True
+
+
+def _delete_bucket(bucket: str, say: Callable[[str], None]) -> None:
+    s3 = client("s3")
+    count = 0
+    with explained(f"empty the bucket {bucket}"):
+        for page in s3.get_paginator("list_object_versions").paginate(Bucket=bucket):
+            versions = [*page.get("Versions", ()), *page.get("DeleteMarkers", ())]
+            objects = [{"Key": item["Key"], "VersionId": item["VersionId"]} for item in versions]
+            if objects:
+                reply = s3.delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+                if reply.get("Errors"):
+                    first = reply["Errors"][0]
+                    raise StorageError(
+                        f"cannot delete s3://{bucket}/{first['Key']}: {first.get('Message')}",
+                        mend="the stack is gone; empty and delete the bucket by hand",
+                    )
+                count += len(objects)
+        s3.delete_bucket(Bucket=bucket)
+    say(f"deleted s3://{bucket} with {count} objects and older versions")
+
+
+# ---------------------------------------------------------------- looking at it
+
+
+def _stack(formation: Any, name: str) -> Any:
+    """A stack's description; None if there is none."""
+    from botocore.exceptions import ClientError
+
+    with explained(f"look at the stack {name}"):
+        try:
+            return formation.describe_stacks(StackName=name)["Stacks"][0]
+        except ClientError as error:
+            if code_of(error) == "ValidationError" and "does not exist" in str(error):
+                return None
+            raise
+
+
+def _status(formation: Any, name: str) -> str | None:
+    found = _stack(formation, name)
+    return None if found is None else str(found["StackStatus"])
+
+
+def _events(formation: Any, name: str) -> list[Any]:
+    """The stack's history, newest first, as far as one page goes: about 100 events."""
+    with explained(f"read the events of the stack {name}"):
+        return list(formation.describe_stack_events(StackName=name)["StackEvents"])
+
+
+def _newest_event(formation: Any, name: str) -> str:
+    events = _events(formation, name)
+    return str(events[0]["EventId"]) if events else ""
+
+
+def _follow(
+    formation: Any,
+    name: str,
+    began: str,
+    say: Callable[[str], None],
+    poll_s: float,
+    good: tuple[str, ...],
+) -> None:
+    """Tell of each resource that is done, until the stack is; raise if it did not end well."""
+    told: set[str] = set()
+    failures: list[str] = []
+    while True:
+        status = _status(formation, name) or "DELETE_COMPLETE"
+        fresh = []
+        for event in _events(formation, name):
+            if event["EventId"] == began:
+                break
+            if event["EventId"] not in told:
+                fresh.append(event)
+        for event in reversed(fresh):
+            told.add(event["EventId"])
+            state, resource = event["ResourceStatus"], event.get("LogicalResourceId", "")
+            why = event.get("ResourceStatusReason", "")
+            if state.endswith("_FAILED"):
+                failures.append(f"{resource} ({event.get('ResourceType', '')}): {why or state}")
+            if not state.endswith("_IN_PROGRESS"):
+                say(f"  {state.lower().replace('_', ' ')}: {resource}")
+        if not status.endswith("_IN_PROGRESS"):
+            break
+        time.sleep(poll_s)
+    if status in good:
+        return
+    first = failures[0] if failures else status
+    raise StorageError(
+        f"the stack is in state {status}; what failed first: {first}",
+        mend="mend that; a stack that could not be made has to be destroyed before another try",
+    )
+
+
+def parameters_from(texts: Sequence[str]) -> dict[str, str]:
+    """`Key=Value` as given on the command line.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--parameter {text}: must be Key=Value")
+        pairs[key] = value
+    return pairs
+
+
+def table(changes: Sequence[Change]) -> str:
+    """Changes for people, a line each."""
+    width = max(len(change.name) for change in changes)
+    lines = []
+    for change in changes:
+        replaced = {"True": ", is replaced", "Conditional": ", may be replaced"}
+        note = replaced.get(change.replacement, "")
+        lines.append(f"  {change.action.lower():<7} {change.name:<{width}}  {change.type}{note}")
+    return "\n".join(lines)

@@ -1,0 +1,75 @@
+"""AWS as moto plays it, or as botocore's stub does, word by word."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import boto3
+import pytest
+from botocore.stub import Stubber
+from moto import mock_aws
+from moto.cloudformation.models import CloudFormationBackend
+
+from job.cloud import aws
+
+
+@pytest.fixture
+def account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials of nobody, and nothing of the user's own account."""
+    for name in os.environ:
+        if name.startswith(("AWS_", "S4GAN_")):
+            monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def moto(account: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """AWS in this process; jobs succeed at once."""
+    execute = CloudFormationBackend.execute_change_set
+
+    def execute_and_see(self: Any, **options: Any) -> None:
+        """moto does not look up what a stack made by a change set has as outputs."""
+        execute(self, **options)
+        for stack in self.stacks.values():
+            stack._parse_template()
+            stack.output_map = stack._create_output_map()
+
+    monkeypatch.setattr(CloudFormationBackend, "execute_change_set", execute_and_see)
+    with mock_aws(config={"batch": {"use_docker": False}}):
+        yield
+
+
+@pytest.fixture
+def stub(account: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Stubber]]:
+    """A function that gives the stub of a service; each request and reply fits AWS's own model.
+
+    All replies that were prepared have to be asked for.
+    """
+    stubs: dict[str, Stubber] = {}
+
+    def of(service: str) -> Stubber:
+        if service not in stubs:
+            stubs[service] = Stubber(boto3.client(service, region_name="us-east-1"))
+            stubs[service].activate()
+        return stubs[service]
+
+    def client(service: str) -> Any:
+        return of(service).client
+
+    monkeypatch.setattr(aws, "client", client)
+    for module in ("stack", "image"):
+        monkeypatch.setattr(f"job.cloud.{module}.client", client)
+    yield of
+    for stubber in stubs.values():
+        stubber.assert_no_pending_responses()
