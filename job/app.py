@@ -24,7 +24,13 @@ from job.checkpoint.interval import SaveSchedule
 from job.checkpoint.lease import Lease, acquire
 from job.checkpoint.manager import BestModel, CheckpointManager
 from job.checkpoint.publisher import Publisher
-from job.config import Config, config_from_dict, config_from_yaml, differences
+from job.checkpoint.resumable import (
+    config_of_run,
+    has_checkpoints,
+    refuse_other_config,
+    refuse_same_place,
+)
+from job.config import Config, config_from_dict
 from job.data.checks import check_data
 from job.data.dataset import DatasetInfo, scan_dataset
 from job.data.images import IMAGENET_MEAN, IMAGENET_STD
@@ -95,8 +101,8 @@ def train(
     """
     # 1. Resolve the run.
     store = open_store(run_uri)
-    _refuse_same_place(open_store(data_uri), store)
-    changed = _refuse_other_config(_config_of_run(store), config, store, resume_anyway)
+    refuse_same_place(open_store(data_uri), store)
+    changed = refuse_other_config(config_of_run(store), config, store, resume_anyway)
     device = choose_device()
     check_ranks(config, gpus, device)
     # 2. Take the lease, open the ledger, listen for the end.
@@ -241,72 +247,6 @@ class _Tracking:
 # ---------------------------------------------------------------- 1 and 2: the run and its lease
 
 
-def _refuse_same_place(data: ObjectStore, store: ObjectStore) -> None:
-    data_folder, run_folder = data.local_path(""), store.local_path("")
-    if data_folder is not None and run_folder is not None:
-        same = data_folder.resolve() == run_folder.resolve()
-    else:
-        # Everything below an s3:// prefix is data, so a run below it would become data too.
-        same = f"{store.uri}/".startswith(f"{data.uri}/")
-    if same:
-        raise ConfigError(
-            f"--run {store.uri} lies in --data {data.uri}", mend="choose another place for --run"
-        )
-
-
-def _config_of_run(store: ObjectStore) -> Config | None:
-    """The configuration a run has begun with; None if it has no checkpoint, so nothing to lose."""
-    if not _has_checkpoints(store):
-        return None
-    try:
-        text = store.read(run.CONFIG).decode(errors="replace")
-    except ObjectNotFound:
-        return None
-    return config_from_yaml(text, source=f"{store.uri}/{run.CONFIG}")
-
-
-def _has_checkpoints(store: ObjectStore) -> bool:
-    return any(not info.key.startswith(run.QUARANTINE) for info in store.list(run.CHECKPOINTS))
-
-
-def _refuse_other_config(
-    before: Config | None,
-    now: Config,
-    store: ObjectStore,
-    resume_anyway: bool,
-    *,
-    of_checkpoint: bool = False,
-) -> list[str]:
-    """The fields that differ from what the run began with, a line each, if that is wanted.
-
-    Args:
-        before: what it began with, by `config.yaml` or by its newest checkpoint.
-        now: what is to come.
-        store: of the run.
-        resume_anyway: whether it is wanted.
-        of_checkpoint: where `before` is from; `config.yaml` is known to agree with `now` then.
-
-    Raises:
-        ConfigError: some do, and it is not wanted.
-    """
-    changed = differences(before, now) if before is not None else {}
-    lines = [f"{key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items()]
-    if lines and not resume_anyway:
-        if of_checkpoint:
-            raise ConfigError(
-                f"{store.uri}: the newest checkpoint is of another configuration than "
-                f"{run.CONFIG}\n  " + "\n  ".join(lines),
-                mend="accept the change (again, if an attempt that had accepted it could not save "
-                "any more) with --resume-anyway, or choose another --run",
-            )
-        raise ConfigError(
-            f"{store.uri}: this run began with another configuration\n  " + "\n  ".join(lines),
-            mend=f"choose another --run, go on with --config {store.uri}/{run.CONFIG}, or accept "
-            "the change with --resume-anyway",
-        )
-    return lines
-
-
 @contextlib.contextmanager
 def _leased(store: ObjectStore, stop: StopRequest) -> Iterator[Lease]:
     lease = acquire(
@@ -434,7 +374,7 @@ def _prepare_data(
 
 def _splits_of_run(store: ObjectStore) -> Splits | None:
     """How the run began; None if it has nothing to lose, or nothing that says so."""
-    if not _has_checkpoints(store):
+    if not has_checkpoints(store):
         return None
     try:
         return Splits.from_json(store.read(run.SPLITS))
@@ -477,7 +417,7 @@ def _restore_or_begin(
         raw = saved["run"]["config"]
         before = config_from_dict(raw, source="the checkpoint")
         changed = (
-            _refuse_other_config(before, config, attempt.store, resume_anyway, of_checkpoint=True)
+            refuse_other_config(before, config, attempt.store, resume_anyway, of_checkpoint=True)
             or changed
         )
     state, note = new_train_state(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import job
-from job.config import Config, config_from_yaml, load_config, parse_assignment, preset_names
+from job import options
 from job.errors import ConfigError, ExitCode, JobError
 
 if TYPE_CHECKING:
@@ -88,17 +88,6 @@ def _leave(code: ExitCode) -> NoReturn:
     sys.exit(code)
 
 
-def _load_config(name_or_uri: str, overrides: dict[str, Any]) -> Config:
-    """As `load_config`, and from s3:// too."""
-    if "://" not in name_or_uri:
-        return load_config(name_or_uri, overrides)
-    from job.storage.files import local_copy
-
-    with local_copy(name_or_uri, name="--config", mend="give a preset or a YAML file") as path:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    return config_from_yaml(text, source=name_or_uri, overrides=overrides)
-
-
 def _refuse_uri(name: str, folder: Path) -> None:
     if re.match(r"[a-z0-9]+:/", str(folder)):
         raise ConfigError(f"{name} {folder}: must be a local folder", mend="give its path")
@@ -111,6 +100,10 @@ def _transfer_progress() -> ConsoleProgress:
     from job.storage.progress import ConsoleProgress
 
     return ConsoleProgress(Console(stderr=True))
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _version(wanted: bool) -> None:
@@ -130,58 +123,48 @@ def _options(
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Option(help="Folder or s3:// prefix (dataset.yaml, train/, val/).")],
-    run: Annotated[str, typer.Option(help="Folder or s3:// prefix; the same one again resumes.")],
-    config: Annotated[
-        str, typer.Option(help=f"Preset ({', '.join(preset_names())}) or YAML file.")
-    ] = "guide",
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Generator. [guide: 2.5e-4]")
+    data: options.DataUri,
+    run: Annotated[
+        str | None, typer.Option(help="Folder or s3:// prefix; the same one again resumes.")
     ] = None,
-    learning_rate_D: Annotated[
-        float | None, typer.Option("--learning-rate-D", help="Discriminator. [guide: 1.0e-4]")
-    ] = None,
-    threshold_st: Annotated[
-        float | None, typer.Option(help="Score above which an image trains itself. [guide: 0.2]")
-    ] = None,
-    val_split: Annotated[
-        float | None, typer.Option(help="Share held out when there is no val/. [guide: 0.2]")
-    ] = None,
-    random_mirror: Annotated[
-        bool | None, typer.Option("--random-mirror/--no-random-mirror", help="Mirror crops.")
-    ] = None,
-    random_scale: Annotated[
-        bool | None, typer.Option("--random-scale/--no-random-scale", help="Scale images.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images that pass at once. [guide: 4]")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other key; repeatable."),
-    ] = None,
+    config: options.ConfigName = None,
+    learning_rate: options.LearningRate = None,
+    learning_rate_D: options.LearningRateD = None,
+    threshold_st: options.ThresholdSt = None,
+    val_split: options.ValSplit = None,
+    random_mirror: options.RandomMirror = None,
+    random_scale: options.RandomScale = None,
+    batch_size: options.BatchSize = None,
+    assignments: options.Assignments = None,
     gpus: Annotated[int, typer.Option(help="GPUs of this machine that train together.")] = 1,
-    resume_anyway: Annotated[
-        bool,
-        typer.Option(
-            "--resume-anyway",
-            help="Go on with another configuration or other images than the run began with.",
-        ),
-    ] = False,
+    resume_anyway: options.ResumeAnyway = False,
+    array: Annotated[
+        str | None,
+        typer.Option(help="Instead of --config and --run: as child of a job for several runs."),
+    ] = None,
 ) -> None:
     """Train, or go on training; ends with best_model.pth, a report and a checklist in the run."""
-    flags: dict[str, Any] = {
-        "train.learning_rate": learning_rate,
-        "train.learning_rate_D": learning_rate_D,
-        "loss.threshold_st": threshold_st,
-        "data.val_split": val_split,
-        "data.random_mirror": random_mirror,
-        "data.random_scale": random_scale,
-        "train.batch_size": batch_size,
-    }
-    overrides = dict(parse_assignment(text) for text in assignments or [])
-    overrides |= {key: value for key, value in flags.items() if value is not None}
-    resolved = _load_config(config, overrides)
+    changes = options.overrides(
+        learning_rate=learning_rate,
+        learning_rate_D=learning_rate_D,
+        threshold_st=threshold_st,
+        val_split=val_split,
+        random_mirror=random_mirror,
+        random_scale=random_scale,
+        batch_size=batch_size,
+        assignments=assignments,
+    )
+    if array is not None:
+        from job.cloud.sweep import own_point
+
+        if run is not None or config is not None:
+            raise ConfigError(
+                "--array says what to train, --run and --config too", mend="leave out one"
+            )
+        run, config = own_point(array)
+    if run is None:
+        raise ConfigError("--run is missing", mend="say where the run is to be: --run FOLDER")
+    resolved = options.read_config(config, changes)
 
     # An exception would abort the process where torch's own start-up calls back into Python.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(ExitCode.PREEMPTED))
@@ -207,7 +190,7 @@ def evaluate(
     ],
     data: Annotated[str, typer.Option(help="Data folder or s3:// prefix.")],
     split: Annotated[str, typer.Option(help="val or train: all labeled images of it.")] = "val",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Score a model: mIoU, IoU of each class, pixel accuracy, at the masks' full resolution."""
     if split not in ("val", "train"):
@@ -315,10 +298,132 @@ def drill(
     raise typer.Exit(0 if run_drill(data, folder, config=config, iterations=iterations) else 1)
 
 
+@app.command()
+def submit(
+    data: Annotated[str, typer.Option(help="s3:// prefix of the data set.")],
+    run: Annotated[str, typer.Option(help="s3:// prefix; the same one again resumes.")],
+    config: options.ConfigName = None,
+    learning_rate: options.LearningRate = None,
+    learning_rate_D: options.LearningRateD = None,
+    threshold_st: options.ThresholdSt = None,
+    val_split: options.ValSplit = None,
+    random_mirror: options.RandomMirror = None,
+    random_scale: options.RandomScale = None,
+    batch_size: options.BatchSize = None,
+    assignments: options.Assignments = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of one machine that train together.")] = 1,
+    seeds: Annotated[
+        int | None, typer.Option(help="So many runs below --run that differ in train.seed.")
+    ] = None,
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="SECTION.KEY=VALUE,VALUE",
+            help="A run below --run for each value; repeatable: for each combination.",
+        ),
+    ] = None,
+    on_demand: Annotated[
+        bool, typer.Option("--on-demand", help="No spot machines: dearer, not interrupted.")
+    ] = False,
+    max_hours: Annotated[
+        float | None, typer.Option(help="An attempt that takes longer saves and ends the job.")
+    ] = None,
+    resume_anyway: options.ResumeAnyway = False,
+    stack: options.Stack = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the request; needs no account.")
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Train on AWS Batch, in the stack that `infra deploy` made; the same run again resumes it."""
+    from job.cloud.aws import stack_name
+    from job.cloud.submit import Wish
+    from job.cloud.submit import dry_run as request_only
+    from job.cloud.submit import submit as submit_runs
+    from job.cloud.sweep import sweep_points
+
+    changes = options.overrides(
+        learning_rate=learning_rate,
+        learning_rate_D=learning_rate_D,
+        threshold_st=threshold_st,
+        val_split=val_split,
+        random_mirror=random_mirror,
+        random_scale=random_scale,
+        batch_size=batch_size,
+        assignments=assignments,
+    )
+    resolved = options.read_config(config, changes)
+    wish = Wish(
+        points=sweep_points(resolved, run, seeds=seeds, sweeps=sweeps or ()),
+        run_uri=run,
+        data_uri=data,
+        stack=stack_name(stack),
+        on_demand=on_demand,
+        gpus=gpus,
+        max_hours=max_hours,
+        resume_anyway=resume_anyway,
+    )
+    if dry_run:
+        print(json.dumps(request_only(wish), indent=1))
+        return
+    submitted = submit_runs(wish, _to_stderr)
+    if as_json:
+        print(json.dumps([vars(one) for one in submitted], indent=1))
+        return
+    for one in submitted:
+        print(f"job  {one.job_id}\nrun  {one.run_uri}")
+        if one.wandb_url:
+            print(f"W&B  {one.wandb_url}")
+    place = submitted[0].run_uri if len(submitted) == 1 else run
+    print(f"\ns4gan status {place}\ns4gan logs {submitted[0].run_uri} --follow")
+    print(f"s4gan cancel {place}\ns4gan pull {submitted[0].run_uri} DIR")
+
+
+@app.command()
+def cancel(
+    run: Annotated[str, typer.Argument(help="Run, or a place with several.")],
+    reason: Annotated[str, typer.Option(help="Shown in the job's history.")] = (
+        "cancelled by s4gan cancel"
+    ),
+) -> None:
+    """Stop what trains a run: it saves first, and submitting or training it again goes on."""
+    from job.cloud.jobs import cancel as cancel_run
+    from job.cloud.jobs import runs_at
+
+    stores = runs_at(run)
+    stopped = 0
+    for store in stores:
+        try:
+            print(f"{store.uri}: asked {cancel_run(store, reason)} to save and end")
+            stopped += 1
+        except ConfigError as error:
+            if len(stores) == 1:
+                raise
+            print(error.message, file=sys.stderr)
+    if not stopped:
+        raise typer.Exit(ExitCode.BAD_CONFIG)
+
+
+@app.command()
+def logs(
+    run: Annotated[str, typer.Argument(help="s3:// prefix of the run.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until its last job has ended.")
+    ] = False,
+    last: Annotated[bool, typer.Option("--last", help="The newest attempt's only.")] = False,
+) -> None:
+    """Show what a run's jobs have printed, attempt by attempt."""
+    from job.cloud.jobs import run_lines
+    from job.storage import open_store
+
+    for line in run_lines(open_store(run), last=last, follow=follow):
+        print(line, flush=follow)
+
+
 infra_app = typer.Typer(help="The AWS stack that jobs run on.", **_TYPER_STYLE)
 app.add_typer(infra_app, name="infra")
 
-_Stack = Annotated[str | None, typer.Option("--stack", help="Its name. [$S4GAN_STACK or s4gan]")]
 _Template = Annotated[Path | None, typer.Option(help="Another template than infra/stack.yaml.")]
 _Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
@@ -339,7 +444,7 @@ def infra_validate(template: _Template = None) -> None:
 
 @infra_app.command("deploy")
 def infra_deploy(
-    stack: _Stack = None,
+    stack: options.Stack = None,
     template: _Template = None,
     parameters: Annotated[
         list[str] | None,
@@ -369,7 +474,7 @@ def infra_deploy(
 
 @infra_app.command("destroy")
 def infra_destroy(
-    stack: _Stack = None,
+    stack: options.Stack = None,
     delete_bucket: Annotated[
         bool, typer.Option("--delete-bucket", help="With all data and runs in it.")
     ] = False,
@@ -395,7 +500,7 @@ def infra_push(
     ),
     tag: Annotated[str, typer.Option(help="In the repository; the stack's ImageTag.")] = "latest",
     docker: Annotated[str, typer.Option(help="Docker's command line.")] = "docker",
-    stack: _Stack = None,
+    stack: options.Stack = None,
 ) -> None:
     """Put the image into the stack's repository, where jobs find it."""
     from job.cloud.aws import stack_name

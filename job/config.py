@@ -226,6 +226,24 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def check_gpus(config: Config, count: int) -> None:
+    """Refuse a number of GPUs that cannot share the batches of an iteration.
+
+    Raises:
+        ConfigError: says what would be possible.
+    """
+    if count < 1:
+        raise ConfigError(f"--gpus {count}: must be at least 1")
+    accumulate, batch_size = config.train.accumulate, config.train.batch_size
+    if accumulate % count:
+        raise ConfigError(
+            f"--gpus {count}: train.accumulate is {accumulate}, and a batch of train.batch_size "
+            f"{batch_size} is not cut",
+            mend=f"make train.accumulate a multiple of {count}; to keep the images of an iteration "
+            f"at {accumulate * batch_size}, change train.batch_size along",
+        )
+
+
 def valid_keys() -> list[str]:
     """Every "section.key"."""
     return [key for key, _ in _flatten(Config())]

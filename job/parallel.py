@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from job.checkpoint.manager import BestModel
-from job.config import Config, config_from_dict
+from job.config import Config, check_gpus, config_from_dict
 from job.data.dataset import scan_dataset
 from job.data.splits import Splits, items_of
 from job.errors import ConfigError, ExitCode, JobError, RankLost
@@ -53,20 +53,11 @@ def check_ranks(config: Config, count: int, device: torch.device) -> None:
     Raises:
         ConfigError: says what would be possible.
     """
-    if count < 1:
-        raise ConfigError(f"--gpus {count}: must be at least 1")
+    check_gpus(config, count)
     if device.type == "cuda" and count > torch.cuda.device_count():
         raise ConfigError(
             f"--gpus {count}: this machine has {torch.cuda.device_count()}",
             mend="give fewer, or make more of them visible (docker run --gpus all)",
-        )
-    accumulate, batch_size = config.train.accumulate, config.train.batch_size
-    if accumulate % count:
-        raise ConfigError(
-            f"--gpus {count}: train.accumulate is {accumulate}, and a batch of train.batch_size "
-            f"{batch_size} is not cut",
-            mend=f"make train.accumulate a multiple of {count}; to keep the images of an iteration "
-            f"at {accumulate * batch_size}, change train.batch_size along",
         )
 
 

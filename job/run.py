@@ -24,6 +24,7 @@ PREDICTIONS = "predictions.png"
 REPORT = "report.html"
 SUMMARY = "summary.json"
 
+JOBS = "jobs/"
 CHECKPOINTS = "checkpoints/"
 LATEST_POINTER = "checkpoints/latest.json"
 QUARANTINE = "checkpoints/quarantine/"
@@ -47,6 +48,16 @@ def attempt_in(unique_id: str) -> int:
         ValueError: not one of ours.
     """
     return int(unique_id.split("-")[1].removeprefix("a"))
+
+
+def job_config(submission: str) -> str:
+    """Key of the configuration that a job was submitted with; never written again."""
+    return f"{JOBS}{submission}/{CONFIG}"
+
+
+def job_record(submission: str) -> str:
+    """Key of what was submitted, and as which job."""
+    return f"{JOBS}{submission}/job.json"
 
 
 def checkpoint_state(checkpoint_id: str) -> str:
@@ -99,3 +110,8 @@ class RunIdentity:
     def from_json(cls, text: bytes) -> RunIdentity:
         """Inverse of `to_json`."""
         return cls(**json.loads(text))
+
+
+def job_points(submission: str) -> str:
+    """Key of what an array job's children are to train; not in a run, but where its runs are."""
+    return f"{JOBS}{submission}/points.json"

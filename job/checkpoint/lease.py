@@ -87,6 +87,11 @@ class Holder:
         state, started = _process(self.pid)
         return not _exists(self.pid) or state in ("Z", "X") or started != self.started
 
+    def process_here(self) -> int | None:
+        """Number of the process if it runs on the caller's machine; None if it does not."""
+        here = Holder.this_process()
+        return self.pid if self.machine == here.machine and not self.is_known_dead(here) else None
+
     def is_known_alive(self, successor: Holder) -> bool:
         """Whether waiting for it is in vain; asked of those that are not known to be dead."""
         if self.machine == successor.machine:
@@ -122,6 +127,37 @@ class Predecessor:
     """Seconds since 1970, by its own clock."""
     released: bool
     """Whether it ended by itself; False if it was killed."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Who has a run, as somebody sees who does not want it."""
+
+    attempt: int
+    holder: Holder
+    is_live: bool
+    """It has not given the run back, and was heard of within the lease time."""
+
+
+def look(store: ObjectStore) -> Holding | None:
+    """Who has a run; None if nobody ever had.
+
+    Raises:
+        StorageError: the storage failed, or the lease is none.
+    """
+    try:
+        current = _parse(store.read(run.LEASE), store)
+        silent_s = store.age_s(run.LEASE)
+    except ObjectNotFound:
+        return None
+    if current is None:
+        return None
+    live = (
+        not current.released
+        and silent_s < LEASE_TIME_S
+        and not current.holder.is_known_dead(Holder.this_process())
+    )
+    return Holding(current.attempt, current.holder, live)
 
 
 class Lease:

@@ -1,0 +1,281 @@
+"""The jobs of a run: which there were, what became of them, their output, and how to end one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from job import run
+from job.checkpoint.lease import look
+from job.cloud.aws import client, code_of, explained
+from job.errors import ConfigError, ObjectNotFound, StorageError
+from job.storage import ObjectStore, open_store
+
+ACTIVE = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING")
+POLL_S = 5.0
+MAX_DESCRIBED = 100
+"""Jobs that DescribeJobs takes at once."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job as it was submitted; the content of `job.json`."""
+
+    name: str
+    """Sorts by time; names the folder below `jobs/`."""
+    job_id: str
+    submitted_at: str
+    """UTC, ISO 8601."""
+    stack: str
+    log_group: str
+    revision: str
+    request: Mapping[str, Any]
+
+    def to_json(self) -> bytes:
+        """Content of the file."""
+        return json.dumps({**vars(self)}, indent=1).encode()
+
+
+def submissions(store: ObjectStore) -> list[Submission]:
+    """All jobs of a run, oldest first.
+
+    Raises:
+        StorageError: a record cannot be read.
+    """
+    found = []
+    for info in store.list(run.JOBS):
+        if not info.key.endswith("/job.json"):
+            continue
+        try:
+            found.append(Submission(**json.loads(store.read(info.key))))
+        except ObjectNotFound:
+            continue
+        except (ValueError, TypeError):
+            raise StorageError(
+                f"{store.uri}/{info.key}: cannot be read",
+                mend="delete it: the run itself does not need it",
+            ) from None
+    return found
+
+
+def runs_at(uri: str) -> list[ObjectStore]:
+    """The run at a place, or, if it is none, all that are below it, by name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    store = open_store(uri)
+    if store.stat(run.IDENTITY) is not None:
+        return [store]
+    tail = f"/{run.IDENTITY}"
+    found = sorted(
+        info.key.removesuffix(tail) for info in store.list("") if info.key.endswith(tail)
+    )
+    if not found:
+        raise ConfigError(f"{uri}: there is no run", mend="give the URI that --run had")
+    return [open_store(f"{store.uri}/{name}") for name in found]
+
+
+def describe(records: Sequence[Submission]) -> dict[str, Mapping[str, Any]]:
+    """What Batch knows of jobs, by their ids; it forgets them some days after their end.
+
+    A child of an array job that Batch has not made yet is as its parent.
+    """
+    ids = [record.job_id for record in records]
+    known = _describe(ids)
+    unborn = [job_id for job_id in ids if job_id not in known and ":" in job_id]
+    parents = _describe(sorted({job_id.partition(":")[0] for job_id in unborn}))
+    for job_id in unborn:
+        parent = parents.get(job_id.partition(":")[0])
+        if parent is not None:
+            known[job_id] = parent
+    return known
+
+
+def _describe(ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    if not ids:
+        return {}
+    batch = client("batch")
+    known = {}
+    for first in range(0, len(ids), MAX_DESCRIBED):
+        with explained("look at the run's jobs"):
+            reply = batch.describe_jobs(jobs=list(ids[first : first + MAX_DESCRIBED]))
+        known.update({job["jobId"]: job for job in reply["jobs"]})
+    return known
+
+
+def active_job(store: ObjectStore) -> Submission | None:
+    """The run's newest job that has not ended; None if all have."""
+    records = submissions(store)
+    known = describe(records)
+    for record in reversed(records):
+        if known.get(record.job_id, {}).get("status") in ACTIVE:
+            return record
+    return None
+
+
+def cancel(store: ObjectStore, reason: str) -> str:
+    """Ask whatever trains a run to stop: it saves first. What waits for a machine just ends.
+
+    Args:
+        store: of the run.
+        reason: shown in the job's history.
+
+    Returns:
+        What was stopped.
+
+    Raises:
+        ConfigError: nothing that could be stopped from here trains it.
+    """
+    record = None if store.local_path("") is not None else active_job(store)
+    if record is not None:
+        # Not CancelJob: that does nothing to a job that has started, and does not say so.
+        with explained(f"end the job {record.job_id}"):
+            client("batch").terminate_job(jobId=record.job_id, reason=reason)
+        return f"job {record.job_id}"
+    holding = look(store)
+    if holding is None or not holding.is_live:
+        raise ConfigError(f"{store.uri}: nothing trains this run")
+    process = holding.holder.process_here()
+    if process is None:
+        machine = holding.holder.machine.partition("/")[0]
+        raise ConfigError(
+            f"{store.uri}: is trained by process {holding.holder.pid} on {machine}, "
+            "which is not this machine",
+            mend="stop it there (Ctrl-C, docker stop): it saves",
+        )
+    os.kill(process, signal.SIGTERM)
+    return f"process {process}"
+
+
+# ---------------------------------------------------------------- output
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where the output of one attempt is."""
+
+    job_id: str
+    attempt: int
+    """Of this job, from 1."""
+    name: str
+    is_running: bool
+
+
+def streams(records: Sequence[Submission], known: Mapping[str, Mapping[str, Any]]) -> list[Stream]:
+    """The output of each attempt that wrote any, oldest first."""
+    found: list[Stream] = []
+    for record in records:
+        description = known.get(record.job_id, {})
+        names = [
+            attempt.get("container", {}).get("logStreamName")
+            for attempt in description.get("attempts", ())
+        ]
+        running = description.get("status") == "RUNNING"
+        current = description.get("container", {}).get("logStreamName")
+        if current and current not in names:
+            names.append(current)
+        found += [
+            Stream(record.job_id, number, name, running and name == current)
+            for number, name in enumerate(names, start=1)
+            if name
+        ]
+    return found
+
+
+def lines(group: str, stream: str, *, follow: Iterator[bool]) -> Iterator[str]:
+    """The lines of an attempt's output.
+
+    Args:
+        group: log group.
+        stream: log stream.
+        follow: asked when there is nothing more for now: whether more may come.
+    """
+    from botocore.exceptions import ClientError
+
+    logs = client("logs")
+    token: str | None = None
+    while True:
+        options = {"nextToken": token} if token else {}
+        with explained(f"read the output {stream}"):
+            try:
+                reply = logs.get_log_events(
+                    logGroupName=group, logStreamName=stream, startFromHead=True, **options
+                )
+            except ClientError as error:
+                if code_of(error) != "ResourceNotFoundException":
+                    raise
+                reply = {"events": [], "nextForwardToken": token}  # nothing was written yet
+        for event in reply["events"]:
+            yield event["message"]
+        # The same token again tells the end; a page may be empty without being the last.
+        ended = reply["nextForwardToken"] == token
+        token = reply["nextForwardToken"]
+        if ended and not next(follow, False):
+            return
+
+
+def run_lines(
+    store: ObjectStore, *, last: bool = False, follow: bool = False, poll_s: float = POLL_S
+) -> Iterator[str]:
+    """The output of all attempts at a run, one after the other, each under a line that says which.
+
+    Args:
+        store: of the run.
+        last: begin with the newest attempt.
+        follow: go on until the run's last job has ended.
+        poll_s: seconds between two looks.
+
+    Raises:
+        ConfigError: the run has no job, or AWS has forgotten them.
+    """
+    if store.local_path("") is not None:
+        raise ConfigError(
+            f"{store.uri}: is a run on this machine; its output was its console's",
+            mend=f"what it reported is in {store.uri}/{run.LEDGER}",
+        )
+    records = submissions(store)
+    if not records:
+        raise ConfigError(f"{store.uri}: no job was submitted for this run")
+    groups = {record.job_id: record.log_group for record in records}
+    shown: set[str] = set()
+    while True:
+        known = describe(records)
+        found = streams(records, known)
+        if last:
+            shown.update(stream.name for stream in found[:-1])
+            last = False
+        for stream in found:
+            if stream.name in shown:
+                continue
+            shown.add(stream.name)
+            yield f"---- job {stream.job_id}, attempt {stream.attempt}"
+            more = _while_running(records, stream, poll_s) if follow else iter(())
+            yield from lines(groups[stream.job_id], stream.name, follow=more)
+        is_over = all(job["status"] not in ACTIVE for job in known.values())
+        if not follow or is_over:
+            break
+        time.sleep(poll_s)
+    if not shown:
+        status = ", ".join(sorted({job["status"] for job in known.values()}))
+        raise ConfigError(
+            f"{store.uri}: its jobs have written nothing"
+            + (f" yet ({status})" if status else ", or AWS has forgotten them"),
+            mend=f"s4gan status {store.uri}",
+        )
+
+
+def _while_running(records: Sequence[Submission], stream: Stream, poll_s: float) -> Iterator[bool]:
+    """True as long as the attempt runs, and once more for what it wrote last."""
+    while any(
+        found.is_running and found.name == stream.name
+        for found in streams(records, describe(records))
+    ):
+        time.sleep(poll_s)
+        yield True
+    yield True

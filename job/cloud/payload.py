@@ -1,0 +1,85 @@
+"""The request of AWS Batch's SubmitJob, as a pure function of what is to be trained."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+VCPUS, MEMORY_MIB = 4, 14_000
+"""The stack's own defaults, for a request that no stack was asked for."""
+_MAX_NAME, _MAX_TAG = 128, 256
+_TAG = re.compile(r"[^\w .:/=+@-]")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained, and where."""
+
+    run_uri: str
+    """Of the run; of an array job, the place of all its runs."""
+    data_uri: str
+    config_uri: str
+    """Of an array job, the file that tells its children what is theirs."""
+    queue: str
+    definition: str
+    stack: str
+    runs: int = 1
+    """More than one: an array job."""
+    gpus: int = 1
+    vcpus: int = VCPUS
+    """For each GPU."""
+    memory_mib: int = MEMORY_MIB
+    """For each GPU."""
+    max_hours: float | None = None
+    """For an attempt; None leaves it to the job definition."""
+    resume_anyway: bool = False
+    revision: str = ""
+    """Of the code that submits; empty if it is not known."""
+
+
+def submit_request(job: Job) -> dict[str, Any]:
+    """Arguments of SubmitJob. Nothing secret is in them: anybody who may look at a job reads them.
+
+    What is tried again, how often, and all else that does not differ between runs is the job
+    definition's.
+
+    Source: AWS Batch API reference, SubmitJob.
+    """
+    command = ["train", "--data", job.data_uri]
+    if job.runs > 1:
+        command += ["--array", job.config_uri]
+    else:
+        command += ["--config", job.config_uri, "--run", job.run_uri]
+    if job.gpus > 1:
+        command += ["--gpus", str(job.gpus)]
+    if job.resume_anyway:
+        command.append("--resume-anyway")
+    overrides: dict[str, Any] = {"command": command}
+    if job.gpus > 1:
+        overrides["resourceRequirements"] = [
+            {"type": "GPU", "value": str(job.gpus)},
+            {"type": "VCPU", "value": str(job.vcpus * job.gpus)},
+            {"type": "MEMORY", "value": str(job.memory_mib * job.gpus)},
+        ]
+    tags = {"Project": job.stack, "Run": job.run_uri, "Revision": job.revision}
+    request: dict[str, Any] = {
+        "jobName": job_name(job.run_uri),
+        "jobQueue": job.queue,
+        "jobDefinition": job.definition,
+        "containerOverrides": overrides,
+        "propagateTags": True,
+        "tags": {key: _TAG.sub("-", value)[:_MAX_TAG] for key, value in tags.items() if value},
+    }
+    if job.runs > 1:
+        request["arrayProperties"] = {"size": job.runs}
+    if job.max_hours is not None:
+        request["timeout"] = {"attemptDurationSeconds": round(3600 * job.max_hours)}
+    return request
+
+
+def job_name(run_uri: str) -> str:
+    """A name for people: the run's path in its bucket, in the letters that Batch takes."""
+    path = run_uri.removeprefix("s3://").partition("/")[2].removeprefix("runs/")
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", path).strip("-_")
+    return f"s4gan-{name}"[:_MAX_NAME]

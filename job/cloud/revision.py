@@ -1,0 +1,44 @@
+"""Which code a job was submitted from."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import job
+
+
+@dataclass(frozen=True)
+class Revision:
+    """Of the checkout that this program runs from."""
+
+    commit: str
+    diff_sha256: str = ""
+    """Of what differs from the commit; empty if nothing does."""
+
+    def __str__(self) -> str:
+        return f"{self.commit}-dirty-{self.diff_sha256[:12]}" if self.diff_sha256 else self.commit
+
+
+def revision() -> Revision | None:
+    """None if the program is not in a git checkout, or git is not there."""
+    folder = Path(job.__file__).parent.parent
+    if not (folder / ".git").exists():
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    diff = _git(folder, "diff", "HEAD")
+    if commit is None or diff is None:
+        return None
+    dirty = hashlib.sha256(diff).hexdigest() if diff else ""
+    return Revision(commit.decode().strip(), dirty)
+
+
+def _git(folder: Path, *arguments: str) -> bytes | None:
+    try:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,322 @@
+"""Submitting a run: all that can be known to be wrong is found before it costs anything."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from job import run
+from job.checkpoint.resumable import config_of_run, refuse_other_config, refuse_same_place
+from job.cloud.aws import client, code_of, explained
+from job.cloud.jobs import Submission, active_job
+from job.cloud.payload import MEMORY_MIB, VCPUS, Job, submit_request
+from job.cloud.revision import revision
+from job.cloud.stack import outputs
+from job.cloud.sweep import Point, points_file
+from job.config import Config, check_gpus
+from job.errors import ConfigError, DataError, PreconditionFailed, StorageError
+from job.run import RunIdentity
+from job.storage import ABSENT, ObjectStore, open_store
+from job.storage.archives import is_archive
+from job.storage.packindex import INDEX
+
+DATASET = "dataset.yaml"
+_NEEDS = "resourceRequirements"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What somebody wants to be trained."""
+
+    points: Sequence[Point]
+    """A run, or several."""
+    run_uri: str
+    """Of the run, or the place of all of them."""
+    data_uri: str
+    stack: str
+    on_demand: bool = False
+    gpus: int = 1
+    max_hours: float | None = None
+    resume_anyway: bool = False
+
+
+@dataclass(frozen=True)
+class SubmittedRun:
+    """A run that has a job now."""
+
+    run_uri: str
+    job_id: str
+    wandb_url: str
+    """Empty if it cannot be known: the run is offline, or no entity is configured."""
+
+
+def dry_run(wish: Wish) -> dict[str, Any]:
+    """The request as it would be sent; without an account, so the stack's own names are left open.
+
+    Raises:
+        ConfigError: the wish contradicts itself.
+    """
+    _check_wish(wish)
+    parts = {key: f"<{key} of the stack {wish.stack}>" for key in (_queue(wish), "JobDefinition")}
+    return submit_request(_job(wish, wish.points, parts, "<time>", {}))
+
+
+def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
+    """Check, write down and submit.
+
+    Of several runs those that are finished, or have a job, are left out.
+
+    Args:
+        wish: what is to be trained.
+        say: is told of what is odd, but no obstacle.
+
+    Raises:
+        ConfigError: something is wrong that the user can mend; nothing was submitted.
+        DataError: there is no data set where `data_uri` points.
+        StorageError: AWS refused, or cannot be reached.
+    """
+    _check_wish(wish)
+    parts = outputs(wish.stack)
+    data = open_store(wish.data_uri)
+    _check_place(wish, parts)
+    definition = _definition(parts)
+    _check_queue(parts[_queue(wish)])
+    _check_image(parts, definition)
+    _check_data(data)
+    points = [point for point in wish.points if _is_free(point, data, wish, say)]
+    if not points:
+        raise ConfigError(f"{wish.run_uri}: every run of the sweep is finished, or has a job")
+
+    code = revision()
+    if code is not None and code.diff_sha256:
+        say(
+            "warning: this checkout has changes that are not committed; the job's image has its "
+            f"own code, and the record says {code}"
+        )
+    now = datetime.datetime.now(datetime.UTC)
+    name = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    identities = [_identity(open_store(point.run_uri)) for point in points]
+    for point in points:
+        open_store(point.run_uri).write(run.job_config(name), point.config.to_yaml().encode())
+    if len(points) > 1:
+        open_store(wish.run_uri).write(
+            run.job_points(name),
+            points_file(
+                [(point.run_uri, f"{point.run_uri}/{run.job_config(name)}") for point in points]
+            ),
+        )
+    request = submit_request(_job(wish, points, parts, name, definition))
+    with explained("submit the job"):
+        job_id = client("batch").submit_job(**request)["jobId"]
+    submitted = []
+    for number, (point, identity) in enumerate(zip(points, identities, strict=True)):
+        record = Submission(
+            name=name,
+            job_id=f"{job_id}:{number}" if len(points) > 1 else job_id,
+            submitted_at=now.isoformat(timespec="seconds"),
+            stack=wish.stack,
+            log_group=parts["LogGroup"],
+            revision=str(code or ""),
+            request=request,
+        )
+        try:
+            open_store(point.run_uri).write(run.job_record(name), record.to_json())
+        except StorageError as error:
+            say(
+                f"warning: the job {record.job_id} is submitted, but could not be written down "
+                f"({error.message}); s4gan status, logs and cancel will not find it"
+            )
+        url = _wandb_url(point.config, identity)
+        submitted.append(SubmittedRun(point.run_uri, record.job_id, url))
+    return submitted
+
+
+def _queue(wish: Wish) -> str:
+    return "OnDemandJobQueue" if wish.on_demand else "JobQueue"
+
+
+def _job(
+    wish: Wish,
+    points: Sequence[Point],
+    parts: Mapping[str, str],
+    name: str,
+    definition: Mapping[str, Any],
+) -> Job:
+    """As `payload` wants it.
+
+    Args:
+        wish: what is to be trained.
+        points: those of its runs that need it.
+        parts: the stack's.
+        name: of the submission.
+        definition: the job definition's container; empty if it is not known.
+    """
+    one = len(points) == 1
+    place = points[0].run_uri if one else wish.run_uri.rstrip("/")
+    needs = {need["type"]: int(need["value"]) for need in definition.get(_NEEDS, ())}
+    return Job(
+        run_uri=place,
+        data_uri=wish.data_uri.rstrip("/"),
+        config_uri=f"{place}/{run.job_config(name) if one else run.job_points(name)}",
+        queue=parts[_queue(wish)],
+        definition=parts["JobDefinition"],
+        stack=wish.stack,
+        runs=len(points),
+        gpus=wish.gpus,
+        vcpus=needs.get("VCPU", VCPUS),
+        memory_mib=needs.get("MEMORY", MEMORY_MIB),
+        max_hours=wish.max_hours,
+        resume_anyway=wish.resume_anyway,
+        revision=str(revision() or ""),
+    )
+
+
+# ---------------------------------------------------------------- what may be wrong
+
+
+def _check_wish(wish: Wish) -> None:
+    """What is seen without asking anybody."""
+    for flag, uri in (("--data", wish.data_uri), ("--run", wish.run_uri)):
+        if not uri.startswith("s3://"):
+            raise ConfigError(
+                f"{flag} {uri}: a job in the cloud reads and writes S3",
+                mend="give s3://BUCKET/..., or train here: s4gan train",
+            )
+    for point in wish.points:
+        check_gpus(point.config, wish.gpus)
+    if wish.max_hours is not None and not wish.max_hours >= 1 / 60:
+        raise ConfigError(f"--max-hours {wish.max_hours}: must be at least a minute")
+
+
+def _check_place(wish: Wish, parts: Mapping[str, str]) -> None:
+    """The job's role may write below runs/ of the stack's bucket, and nowhere else."""
+    bucket = parts["Bucket"]
+    if not wish.run_uri.startswith(f"s3://{bucket}/runs/"):
+        raise ConfigError(
+            f"--run {wish.run_uri}: jobs of the stack {wish.stack} may not write there",
+            mend=f"choose a place below s3://{bucket}/runs/",
+        )
+    inside = wish.data_uri.startswith(f"s3://{bucket}/")
+    if inside and not wish.data_uri.startswith(f"s3://{bucket}/data/"):
+        raise ConfigError(
+            f"--data {wish.data_uri}: jobs of the stack {wish.stack} may not read there",
+            mend=f"put the data below s3://{bucket}/data/",
+        )
+
+
+def _check_queue(queue: str) -> None:
+    with explained("look at the queue"):
+        found = client("batch").describe_job_queues(jobQueues=[queue])["jobQueues"]
+    if not found:
+        raise ConfigError(f"the queue {queue} is gone", mend="s4gan infra deploy")
+    state, status = found[0]["state"], found[0]["status"]
+    if state != "ENABLED" or status != "VALID":
+        why = found[0].get("statusReason", "")
+        raise ConfigError(
+            f"the queue {found[0]['jobQueueName']} takes no jobs: it is {state}, {status}"
+            + (f" ({why})" if why else ""),
+            mend="enable it in the console, or deploy the stack again: s4gan infra deploy",
+        )
+
+
+def _definition(parts: Mapping[str, str]) -> Mapping[str, Any]:
+    """What the job definition says of the container."""
+    with explained("look at the job definition"):
+        found = client("batch").describe_job_definitions(jobDefinitions=[parts["JobDefinition"]])
+    if not found["jobDefinitions"]:
+        raise ConfigError("the stack's job definition is gone", mend="s4gan infra deploy")
+    container: Mapping[str, Any] = found["jobDefinitions"][0]["containerProperties"]
+    return container
+
+
+def _check_image(parts: Mapping[str, str], definition: Mapping[str, Any]) -> None:
+    from botocore.exceptions import ClientError
+
+    image = definition["image"]
+    tag = image.rpartition(":")[2]
+    with explained("look for the image"):
+        try:
+            client("ecr").describe_images(
+                repositoryName=parts["RepositoryUri"].partition("/")[2],
+                imageIds=[{"imageTag": tag}],
+            )
+        except ClientError as error:
+            if code_of(error) not in ("ImageNotFoundException", "RepositoryNotFoundException"):
+                raise
+            raise ConfigError(
+                f"the image {image} was not pushed yet",
+                mend=f"make image, then s4gan infra push --tag {tag}",
+            ) from None
+
+
+def _check_data(data: ObjectStore) -> None:
+    """That there is one of the forms a data set has; the job itself looks at every file."""
+    if data.stat(DATASET) is not None or data.stat(INDEX) is not None:
+        return
+    keys = [info.key for info in data.list("")]
+    if not any(is_archive(key) for key in keys) and not is_archive(data.uri):
+        what = f"there are {len(keys)} objects, but no {DATASET}" if keys else "there is nothing"
+        raise DataError(
+            f"{data.uri}: {what}",
+            mend="README.md, Your own images, says what belongs there; "
+            "upload: aws s3 sync DATA URI, or s4gan data pack DATA URI",
+        )
+
+
+def _is_free(point: Point, data: ObjectStore, wish: Wish, say: Callable[[str], None]) -> bool:
+    """Whether a run is to be submitted; of several, those that are not are only told of.
+
+    Raises:
+        ConfigError: it has begun with another configuration; or it is the only one, and is
+            finished or has a job.
+    """
+    store = open_store(point.run_uri)
+    refuse_same_place(data, store)
+    refuse_other_config(config_of_run(store), point.config, store, wish.resume_anyway)
+    try:
+        if store.stat(run.SUMMARY) is not None and not wish.resume_anyway:
+            raise ConfigError(
+                f"{store.uri}: this run is finished",
+                mend=f"s4gan pull {store.uri} DIR; or choose another --run; or give it more "
+                "iterations and --resume-anyway",
+            )
+        record = active_job(store)
+        if record is not None:
+            raise ConfigError(
+                f"{store.uri}: the job {record.job_id} is training this run",
+                mend=f"follow it (s4gan logs {store.uri} --follow), or end it first "
+                f"(s4gan cancel {store.uri})",
+            )
+    except ConfigError as error:
+        if len(wish.points) == 1:
+            raise
+        say(f"left out: {error.message}")
+        return False
+    return True
+
+
+def _identity(store: ObjectStore) -> RunIdentity:
+    """Made now, so that W&B's address is known; if somebody was quicker, theirs."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    identity = RunIdentity.create(now)
+    try:
+        store.write(run.IDENTITY, identity.to_json(), expected=ABSENT)
+    except PreconditionFailed:
+        try:
+            return RunIdentity.from_json(store.read(run.IDENTITY))
+        except (ValueError, TypeError):
+            raise StorageError(
+                f"{store.uri}/{run.IDENTITY}: cannot be read",
+                mend="delete it: the run goes on, as a new run in W&B",
+            ) from None
+    return identity
+
+
+def _wandb_url(config: Config, identity: RunIdentity) -> str:
+    wandb = config.wandb
+    if wandb.entity is None or wandb.mode in ("offline", "disabled"):
+        return ""
+    return f"https://wandb.ai/{wandb.entity}/{wandb.project}/runs/{identity.wandb_id}"

@@ -1,0 +1,88 @@
+"""Options that several verbs take, and what they resolve to."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from job.config import Config, config_from_yaml, load_config, parse_assignment, preset_names
+
+DEFAULT_CONFIG = "guide"
+
+DataUri = Annotated[str, typer.Option(help="Folder or s3:// prefix (dataset.yaml, train/, val/).")]
+ConfigName = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Preset ({', '.join(preset_names())}) or YAML file.", show_default=DEFAULT_CONFIG
+    ),
+]
+LearningRate = Annotated[
+    float | None, typer.Option("--learning-rate", help="Generator. [guide: 2.5e-4]")
+]
+LearningRateD = Annotated[
+    float | None, typer.Option("--learning-rate-D", help="Discriminator. [guide: 1.0e-4]")
+]
+ThresholdSt = Annotated[
+    float | None, typer.Option(help="Score above which an image trains itself. [guide: 0.2]")
+]
+ValSplit = Annotated[
+    float | None, typer.Option(help="Share held out when there is no val/. [guide: 0.2]")
+]
+RandomMirror = Annotated[
+    bool | None, typer.Option("--random-mirror/--no-random-mirror", help="Mirror crops.")
+]
+RandomScale = Annotated[
+    bool | None, typer.Option("--random-scale/--no-random-scale", help="Scale images.")
+]
+BatchSize = Annotated[int | None, typer.Option(help="Images that pass at once. [guide: 4]")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other key; repeatable."),
+]
+ResumeAnyway = Annotated[
+    bool,
+    typer.Option(
+        "--resume-anyway",
+        help="Go on with another configuration or other images than the run began with.",
+    ),
+]
+Stack = Annotated[str | None, typer.Option("--stack", help="Its name. [$S4GAN_STACK or s4gan]")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def overrides(
+    *,
+    learning_rate: float | None,
+    learning_rate_D: float | None,
+    threshold_st: float | None,
+    val_split: float | None,
+    random_mirror: bool | None,
+    random_scale: bool | None,
+    batch_size: int | None,
+    assignments: list[str] | None,
+) -> dict[str, Any]:
+    """What the command line says of the configuration, by "section.key"; flags before `--set`."""
+    flags = {
+        "train.learning_rate": learning_rate,
+        "train.learning_rate_D": learning_rate_D,
+        "loss.threshold_st": threshold_st,
+        "data.val_split": val_split,
+        "data.random_mirror": random_mirror,
+        "data.random_scale": random_scale,
+        "train.batch_size": batch_size,
+    }
+    found = dict(parse_assignment(text) for text in assignments or [])
+    return found | {key: value for key, value in flags.items() if value is not None}
+
+
+def read_config(name_or_uri: str | None, changes: dict[str, Any]) -> Config:
+    """As `load_config`, and from s3:// too; None is the default."""
+    name_or_uri = name_or_uri or DEFAULT_CONFIG
+    if "://" not in name_or_uri:
+        return load_config(name_or_uri, changes)
+    from job.storage.files import local_copy
+
+    with local_copy(name_or_uri, name="--config", mend="give a preset or a YAML file") as path:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    return config_from_yaml(text, source=name_or_uri, overrides=changes)
