@@ -110,7 +110,7 @@ def train(
         StopRequest().on_signals() as stop,
         _leased(store, stop) as lease,
         _scratch(store, lease) as scratch,
-        _recorded(store, lease, scratch, console, config) as record,
+        _recorded(store, lease, scratch, console, config, gpus) as record,
         watch_spot(stop, record.tell),
         crew(gpus, device, record.tell) as others,
         # 3. Bring the data, look at it, split it as the run began.
@@ -289,7 +289,7 @@ def _scratch(store: ObjectStore, lease: Lease) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _recorded(
-    store: ObjectStore, lease: Lease, scratch: Path, console: Console, config: Config
+    store: ObjectStore, lease: Lease, scratch: Path, console: Console, config: Config, gpus: int
 ) -> Iterator[_Record]:
     """The ledger, told of the attempt's start and of how it ended.
 
@@ -301,9 +301,11 @@ def _recorded(
     ledger = Ledger(path, attempt=lease.attempt, shown=f"{store.uri}/{run.LEDGER}")
     record = _Record(ledger, mirror, console)
     before = lease.predecessor
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"gpus": gpus}
     if before is not None:
-        fields = {"predecessor": before.attempt, "predecessor_last_seen": before.last_seen}
+        fields |= {"predecessor": before.attempt, "predecessor_last_seen": before.last_seen}
+    if lease.holder.job:
+        fields |= {"job": lease.holder.job, "job_attempt": lease.holder.job_attempt}
     record.tell(Notice("attempt_started", "", fields))
     failure: BaseException | None = None
     try:

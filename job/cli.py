@@ -25,6 +25,7 @@ from job import options
 from job.errors import ConfigError, ExitCode, JobError
 
 if TYPE_CHECKING:
+    from job.cloud.submit import SubmittedRun
     from job.storage.progress import ConsoleProgress
 
 _TYPER_STYLE: dict[str, Any] = {
@@ -365,9 +366,15 @@ def submit(
         resume_anyway=resume_anyway,
     )
     if dry_run:
-        print(json.dumps(request_only(wish), indent=1))
+        request, costs = request_only(wish)
+        print(json.dumps(request, indent=1))
+        print("\n".join(costs), file=sys.stderr)
         return
-    submitted = submit_runs(wish, _to_stderr)
+    _print_submitted(submit_runs(wish, _to_stderr), run, as_json)
+
+
+def _print_submitted(submitted: list[SubmittedRun], place: str, as_json: bool) -> None:
+    """Jobs, and the commands to follow them."""
     if as_json:
         print(json.dumps([vars(one) for one in submitted], indent=1))
         return
@@ -375,9 +382,79 @@ def submit(
         print(f"job  {one.job_id}\nrun  {one.run_uri}")
         if one.wandb_url:
             print(f"W&B  {one.wandb_url}")
-    place = submitted[0].run_uri if len(submitted) == 1 else run
-    print(f"\ns4gan status {place}\ns4gan logs {submitted[0].run_uri} --follow")
-    print(f"s4gan cancel {place}\ns4gan pull {submitted[0].run_uri} DIR")
+    first = submitted[0].run_uri
+    place = first if len(submitted) == 1 else place
+    print(f"\ns4gan status {place}\ns4gan logs {first} --follow")
+    print(f"s4gan cancel {place}\ns4gan pull {first} DIR")
+
+
+@app.command()
+def status(
+    run: Annotated[
+        str | None,
+        typer.Argument(help="Run or a place with several; without one, all of the stack."),
+    ] = None,
+    stack: options.Stack = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Say how far a run is, or all at a place, how good, what interrupted it, what it costs."""
+    from job.cloud.machines import Prices
+    from job.cloud.show import print_run, print_runs
+    from job.cloud.status import statuses_at
+
+    prices = Prices()
+    place = run or _all_runs(stack)
+    found = statuses_at(place, prices)
+    if as_json:
+        print(json.dumps([one.to_dict() for one in found], indent=1))
+    elif len(found) == 1:
+        print_run(found[0], prices)
+    else:
+        print_runs(found, place, prices)
+
+
+@app.command()
+def cost(
+    run: Annotated[str, typer.Argument(help="Run, or a place with several.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Add up a run's GPU hours and dollars: what was of use, what was trained again, what was idle.
+
+    From an attempt's first sign of life to its last; the minutes in which its machine came up and
+    went are not in it.
+    """
+    from job.cloud.machines import Prices
+    from job.cloud.show import cost_of, print_cost
+    from job.cloud.status import statuses_at
+
+    prices = Prices()
+    found = statuses_at(run, prices)
+    if as_json:
+        print(json.dumps([cost_of(one) for one in found], indent=1))
+    else:
+        print_cost(found, prices)
+
+
+def _all_runs(stack: str | None) -> str:
+    from job.cloud.aws import stack_name
+    from job.cloud.stack import outputs
+
+    return f"s3://{outputs(stack_name(stack))['Bucket']}/runs"
+
+
+@app.command()
+def resubmit(
+    run: Annotated[str, typer.Argument(help="Run that was submitted before.")],
+    on_demand: Annotated[
+        bool | None,
+        typer.Option("--on-demand/--spot", help="Other machines than the last job asked for."),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Submit a run's last job again: same configuration, data and machines; it resumes."""
+    from job.cloud.submit import resubmit as submit_again
+
+    _print_submitted(submit_again(run, on_demand=on_demand, say=_to_stderr), run, as_json)
 
 
 @app.command()

@@ -187,6 +187,11 @@ class Lease:
         """Number of this attempt; the run's first is 1."""
         return self._content.attempt
 
+    @property
+    def holder(self) -> Holder:
+        """This process."""
+        return self._content.holder
+
     def check(self) -> None:
         """Prove that this attempt still owns the run; called before anything is published.
 

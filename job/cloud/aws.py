@@ -17,8 +17,12 @@ STACK_VARIABLE = "S4GAN_STACK"
 DEFAULT_STACK = "s4gan"
 
 
-def client(service: str) -> Any:
+def client(service: str, region: str | None = None) -> Any:
     """A boto3 client.
+
+    Args:
+        service: as boto3 calls it.
+        region: another one than the user's own.
 
     Raises:
         ConfigError: there are no credentials, or no region.
@@ -36,6 +40,7 @@ def client(service: str) -> Any:
             )
         return session.client(
             service,
+            region_name=region,
             config=Config(
                 connect_timeout=10,
                 read_timeout=60,

@@ -34,6 +34,7 @@ class Submission:
     stack: str
     log_group: str
     revision: str
+    on_demand: bool
     request: Mapping[str, Any]
 
     def to_json(self) -> bytes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 VCPUS, MEMORY_MIB = 4, 14_000
-"""The stack's own defaults, for a request that no stack was asked for."""
+"""For one GPU: the stack's own defaults, for a request that no stack was asked for."""
 _MAX_NAME, _MAX_TAG = 128, 256
 _TAG = re.compile(r"[^\w .:/=+@-]")
 
@@ -28,9 +28,7 @@ class Job:
     """More than one: an array job."""
     gpus: int = 1
     vcpus: int = VCPUS
-    """For each GPU."""
     memory_mib: int = MEMORY_MIB
-    """For each GPU."""
     max_hours: float | None = None
     """For an attempt; None leaves it to the job definition."""
     resume_anyway: bool = False
@@ -59,8 +57,8 @@ def submit_request(job: Job) -> dict[str, Any]:
     if job.gpus > 1:
         overrides["resourceRequirements"] = [
             {"type": "GPU", "value": str(job.gpus)},
-            {"type": "VCPU", "value": str(job.vcpus * job.gpus)},
-            {"type": "MEMORY", "value": str(job.memory_mib * job.gpus)},
+            {"type": "VCPU", "value": str(job.vcpus)},
+            {"type": "MEMORY", "value": str(job.memory_mib)},
         ]
     tags = {"Project": job.stack, "Run": job.run_uri, "Revision": job.revision}
     request: dict[str, Any] = {

@@ -11,12 +11,14 @@ from typing import Any
 from job import run
 from job.checkpoint.resumable import config_of_run, refuse_other_config, refuse_same_place
 from job.cloud.aws import client, code_of, explained
-from job.cloud.jobs import Submission, active_job
+from job.cloud.jobs import Submission, active_job, submissions
+from job.cloud.machines import cost_guess
 from job.cloud.payload import MEMORY_MIB, VCPUS, Job, submit_request
 from job.cloud.revision import revision
 from job.cloud.stack import outputs
 from job.cloud.sweep import Point, points_file
-from job.config import Config, check_gpus
+from job.cloud.waiting import environments, needs_of, never
+from job.config import Config, check_gpus, config_from_yaml
 from job.errors import ConfigError, DataError, PreconditionFailed, StorageError
 from job.run import RunIdentity
 from job.storage import ABSENT, ObjectStore, open_store
@@ -24,7 +26,6 @@ from job.storage.archives import is_archive
 from job.storage.packindex import INDEX
 
 DATASET = "dataset.yaml"
-_NEEDS = "resourceRequirements"
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,18 @@ class SubmittedRun:
     """Empty if it cannot be known: the run is offline, or no entity is configured."""
 
 
-def dry_run(wish: Wish) -> dict[str, Any]:
-    """The request as it would be sent; without an account, so the stack's own names are left open.
+def dry_run(wish: Wish) -> tuple[dict[str, Any], list[str]]:
+    """The request as it would be sent, and lines that say what it may cost.
+
+    Without an account, so the stack's own names are left open.
 
     Raises:
         ConfigError: the wish contradicts itself.
     """
     _check_wish(wish)
     parts = {key: f"<{key} of the stack {wish.stack}>" for key in (_queue(wish), "JobDefinition")}
-    return submit_request(_job(wish, wish.points, parts, "<time>", {}))
+    request = submit_request(_job(wish, wish.points, parts, "<time>", {}))
+    return request, cost_guess([point.config for point in wish.points], *_needs(wish, {}))
 
 
 def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
@@ -83,7 +87,7 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
     data = open_store(wish.data_uri)
     _check_place(wish, parts)
     definition = _definition(parts)
-    _check_queue(parts[_queue(wish)])
+    _check_queue(parts[_queue(wish)], _needs(wish, definition))
     _check_image(parts, definition)
     _check_data(data)
     points = [point for point in wish.points if _is_free(point, data, wish, say)]
@@ -120,6 +124,7 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
             stack=wish.stack,
             log_group=parts["LogGroup"],
             revision=str(code or ""),
+            on_demand=wish.on_demand,
             request=request,
         )
         try:
@@ -132,6 +137,43 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
         url = _wandb_url(point.config, identity)
         submitted.append(SubmittedRun(point.run_uri, record.job_id, url))
     return submitted
+
+
+def resubmit(
+    run_uri: str, *, on_demand: bool | None, say: Callable[[str], None]
+) -> list[SubmittedRun]:
+    """Submit a run as its last job was, with the configuration it has by now.
+
+    Args:
+        run_uri: of the run.
+        on_demand: whether without spot machines; None: as the last job.
+        say: is told of what is odd, but no obstacle.
+
+    Raises:
+        ConfigError: it was never submitted, or cannot be submitted now.
+    """
+    store = open_store(run_uri)
+    records = submissions(store)
+    if not records:
+        raise ConfigError(f"{run_uri}: was never submitted", mend="s4gan submit")
+    last = records[-1]
+    command = last.request["containerOverrides"]["command"]
+    needs = last.request["containerOverrides"].get("resourceRequirements", ())
+    gpus = next((int(need["value"]) for need in needs if need["type"] == "GPU"), 1)
+    timeout = last.request.get("timeout")
+    text = store.read(run.job_config(last.name)).decode(errors="replace")
+    config = config_from_yaml(text, source=f"{store.uri}/{run.job_config(last.name)}")
+    wish = Wish(
+        points=[Point(store.uri, config)],
+        run_uri=store.uri,
+        data_uri=command[command.index("--data") + 1],
+        stack=last.stack,
+        on_demand=last.on_demand if on_demand is None else on_demand,
+        gpus=gpus,
+        max_hours=timeout["attemptDurationSeconds"] / 3600 if timeout else None,
+        resume_anyway="--resume-anyway" in command,
+    )
+    return submit(wish, say)
 
 
 def _queue(wish: Wish) -> str:
@@ -156,7 +198,7 @@ def _job(
     """
     one = len(points) == 1
     place = points[0].run_uri if one else wish.run_uri.rstrip("/")
-    needs = {need["type"]: int(need["value"]) for need in definition.get(_NEEDS, ())}
+    _, vcpus, memory_mib = _needs(wish, definition)
     return Job(
         run_uri=place,
         data_uri=wish.data_uri.rstrip("/"),
@@ -166,12 +208,18 @@ def _job(
         stack=wish.stack,
         runs=len(points),
         gpus=wish.gpus,
-        vcpus=needs.get("VCPU", VCPUS),
-        memory_mib=needs.get("MEMORY", MEMORY_MIB),
+        vcpus=vcpus,
+        memory_mib=memory_mib,
         max_hours=wish.max_hours,
         resume_anyway=wish.resume_anyway,
         revision=str(revision() or ""),
     )
+
+
+def _needs(wish: Wish, definition: Mapping[str, Any]) -> tuple[int, int, int]:
+    """GPUs, vCPUs and MiB of memory of a run; the job definition's are for one GPU."""
+    _, vcpus, memory_mib = needs_of(definition)
+    return wish.gpus, (vcpus or VCPUS) * wish.gpus, (memory_mib or MEMORY_MIB) * wish.gpus
 
 
 # ---------------------------------------------------------------- what may be wrong
@@ -207,7 +255,7 @@ def _check_place(wish: Wish, parts: Mapping[str, str]) -> None:
         )
 
 
-def _check_queue(queue: str) -> None:
+def _check_queue(queue: str, needs: tuple[int, int, int]) -> None:
     with explained("look at the queue"):
         found = client("batch").describe_job_queues(jobQueues=[queue])["jobQueues"]
     if not found:
@@ -219,6 +267,12 @@ def _check_queue(queue: str) -> None:
             f"the queue {found[0]['jobQueueName']} takes no jobs: it is {state}, {status}"
             + (f" ({why})" if why else ""),
             mend="enable it in the console, or deploy the stack again: s4gan infra deploy",
+        )
+    obstacle = never(environments(queue), *needs)
+    if obstacle:
+        raise ConfigError(
+            f"the job would never begin: {obstacle}",
+            mend="change the stack (s4gan infra deploy --parameter KEY=VALUE), or ask for less",
         )
 
 

@@ -30,6 +30,7 @@ from job.drill.proof import compare_runs
 from job.drill.proxy import CutUpload, FaultProxy, LoseReply, Status
 from job.drill.seaweed import SeaweedServer
 from job.errors import ConfigError, ExitCode
+from job.monitor.attempts import attempts_of
 from job.storage import open_store
 from job.storage.pack import pack
 from job.storage.pull import pull
@@ -346,12 +347,6 @@ def goodput(events: list[dict[str, Any]], attempts: list[AttemptProcess]) -> tup
         events: the finished run's ledger, which holds the lines that were not rolled back.
         attempts: all of them, in order.
     """
-    useful_s = 0.0
-    for number in {event["attempt"] for event in events}:
-        own = [event for event in events if event["attempt"] == number]
-        started = [event["time"] for event in own if event["event"] == "training_started"]
-        counted = [event["time"] for event in own if "iteration" in event]
-        if started and counted:
-            useful_s += max(counted) - started[0]
+    useful_s = sum(attempt.useful_s for attempt in attempts_of(events))
     busy_s = sum((attempt.ended_s or time.monotonic()) - attempt.began_s for attempt in attempts)
     return useful_s, busy_s

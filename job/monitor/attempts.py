@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from job.checkpoint.interval import InterruptionHistory
@@ -35,6 +35,53 @@ class Attempt:
     """Equal for two failures that are the same but for numbers."""
     saved_at: int | None = None
     """Iteration of its newest checkpoint."""
+    resumed_at: int | None = None
+    """Iteration it went on from; None: it did not come to train."""
+    training_since: float | None = None
+    """Seconds since 1970."""
+    reached: int | None = None
+    """Last iteration in the ledger that was not rolled back."""
+    saves: dict[int, float] = field(default_factory=dict)
+    """When each of its checkpoints was durable, by iteration."""
+    counts_until: float | None = None
+    """Seconds since 1970; what was trained later was trained again. As close as ledger lines and
+    checkpoints tell."""
+    job: str = ""
+    """The scheduler's id of the job; empty outside of one."""
+    job_attempt: int = 0
+    """The scheduler's number of this try of the job."""
+    gpus: int = 1
+    """Processes that trained together."""
+    instance_type: str = ""
+    """Of EC2; empty elsewhere."""
+    life_cycle: str = ""
+    """`spot` or `on-demand`; empty outside of EC2."""
+    zone: str = ""
+    """Availability zone; empty outside of EC2."""
+
+    @property
+    def busy_s(self) -> float:
+        """From its first to its last sign of life, seconds."""
+        return self.last_seen - self.started
+
+    @property
+    def useful_s(self) -> float:
+        """Of those, spent on iterations that were not trained again."""
+        if self.training_since is None or self.counts_until is None:
+            return 0.0
+        return max(0.0, self.counts_until - self.training_since)
+
+    @property
+    def redone_s(self) -> float:
+        """Of those, spent on iterations that were trained again."""
+        if self.training_since is None or self.exit_code == ExitCode.OK:
+            return 0.0
+        return self.busy_s - self.startup_s - self.useful_s
+
+    @property
+    def startup_s(self) -> float:
+        """Of those, before the first iteration."""
+        return (self.training_since or self.last_seen) - self.started
 
     @property
     def was_interrupted(self) -> bool:
@@ -54,7 +101,14 @@ def attempts_of(events: Iterable[Mapping[str, Any]]) -> list[Attempt]:
         if number is None:
             continue
         if event["event"] == "attempt_started":
-            found[number] = Attempt(number, started=event["time"], last_seen=event["time"])
+            found[number] = Attempt(
+                number,
+                started=event["time"],
+                last_seen=event["time"],
+                job=event.get("job", ""),
+                job_attempt=event.get("job_attempt", 0),
+                gpus=event.get("gpus", 1),
+            )
             before = found.get(event.get("predecessor", 0))
             if before is not None and event.get("predecessor_last_seen"):
                 # Its lease was renewed longer than its ledger was published.
@@ -63,20 +117,36 @@ def attempts_of(events: Iterable[Mapping[str, Any]]) -> list[Attempt]:
         if attempt is None:
             continue
         attempt.last_seen = max(attempt.last_seen, event["time"])
-        if event["event"] == "checkpoint":
+        if "iteration" in event:
+            attempt.reached, attempt.counts_until = event["iteration"], event["time"]
+        if event["event"] == "training_started":
+            attempt.resumed_at = event["resumed_at"]
+            attempt.training_since = event["time"]
+        elif event["event"] == "machine":
+            attempt.instance_type = event["instance_type"]
+            attempt.life_cycle = event.get("life_cycle", "")
+            attempt.zone = event.get("zone", "")
+        elif event["event"] == "checkpoint":
             attempt.saved_at = event["saved_at"]
+            attempt.saves[event["saved_at"]] = event["time"]
         elif event["event"] == "attempt_ended":
             attempt.exit_code = event["exit_code"]
             attempt.reason = event["reason"]
             attempt.fingerprint = event.get("fingerprint", "")
-    return [found[number] for number in sorted(found)]
+    ordered = [found[number] for number in sorted(found)]
+    for number, attempt in enumerate(ordered):
+        going_on = (after.resumed_at for after in ordered[number + 1 :])
+        resumed_at = next((it for it in going_on if it is not None), attempt.saved_at)
+        saved = attempt.saves.get(resumed_at) if resumed_at is not None else None
+        attempt.counts_until = max(filter(None, (attempt.counts_until, saved)), default=None)
+    return ordered
 
 
 def interruption_history(events: Iterable[Mapping[str, Any]], current: int) -> InterruptionHistory:
     """How long the attempts before the current one lasted, and how many were interrupted."""
     before = [attempt for attempt in attempts_of(events) if attempt.number < current]
     return InterruptionHistory(
-        trained_s=sum(attempt.last_seen - attempt.started for attempt in before),
+        trained_s=sum(attempt.busy_s for attempt in before),
         interruptions=sum(attempt.was_interrupted for attempt in before),
     )
 
@@ -109,7 +179,7 @@ def crash_loop(events: Iterable[Mapping[str, Any]]) -> str | None:
     if not alike:
         return None
     lines = [
-        f"attempt {attempt.number}: after {attempt.last_seen - attempt.started:.0f} s, "
+        f"attempt {attempt.number}: after {attempt.busy_s:.0f} s, "
         f"exit code {attempt.exit_code}: {attempt.reason}"
         for attempt in last
     ]

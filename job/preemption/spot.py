@@ -36,6 +36,12 @@ IN_THE_CLOUD = ("AWS_BATCH_JOB_ID", "ECS_CONTAINER_METADATA_URI_V4")
 DEFAULT_ENDPOINT = "http://169.254.169.254"
 ACTION_PATH = "/latest/meta-data/spot/instance-action"
 REBALANCE_PATH = "/latest/meta-data/events/recommendations/rebalance"
+MACHINE_PATHS = {
+    "instance_type": "/latest/meta-data/instance-type",
+    "life_cycle": "/latest/meta-data/instance-life-cycle",
+    "zone": "/latest/meta-data/placement/availability-zone",
+}
+"""What an instance says of itself: `g5.xlarge`, `spot` or `on-demand`, `us-east-1a`."""
 _UNUSABLE = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 """No answer, or none that the documented service would give."""
 # Never through a proxy: the service answers on the instance itself only.
@@ -87,7 +93,7 @@ def watch_spot(stop: StopRequest, tell: Callable[[Notice], None]) -> Iterator[No
     """Within this block a thread turns a spot notice into a stop with a deadline.
 
     A rebalance recommendation (the instance may be next) asks for a checkpoint, once, and training
-    goes on.
+    goes on. The first answer also tells which machine this is.
 
     Args:
         stop: is asked to stop.
@@ -151,6 +157,13 @@ class _Watch:
                 )
             )
 
+    def _tell_machine(self) -> None:
+        """For the ledger: what the attempt runs on, from which its cost is made later."""
+        fields = {name: self._service.get(path) for name, path in MACHINE_PATHS.items()}
+        if fields["instance_type"] is not None:
+            known = {name: text.decode() for name, text in fields.items() if text is not None}
+            self._tell(Notice("machine", "", known))
+
     def _look(self) -> bool:
         """One poll; whether the notice has come."""
         text = self._service.get(ACTION_PATH)
@@ -172,7 +185,9 @@ class _Watch:
                 log.exception("the spot notice could not be told")
             self._stop.request("a spot notice", within_s=left_s)
             return True
-        self._answered = True
+        if not self._answered:
+            self._answered = True
+            self._tell_machine()
         if not self._rebalance_seen and self._service.get(REBALANCE_PATH) is not None:
             self._rebalance_seen = True
             self._tell(

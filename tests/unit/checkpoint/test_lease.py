@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from job import run
 from job.checkpoint import lease as lease_module
-from job.checkpoint.lease import Holder, acquire
+from job.checkpoint.lease import Holder, acquire, look
 from job.drill.proxy import FaultProxy, Hold, LoseReply
 from job.errors import ConfigError, Fenced, Preempted, RunDeleted, StorageError
 from job.storage import ObjectStore
@@ -454,3 +455,38 @@ def test_a_lease_released_while_it_is_waited_for_is_taken(store, monkeypatch):
     timer.join()
     assert lease.predecessor.released
     lease.release()
+
+
+# ---------------------------------------------------------------- looking without taking
+
+
+def test_a_run_that_nobody_ever_had(store):
+    assert look(store) is None
+
+
+def test_who_looks_sees_a_living_holder_and_takes_nothing(store):
+    lease = take(store)
+    seen = look(store)
+    assert (seen.attempt, seen.is_live) == (1, True)
+    assert seen.holder.process_here() == os.getpid()
+    lease.check()
+    lease.release()
+    assert not look(store).is_live
+
+
+def test_who_looks_sees_that_the_holder_is_dead(store):
+    take(store).release()
+    rewrite(store, released=False, holder={"pid": 2**22 + 1})
+    seen = look(store)
+    assert not seen.is_live
+    assert seen.holder.process_here() is None
+
+
+def test_who_looks_sees_a_holder_elsewhere_until_it_falls_silent(store, monkeypatch):
+    take(store).release()
+    rewrite(store, released=False, holder={"machine": "elsewhere/boot/pid"})
+    seen = look(store)
+    assert seen.is_live
+    assert seen.holder.process_here() is None
+    monkeypatch.setattr(lease_module, "LEASE_TIME_S", 0.0)
+    assert not look(store).is_live

@@ -12,7 +12,7 @@ from botocore.stub import Stubber
 from moto import mock_aws
 from moto.cloudformation.models import CloudFormationBackend
 
-from job.cloud import aws
+from job.cloud import aws, stack
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def moto(account: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def execute_and_see(self: Any, **options: Any) -> None:
         """moto does not look up what a stack made by a change set has as outputs."""
         execute(self, **options)
-        for stack in self.stacks.values():
-            stack._parse_template()
-            stack.output_map = stack._create_output_map()
+        for made in self.stacks.values():
+            made._parse_template()
+            made.output_map = made._create_output_map()
 
     monkeypatch.setattr(CloudFormationBackend, "execute_change_set", execute_and_see)
     with mock_aws(config={"batch": {"use_docker": False}}):
@@ -51,10 +51,36 @@ def moto(account: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def parts(moto: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The outputs of a stack that is deployed, with an image in its repository."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stack, "validate", lambda path: [])  # test_rules.py does
+        made = stack.deploy(
+            "s4gan", stack.TEMPLATE, for_moto(), say=print, agreed=lambda _: True, poll_s=0
+        )
+    assert made is not None
+    boto3.client("ecr").put_image(
+        repositoryName=made["RepositoryUri"].partition("/")[2],
+        imageManifest='{"schemaVersion": 2}',
+        imageManifestMediaType="application/vnd.oci.image.manifest.v1+json",
+        imageTag="latest",
+    )
+    return made
+
+
+def for_moto() -> dict[str, str]:
+    """It wants Batch's service role to exist, and takes the default of a list for one word."""
+    reply = boto3.client("iam").create_role(RoleName="batch", AssumeRolePolicyDocument="{}")
+    types = "g4dn.xlarge,g5.xlarge,g5.2xlarge"
+    return {"BatchServiceRoleArn": str(reply["Role"]["Arn"]), "InstanceTypes": types}
+
+
+@pytest.fixture
 def stub(account: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Stubber]]:
     """A function that gives the stub of a service; each request and reply fits AWS's own model.
 
-    All replies that were prepared have to be asked for.
+    All replies that were prepared have to be asked for. Services whose stub no test asks for are
+    moto's, if the test has that too.
     """
     stubs: dict[str, Stubber] = {}
 
@@ -64,11 +90,11 @@ def stub(account: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
             stubs[service].activate()
         return stubs[service]
 
-    def client(service: str) -> Any:
-        return of(service).client
+    def client(service: str, region: str | None = None) -> Any:
+        return stubs[service].client if service in stubs else boto3.client(service)
 
     monkeypatch.setattr(aws, "client", client)
-    for module in ("stack", "image"):
+    for module in ("stack", "image", "submit", "jobs", "waiting", "machines"):
         monkeypatch.setattr(f"job.cloud.{module}.client", client)
     yield of
     for stubber in stubs.values():

@@ -20,6 +20,7 @@ from job.cloud.aws import stack_name
 from job.cloud.image import push
 from job.cloud.stack import TEMPLATE, Change, deploy, destroy, outputs, parameters_from, validate
 from job.errors import AccessDenied, ConfigError, JobError, StorageError
+from tests.unit.cloud.conftest import for_moto
 
 # moto makes no bucket policies, topic policies and budgets, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse:UserWarning")
@@ -67,13 +68,6 @@ def in_a_given_vpc() -> dict[str, str]:
     subnets = ec2.describe_subnets(Filters=[{"Name": "vpc-id", "Values": [vpc]}])["Subnets"]
     ids = ",".join(subnet["SubnetId"] for subnet in subnets[:3])
     return {**for_moto(), "VpcId": vpc, "SubnetIds": ids}
-
-
-def for_moto() -> dict[str, str]:
-    """It wants Batch's service role to exist, and takes the default of a list for one word."""
-    reply = boto3.client("iam").create_role(RoleName="batch", AssumeRolePolicyDocument="{}")
-    types = "g4dn.xlarge,g5.xlarge,g5.2xlarge"
-    return {"BatchServiceRoleArn": str(reply["Role"]["Arn"]), "InstanceTypes": types}
 
 
 # ---------------------------------------------------------------- moto

@@ -203,3 +203,93 @@ def test_only_the_last_ones_count():
 
 def test_a_configuration_error_has_a_fingerprint_too():
     assert fingerprint(ConfigError("x 1")) == "ConfigError: x #"
+
+
+# ---------------------------------------------------------------- what the time went to
+
+
+def trained(number: int, *, start: float, resumed_at: int, until: int, seconds: float) -> Events:
+    """An attempt that needs 10 s to begin, and then a second for an iteration; it is killed."""
+    head = {"attempt": number}
+    begun = start + 10
+    return [
+        {"event": "attempt_started", **head, "time": start},
+        {"event": "training_started", **head, "time": begun, "resumed_at": resumed_at},
+        *(
+            {"event": "train", "iteration": it, **head, "time": begun + it - resumed_at}
+            for it in range(resumed_at + 10, until + 1, 10)
+        ),
+        {"event": "note", **head, "time": start + seconds},
+    ]
+
+
+def saved(number: int, *, time: float, at: int) -> Events:
+    return [{"event": "checkpoint", "attempt": number, "time": time, "saved_at": at}]
+
+
+def split(found: Any) -> tuple[float, float, float]:
+    return found.startup_s, found.useful_s, found.redone_s
+
+
+def test_time_is_split_into_start_use_and_what_was_trained_again():
+    """The ledger holds no lines of what was rolled back."""
+    events = row(
+        trained(1, start=0.0, resumed_at=0, until=50, seconds=100.0),
+        trained(2, start=200.0, resumed_at=50, until=90, seconds=60.0),
+    )
+    first, second = attempts_of(events)
+    assert split(first) == (10.0, 50.0, 40.0)
+    assert split(second) == (10.0, 40.0, 10.0)
+
+
+def test_a_checkpoint_between_two_lines_counts():
+    events = row(
+        trained(1, start=0.0, resumed_at=0, until=50, seconds=100.0),
+        saved(1, time=65.0, at=54),
+        saved(1, time=90.0, at=79),  # it did not verify
+        trained(2, start=200.0, resumed_at=54, until=74, seconds=40.0),
+        saved(2, time=235.0, at=79),
+    )
+    first, second = attempts_of(events)
+    assert split(first) == (10.0, 55.0, 35.0)
+    assert split(second) == (10.0, 25.0, 5.0)
+
+
+def test_an_attempt_that_did_not_come_to_train_was_of_no_use():
+    (found,) = attempts_of(
+        [
+            {"event": "attempt_started", "attempt": 1, "time": 0.0},
+            {"event": "note", "attempt": 1, "time": 30.0},
+        ]
+    )
+    assert split(found) == (30.0, 0.0, 0.0)
+
+
+def test_what_a_finished_attempt_does_at_its_end_is_nothing_trained_again():
+    events = trained(1, start=0.0, resumed_at=0, until=50, seconds=100.0)
+    ending = {"event": "attempt_ended", "attempt": 1, "time": 100.0, "exit_code": 0, "reason": ""}
+    (found,) = attempts_of([*events, ending])
+    assert split(found) == (10.0, 50.0, 0.0)
+
+
+def test_where_an_attempt_ran_and_for_which_job():
+    events = row(
+        attempt(1, job="abc", job_attempt=2, gpus=4),
+        [
+            {
+                "event": "machine",
+                "attempt": 1,
+                "time": 1.0,
+                "instance_type": "g5.12xlarge",
+                "life_cycle": "spot",
+                "zone": "us-east-1a",
+            }
+        ],
+    )
+    (found,) = attempts_of(events)
+    assert (found.job, found.job_attempt, found.gpus) == ("abc", 2, 4)
+    assert (found.instance_type, found.life_cycle, found.zone) == (
+        "g5.12xlarge",
+        "spot",
+        "us-east-1a",
+    )

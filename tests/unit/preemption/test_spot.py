@@ -27,9 +27,17 @@ def stop() -> StopRequest:
     return StopRequest()
 
 
+class Told(list[Notice]):
+    """What was told, but for the machine's description, which comes first wherever one answers."""
+
+    def append(self, notice: Notice) -> None:
+        if notice.kind != "machine":
+            super().append(notice)
+
+
 @pytest.fixture
 def told() -> list[Notice]:
-    return []
+    return Told()
 
 
 def point_at(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
@@ -311,3 +319,19 @@ def test_whoever_answers_nonsense_is_no_instance(nonsense, stop, told, capfd):
     assert len(nonsense) >= spot.TRIES_WITHOUT_ANSWER
     assert (told, stop.requested) == ([], False)
     assert capfd.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------- what machine this is
+
+
+def test_the_machine_is_told_once(on_ec2, stop):
+    told: list[Notice] = []
+    with watch_spot(stop, told.append):
+        wait_until(polls(on_ec2, 3))
+    (notice,) = told
+    assert (notice.kind, notice.message) == ("machine", "")
+    assert notice.fields == {
+        "instance_type": "g5.xlarge",
+        "life_cycle": "spot",
+        "zone": "us-east-1a",
+    }

@@ -1,0 +1,227 @@
+"""The machines a job may run on: what fits on them, what they cost, how long a run may take."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from job.cloud.aws import client, explained
+from job.config import Config
+from job.errors import JobError
+
+AWS_SAVES_AT_MOST = 0.9
+"""Of the on-demand price. Source: AWS's page "Amazon EC2 Spot Instances Pricing"."""
+_USABLE_MEMORY = 0.93
+"""Of a machine's; the rest is its system's and the agent's."""
+_FLOP_PER_PIXEL = {
+    "tiny": 0.051e6,
+    "resnet18": 1.18e6,
+    "resnet34": 2.19e6,
+    "resnet50": 2.53e6,
+    "resnet101": 4.38e6,
+}
+"""Of one pass of the generator forward and back, counted by torch's FlopCounterMode at 321 x 321
+and 21 classes."""
+_DISCRIMINATOR = 1.06
+"""What the discriminator adds, by the same count."""
+_UTILISATION = (0.2, 0.5)
+"""Of a GPU's peak in single precision: dilated convolutions at a quarter of the stride reach no
+more. A guess, which the run's own speed replaces as soon as there is one."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """An EC2 instance type."""
+
+    name: str
+    gpu: str
+    gpus: int
+    vcpus: int
+    memory_gib: int
+    usd: float
+    """An hour, on demand, Linux, in the table's region."""
+    tflops: float
+    """Of one GPU, at most."""
+
+    def holds(self, gpus: int, vcpus: int, memory_mib: int) -> bool:
+        """Whether a job with these needs fits."""
+        memory = self.memory_gib * 1024 * _USABLE_MEMORY
+        return self.gpus >= gpus and self.vcpus >= vcpus and memory >= memory_mib
+
+
+@functools.cache
+def machines() -> dict[str, Machine]:
+    """The types of the package's table, by name."""
+    raw = _table()
+    return {
+        name: Machine(name=name, tflops=raw["tflops"][facts["gpu"]], **facts)
+        for name, facts in raw["types"].items()
+    }
+
+
+def prices_of() -> str:
+    """When and where the table's prices were seen."""
+    return f"{_table()['region']}, {_table()['as_of']}"
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    text = resources.files("job.cloud").joinpath("machines.yaml").read_text(encoding="utf-8")
+    raw: dict[str, Any] = yaml.safe_load(text)
+    return raw
+
+
+# ---------------------------------------------------------------- before a run
+
+
+def hours_guessed(config: Config, machine: Machine, gpus: int) -> tuple[float, float]:
+    """How many hours all iterations of a run may take, from and to."""
+    height, width = config.data.crop_size
+    streams = 1 if config.train.supervised_only else 2
+    images = streams * config.train.batch_size * config.train.accumulate
+    flop = images * height * width * _FLOP_PER_PIXEL[config.model.backbone] * _DISCRIMINATOR
+    at_peak_s = config.train.iterations * flop / (gpus * machine.tflops * 1e12)
+    slow, fast = _UTILISATION
+    return at_peak_s / fast / 3600, at_peak_s / slow / 3600
+
+
+def cost_guess(configs: Sequence[Config], gpus: int, vcpus: int, memory_mib: int) -> list[str]:
+    """Lines of a table: what the runs may cost on the cheapest machine of each kind that fits.
+
+    Args:
+        configs: of the runs.
+        gpus: of each.
+        vcpus: for each run.
+        memory_mib: for each run.
+    """
+    cheapest: dict[str, Machine] = {}
+    for machine in sorted(machines().values(), key=lambda machine: machine.usd):
+        if machine.holds(gpus, vcpus, memory_mib):
+            cheapest.setdefault(machine.gpu, machine)
+    what = "the run" if len(configs) == 1 else f"all {len(configs)} runs"
+    lines = [
+        f"What {what} may cost (prices of {prices_of()}; the time is a guess from the arithmetic):",
+        f"  {'machine':<14} {'GPU':<5} {'$/h':>6} {'hours':>13} {'on demand, $':>15} "
+        f"{'spot, $ at best':>15}",
+    ]
+    for machine in cheapest.values():
+        spans = [hours_guessed(config, machine, gpus) for config in configs]
+        low, high = sum(span[0] for span in spans), sum(span[1] for span in spans)
+        best = low * machine.usd * (1 - AWS_SAVES_AT_MOST)
+        lines.append(
+            f"  {machine.name:<14} {machine.gpu:<5} {machine.usd:>6.2f} "
+            f"{_span(low, high):>13} {_span(low * machine.usd, high * machine.usd):>15} "
+            f"{_number(best):>15}"
+        )
+    return lines
+
+
+def _span(low: float, high: float) -> str:
+    return f"{_number(low)} to {_number(high)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+
+
+# ---------------------------------------------------------------- during and after it
+
+
+class Prices:
+    """What machines cost, asked of AWS where it answers, else from the table."""
+
+    def __init__(self) -> None:
+        self.notes: dict[str, None] = {}
+        """What was taken instead of an answer, each once."""
+        self._on_demand: dict[tuple[str, str], float | None] = {}
+
+    def on_demand(self, machine: str, zone: str) -> float | None:
+        """US dollars an hour; None if nobody knows."""
+        key = (machine, _region(zone))
+        if key not in self._on_demand:
+            self._on_demand[key] = self._ask_on_demand(*key)
+        return self._on_demand[key]
+
+    def spot(self, machine: str, zone: str, since: float, until: float) -> float | None:
+        """US dollars an hour, the mean over a time; None if AWS does not tell.
+
+        Args:
+            machine: its type.
+            zone: availability zone.
+            since: seconds since 1970.
+            until: likewise.
+        """
+        try:
+            ec2 = client("ec2", _region(zone))
+            with explained("look up spot prices"):
+                reply = ec2.describe_spot_price_history(
+                    InstanceTypes=[machine],
+                    AvailabilityZone=zone,
+                    ProductDescriptions=["Linux/UNIX"],
+                    StartTime=datetime.datetime.fromtimestamp(since, datetime.UTC),
+                    EndTime=datetime.datetime.fromtimestamp(until, datetime.UTC),
+                )
+        except JobError as error:
+            self.notes[f"spot prices are not known ({error.message})"] = None
+            return None
+        changes = sorted(
+            (item["Timestamp"].timestamp(), float(item["SpotPrice"]))
+            for item in reply["SpotPriceHistory"]
+        )
+        if not changes:
+            self.notes["AWS keeps spot prices for 90 days; some are gone"] = None
+            return None
+        return _mean(changes, since, until)
+
+    def _ask_on_demand(self, machine: str, region: str) -> float | None:
+        wanted = {
+            "instanceType": machine,
+            "regionCode": region,
+            "operatingSystem": "Linux",
+            "tenancy": "Shared",
+            "preInstalledSw": "NA",
+            "capacitystatus": "Used",
+        }
+        try:
+            pricing = client("pricing", "us-east-1")  # it answers in few regions, for all
+            with explained("look up prices"):
+                reply = pricing.get_products(
+                    ServiceCode="AmazonEC2",
+                    Filters=[
+                        {"Type": "TERM_MATCH", "Field": field, "Value": value}
+                        for field, value in wanted.items()
+                    ],
+                )
+            terms = json.loads(reply["PriceList"][0])["terms"]["OnDemand"]
+            (dimension,) = next(iter(terms.values()))["priceDimensions"].values()
+            return float(dimension["pricePerUnit"]["USD"])
+        except (JobError, LookupError, ValueError, TypeError, AttributeError, StopIteration):
+            known = machines().get(machine)
+            if known is None:
+                self.notes[f"what a {machine} costs is not known"] = None
+                return None
+            self.notes[f"on-demand prices are those of {prices_of()}"] = None
+            return known.usd
+
+
+def _region(zone: str) -> str:
+    """`us-east-1` of `us-east-1a`."""
+    return zone.rstrip("abcdefghijklmnopqrstuvwxyz") if zone else ""
+
+
+def _mean(changes: Sequence[tuple[float, float]], since: float, until: float) -> float:
+    """Of a price over a time, from when it changed to what."""
+    total = 0.0
+    for number, (start, price) in enumerate(changes):
+        end = changes[number + 1][0] if number + 1 < len(changes) else until
+        # The first one was in force already when the time began.
+        begin = since if number == 0 else max(since, start)
+        total += price * max(0.0, min(end, until) - begin)
+    return total / (until - since) if until > since else changes[-1][1]

@@ -1,0 +1,282 @@
+"""How a run is: from its own ledger and lease, and from what Batch knows of its jobs."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job import run
+from job.checkpoint.lease import look
+from job.cloud.jobs import describe, runs_at, submissions
+from job.cloud.machines import Prices
+from job.cloud.waiting import why_waiting
+from job.config import Config, config_from_yaml
+from job.errors import ExitCode, JobError, ObjectNotFound
+from job.monitor.attempts import Attempt, attempts_of
+from job.monitor.ledger import read_ledger
+from job.storage import ObjectStore
+
+TOGETHER = 8
+"""Runs that are looked at at the same time."""
+_STOPPED = (ExitCode.PREEMPTED, ExitCode.KILLED_BY_USER)
+
+
+@dataclass(frozen=True)
+class AttemptStatus:
+    """One attempt: what it did, where, and what that cost."""
+
+    number: int
+    started: float
+    """Seconds since 1970."""
+    seconds: float
+    useful_s: float
+    """On iterations that count."""
+    redone_s: float
+    """On iterations that were trained again."""
+    idle_s: float
+    """The rest: data, loading, the last upload."""
+    gpus: int
+    instance_type: str
+    life_cycle: str
+    usd: float | None
+    """None if nobody knows what the machine costs."""
+    on_demand_usd: float | None
+    """What the same time would have cost on demand."""
+    ended: str
+    """Why; empty while it goes on."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run, at one moment."""
+
+    run: str
+    state: str
+    """submitted, waiting, starting, training, finished, stopped, interrupted, failed."""
+    detail: str
+    """Why it waits or has ended; may be empty."""
+    job_id: str
+    """Of its newest job; empty if it has none."""
+    iteration: int
+    iterations: int | None
+    """None if the configuration cannot be read."""
+    val_miou: float | None
+    """Best so far."""
+    images_per_s: float | None
+    seconds_left: float | None
+    """Of training, at the newest attempt's speed; None unless it is training."""
+    attempts: tuple[AttemptStatus, ...]
+
+    @property
+    def usd(self) -> float | None:
+        """Of all attempts; None if one's is not known."""
+        return _sum([attempt.usd for attempt in self.attempts])
+
+    @property
+    def on_demand_usd(self) -> float | None:
+        """The same time on demand."""
+        return _sum([attempt.on_demand_usd for attempt in self.attempts])
+
+    @property
+    def goodput(self) -> float | None:
+        """Share of all attempts' time spent on iterations that count; None before there is any."""
+        busy = sum(attempt.seconds for attempt in self.attempts)
+        useful = sum(attempt.useful_s for attempt in self.attempts)
+        return useful / busy if busy else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        sums = {key: getattr(self, key) for key in ("usd", "on_demand_usd", "goodput")}
+        return {**vars(self), **sums, "attempts": [vars(attempt) for attempt in self.attempts]}
+
+
+def statuses_at(uri: str, prices: Prices) -> list[RunStatus]:
+    """Of the run at a place, or of all below it.
+
+    Raises:
+        ConfigError: there is none.
+        StorageError: the storage failed, or AWS did not answer.
+    """
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        return list(pool.map(lambda store: status_of(store, prices), runs_at(uri)))
+
+
+def status_of(store: ObjectStore, prices: Prices) -> RunStatus:
+    """How a run is.
+
+    Args:
+        store: of the run.
+        prices: what machines cost.
+
+    Raises:
+        StorageError: the storage failed, or AWS did not answer.
+    """
+    events = _ledger(store)
+    config = _config(store)
+    jobs = [] if store.local_path("") is not None else submissions(store)
+    known = describe(jobs)
+    tries = attempts_of(events)
+    holding = look(store)
+    live = holding is not None and holding.is_live
+    newest = known.get(jobs[-1].job_id) if jobs else None
+    state, detail = _state(store, newest, tries, live)
+    current = holding.attempt if holding is not None and live else None
+    trained = [event for event in events if event["event"] == "train"]
+    evaluations = [event["val_miou"] for event in events if event["event"] == "eval"]
+    iteration = max((event.get("iteration", 0) for event in events), default=0)
+    iteration = max([iteration, *(attempt.saved_at or 0 for attempt in tries)])
+    return RunStatus(
+        run=store.uri,
+        state=state,
+        detail=detail,
+        job_id=jobs[-1].job_id if jobs else "",
+        iteration=iteration,
+        iterations=config.train.iterations if config is not None else None,
+        val_miou=max(evaluations, default=None),
+        images_per_s=trained[-1]["images_per_s"] if trained else None,
+        seconds_left=_seconds_left(tries, config) if state == "training" else None,
+        attempts=tuple(
+            _attempt(one, known, prices, is_live=one.number == current) for one in tries
+        ),
+    )
+
+
+# ---------------------------------------------------------------- what the parts say
+
+
+def _state(
+    store: ObjectStore, job: Mapping[str, Any] | None, tries: Sequence[Attempt], live: bool
+) -> tuple[str, str]:
+    """State and detail of a run."""
+    batch = job["status"] if job is not None else ""
+    last = tries[-1] if tries else None
+    if job is not None and batch in ("SUBMITTED", "PENDING", "RUNNABLE"):
+        return "waiting", why_waiting(job)
+    if batch == "STARTING":
+        return "starting", "the machine is there; the image is being fetched"
+    if live:
+        return "training", ""
+    if batch == "RUNNING":
+        return "starting", "the container runs, and has not begun with the run yet"
+    if job is not None and batch == "FAILED" and all(one.job != job["jobId"] for one in tries):
+        return "failed", _job_end(job)  # it never came to the run
+    if last is None:
+        return "submitted", "but AWS no longer knows its job" if job is None else ""
+    if store.stat(run.SUMMARY) is not None and last.exit_code == ExitCode.OK:
+        return "finished", ""
+    if last.exit_code is None:
+        return "interrupted", _job_end(job) or "its process was killed"
+    if last.exit_code in _STOPPED:
+        said = _job_end(job) if batch == "FAILED" else ""
+        return "stopped", f"{last.reason} ({said})" if said else last.reason
+    return "failed", last.reason
+
+
+def _job_end(job: Mapping[str, Any] | None) -> str:
+    """What Batch says of a job that is over."""
+    if job is None:
+        return ""
+    container = job.get("container", {})
+    said = [job.get("statusReason", ""), container.get("reason", "")]
+    return "; ".join(dict.fromkeys(text for text in said if text))
+
+
+def _attempt(
+    attempt: Attempt, known: Mapping[str, Mapping[str, Any]], prices: Prices, *, is_live: bool
+) -> AttemptStatus:
+    seconds = time.time() - attempt.started if is_live else attempt.busy_s
+    usd, on_demand_usd = _cost(attempt, seconds, prices)
+    useful_s, redone_s = attempt.useful_s, 0.0 if is_live else attempt.redone_s
+    return AttemptStatus(
+        number=attempt.number,
+        started=attempt.started,
+        seconds=seconds,
+        useful_s=useful_s,
+        redone_s=redone_s,
+        idle_s=max(0.0, seconds - useful_s - redone_s),
+        gpus=attempt.gpus,
+        instance_type=attempt.instance_type,
+        life_cycle=attempt.life_cycle,
+        usd=usd,
+        on_demand_usd=on_demand_usd,
+        ended="" if is_live else _why_ended(attempt, known),
+    )
+
+
+def _why_ended(attempt: Attempt, known: Mapping[str, Mapping[str, Any]]) -> str:
+    """By its own words; of one that had no time for any, by Batch's."""
+    if attempt.exit_code is not None:
+        return attempt.reason.partition(". ")[0].rstrip(".")
+    tries = known.get(attempt.job, {}).get("attempts", ())
+    if attempt.job_attempt and len(tries) >= attempt.job_attempt:
+        one = tries[attempt.job_attempt - 1]
+        said = one.get("statusReason", "")
+        if said.startswith("Host EC2"):
+            return "its spot machine was taken back before it could save"
+        if "timeout" in said:
+            return "it took longer than it may (--max-hours, or the stack's MaxAttemptSeconds)"
+        return said or one.get("container", {}).get("reason", "") or "killed"
+    return "killed"
+
+
+def _cost(attempt: Attempt, seconds: float, prices: Prices) -> tuple[float | None, float | None]:
+    """US dollars of an attempt, and what it would have cost on demand."""
+    if not attempt.instance_type:
+        return None, None
+    hours = seconds / 3600
+    listed = prices.on_demand(attempt.instance_type, attempt.zone)
+    on_demand = listed * hours if listed is not None else None
+    if attempt.life_cycle != "spot":
+        return on_demand, on_demand
+    until = attempt.started + seconds
+    spot = prices.spot(attempt.instance_type, attempt.zone, attempt.started, until)
+    return (spot * hours if spot is not None else None), on_demand
+
+
+def _seconds_left(tries: Sequence[Attempt], config: Config | None) -> float | None:
+    if not tries or config is None:
+        return None
+    last = tries[-1]
+    if last.reached is None or last.resumed_at is None or last.reached <= last.resumed_at:
+        return None
+    pace_s = last.useful_s / (last.reached - last.resumed_at)
+    return max(0, config.train.iterations - last.reached) * pace_s
+
+
+def _ledger(store: ObjectStore) -> list[dict[str, Any]]:
+    local = store.local_path(run.LEDGER)
+    if local is not None:
+        return read_ledger(local)
+    with tempfile.TemporaryDirectory(prefix="s4gan-") as folder:
+        path = Path(folder) / run.LEDGER
+        with contextlib.suppress(ObjectNotFound):
+            path.write_bytes(store.read(run.LEDGER))
+        return read_ledger(path, f"{store.uri}/{run.LEDGER}")
+
+
+def _config(store: ObjectStore) -> Config | None:
+    """What the run is trained with, or will be; None if that cannot be read."""
+    keys = [run.CONFIG]
+    if store.local_path("") is None:
+        keys += sorted(
+            (info.key for info in store.list(run.JOBS) if info.key.endswith(f"/{run.CONFIG}")),
+            reverse=True,
+        )
+    for key in keys:
+        with contextlib.suppress(ObjectNotFound):
+            text = store.read(key).decode(errors="replace")
+            with contextlib.suppress(JobError):
+                return config_from_yaml(text, source=key)
+            return None
+    return None
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if values and len(known) == len(values) else None

@@ -1,0 +1,439 @@
+"""Submitting: everything that can be wrong is said before anything is sent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+from botocore.stub import Stubber
+
+from job import run
+from job.cloud import submit as submit_module
+from job.cloud.jobs import submissions
+from job.cloud.revision import Revision
+from job.cloud.submit import Wish, dry_run, resubmit, submit
+from job.cloud.sweep import sweep_points
+from job.config import Config, WandbConfig, config_from_yaml, load_config
+from job.errors import AccessDenied, ConfigError, DataError, JobError, StorageError
+from job.run import RunIdentity
+from job.storage import open_store
+
+# moto makes no bucket policies, topic policies and budgets, and says so.
+pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse:UserWarning")
+
+CONFIG = load_config("demo")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+Stub = Callable[[str], Stubber]
+
+
+@pytest.fixture(autouse=True)
+def code(monkeypatch: pytest.MonkeyPatch) -> list[Revision | None]:
+    """The revision that the program takes itself for; may be replaced."""
+    found: list[Revision | None] = [Revision(COMMIT)]
+    monkeypatch.setattr(submit_module, "revision", lambda: found[0])
+    return found
+
+
+@pytest.fixture
+def data(parts: dict[str, str]) -> str:
+    """A data set as far as `submit` looks at it."""
+    uri = f"s3://{parts['Bucket']}/data/cats"
+    open_store(uri).write("dataset.yaml", b"classes: [a, b]")
+    return uri
+
+
+def wish(parts: dict[str, str], data: str, config: Config = CONFIG, **more: Any) -> Wish:
+    run_uri = more.pop("run_uri", f"s3://{parts['Bucket']}/runs/first")
+    points = sweep_points(
+        config, run_uri, seeds=more.pop("seeds", None), sweeps=more.pop("sweeps", ())
+    )
+    return Wish(points=points, run_uri=run_uri, data_uri=data, stack="s4gan", **more)
+
+
+def sent(job_id: str) -> Any:
+    return boto3.client("batch").describe_jobs(jobs=[job_id])["jobs"][0]
+
+
+def jobs_of(parts: dict[str, str]) -> list[Any]:
+    batch = boto3.client("batch")
+    queues = (parts["JobQueue"], parts["OnDemandJobQueue"])
+    return [job for queue in queues for job in batch.list_jobs(jobQueue=queue)["jobSummaryList"]]
+
+
+# ---------------------------------------------------------------- what is sent and written down
+
+
+def test_a_run_is_submitted_and_written_down(parts: dict[str, str], data: str) -> None:
+    said: list[str] = []
+    (one,) = submit(wish(parts, data), said.append)
+    assert said == []
+    store = open_store(one.run_uri)
+    (record,) = submissions(store)
+    assert record.job_id == one.job_id
+    assert (record.stack, record.log_group, record.revision) == (
+        "s4gan",
+        parts["LogGroup"],
+        COMMIT,
+    )
+    command = record.request["containerOverrides"]["command"]
+    config_uri = command[command.index("--config") + 1]
+    assert config_uri == f"{store.uri}/{run.job_config(record.name)}"
+    text = store.read(run.job_config(record.name)).decode()
+    assert config_from_yaml(text, source="x") == CONFIG
+    job = sent(one.job_id)
+    assert job["jobName"] == "s4gan-first"
+    assert job["jobQueue"] == parts["JobQueue"]
+
+
+def test_on_demand_goes_to_the_other_queue(parts: dict[str, str], data: str) -> None:
+    (one,) = submit(wish(parts, data, on_demand=True), print)
+    assert sent(one.job_id)["jobQueue"] == parts["OnDemandJobQueue"]
+
+
+def test_more_gpus_ask_for_more_of_everything(parts: dict[str, str], data: str) -> None:
+    boto3.client("batch").register_job_definition(
+        jobDefinitionName="large",
+        type="container",
+        containerProperties={
+            "image": parts["RepositoryUri"] + ":latest",
+            "resourceRequirements": [
+                {"type": "GPU", "value": "1"},
+                {"type": "VCPU", "value": "2"},
+                {"type": "MEMORY", "value": "3000"},
+            ],
+        },
+    )
+    config = config_from_yaml(
+        CONFIG.to_yaml(), source="x", overrides={"train.accumulate": 2, "train.batch_size": 2}
+    )
+    looked = {**parts, "JobDefinition": "large"}
+    definition = submit_module._definition(looked)
+    needs = submit_module._needs(wish(parts, data, config, gpus=2), definition)
+    assert needs == (2, 4, 6000)
+
+
+def test_the_same_run_again_is_another_job(parts: dict[str, str], data: str) -> None:
+    (one,) = submit(wish(parts, data), print)
+    (two,) = submit(wish(parts, data), print)  # moto's jobs end at once
+    assert one.job_id != two.job_id
+    assert {record.job_id for record in submissions(open_store(one.run_uri))} == {
+        one.job_id,
+        two.job_id,
+    }
+    assert one.wandb_url == two.wandb_url
+
+
+def test_it_can_be_submitted_again_without_saying_anything_again(
+    parts: dict[str, str], data: str
+) -> None:
+    (one,) = submit(wish(parts, data, max_hours=2.5, resume_anyway=True), print)
+    (two,) = resubmit(one.run_uri, on_demand=None, say=print)
+    (three,) = resubmit(one.run_uri, on_demand=True, say=print)
+    records = {record.job_id: record for record in submissions(open_store(one.run_uri))}
+    first, second = records[one.job_id], records[two.job_id]
+    configs = [f"{one.run_uri}/{run.job_config(record.name)}" for record in (first, second)]
+    assert configs[0] != configs[1]
+    assert second.request == json.loads(json.dumps(first.request).replace(configs[0], configs[1]))
+    assert records[three.job_id].request["jobQueue"] == parts["OnDemandJobQueue"]
+
+
+def test_only_a_run_that_was_submitted_can_be_submitted_again(parts: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="was never submitted"):
+        resubmit(f"s3://{parts['Bucket']}/runs/first", on_demand=None, say=print)
+
+
+def test_the_address_at_wandb_is_known_before_the_run_begins(
+    parts: dict[str, str], data: str
+) -> None:
+    config = CONFIG.model_copy(
+        update={"wandb": WandbConfig(project="cats", entity="team", mode="online")}
+    )
+    (one,) = submit(wish(parts, data, config), print)
+    identity = RunIdentity.from_json(open_store(one.run_uri).read(run.IDENTITY))
+    assert one.wandb_url == f"https://wandb.ai/team/cats/runs/{identity.wandb_id}"
+
+
+def test_a_sweep_is_one_job_of_several_runs(parts: dict[str, str], data: str) -> None:
+    place = f"s3://{parts['Bucket']}/runs/cats"
+    submitted = submit(wish(parts, data, run_uri=place, seeds=3), print)
+    parent = submitted[0].job_id.partition(":")[0]
+    assert [one.job_id for one in submitted] == [f"{parent}:{n}" for n in range(3)]
+    assert [one.run_uri for one in submitted] == [f"{place}/seed={n}" for n in range(3)]
+    records = [submissions(open_store(one.run_uri))[0] for one in submitted]
+    request = records[0].request
+    assert request["arrayProperties"] == {"size": 3}
+    command = request["containerOverrides"]["command"]
+    points = json.loads(open_store(place).read(run.job_points(records[0].name)))
+    assert command[command.index("--array") + 1] == (f"{place}/{run.job_points(records[0].name)}")
+    for one, record, point in zip(submitted, records, points, strict=True):
+        assert point["run"] == one.run_uri
+        assert point["config"] == f"{one.run_uri}/{run.job_config(record.name)}"
+        text = open_store(one.run_uri).read(run.job_config(record.name)).decode()
+        seed = config_from_yaml(text, source="x").train.seed
+        assert one.run_uri.endswith(f"/seed={seed}")
+
+
+def test_of_a_sweep_what_is_finished_is_left_out(parts: dict[str, str], data: str) -> None:
+    place = f"s3://{parts['Bucket']}/runs/cats"
+    for seed in (0, 1):
+        open_store(f"{place}/seed={seed}").write(run.SUMMARY, b"{}")
+    said: list[str] = []
+    submitted = submit(wish(parts, data, run_uri=place, seeds=4), said.append)
+    assert [one.run_uri for one in submitted] == [f"{place}/seed={n}" for n in (2, 3)]
+    assert said == [f"left out: {place}/seed={n}: this run is finished" for n in (0, 1)]
+
+
+def test_what_is_left_of_a_sweep_may_be_one_run(parts: dict[str, str], data: str) -> None:
+    place = f"s3://{parts['Bucket']}/runs/cats"
+    open_store(f"{place}/seed=0").write(run.SUMMARY, b"{}")
+    (one,) = submit(wish(parts, data, run_uri=place, seeds=2), print)
+    (record,) = submissions(open_store(one.run_uri))
+    assert "arrayProperties" not in record.request
+    assert f"{place}/seed=1" in record.request["containerOverrides"]["command"]
+
+
+def test_a_finished_sweep_is_said_to_be(parts: dict[str, str], data: str) -> None:
+    place = f"s3://{parts['Bucket']}/runs/cats"
+    for seed in (0, 1):
+        open_store(f"{place}/seed={seed}").write(run.SUMMARY, b"{}")
+    with pytest.raises(ConfigError, match="every run of the sweep is finished"):
+        submit(wish(parts, data, run_uri=place, seeds=2), print)
+
+
+def test_changes_that_are_not_committed_are_said_and_written_down(
+    parts: dict[str, str], data: str, code: list[Revision | None]
+) -> None:
+    code[0] = Revision(COMMIT, diff_sha256="ab" * 32)
+    said: list[str] = []
+    (one,) = submit(wish(parts, data), said.append)
+    assert len(said) == 1
+    assert "changes that are not committed" in said[0]
+    (record,) = submissions(open_store(one.run_uri))
+    assert record.revision == f"{COMMIT}-dirty-abababababab"
+
+
+def test_a_record_that_cannot_be_written_is_said(
+    parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, key: str, *rest: Any, **more: Any) -> str:
+        if key.endswith("job.json"):
+            raise StorageError("no room")
+        return write(self, key, *rest, **more)
+
+    kind = type(open_store(data))
+    write = kind.write
+    monkeypatch.setattr(kind, "write", full)
+    said: list[str] = []
+    (one,) = submit(wish(parts, data), said.append)
+    assert f"the job {one.job_id} is submitted, but could not be written down (no room)" in said[0]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_a_dry_run_asks_nobody(account: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    request, costs = dry_run(wish({"Bucket": "b"}, "s3://b/data/cats", max_hours=1.0))
+    assert request["jobQueue"] == "<JobQueue of the stack s4gan>"
+    assert request["timeout"] == {"attemptDurationSeconds": 3600}
+    assert "What the run may cost" in costs[0]
+    assert any("g5.xlarge" in line for line in costs)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"run_uri": "runs/first"}, "--run runs/first: a job in the cloud"),
+        ({"max_hours": 0.001}, "--max-hours 0.001"),
+        ({"max_hours": float("nan")}, "--max-hours nan"),
+        ({"gpus": 0}, "--gpus 0"),
+        ({"gpus": 3}, "train.accumulate"),
+    ],
+)
+def test_a_wish_that_contradicts_itself(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        dry_run(wish({"Bucket": "b"}, "s3://b/data/cats", **more))
+    assert message in str(caught.value)
+
+
+def test_data_on_this_machine_cannot_be_reached_from_there() -> None:
+    with pytest.raises(ConfigError, match=r"--data \./cats: a job in the cloud"):
+        dry_run(wish({"Bucket": "b"}, "./cats"))
+
+
+def refused(parts: dict[str, str], one: Wish) -> JobError:
+    """What is said; nothing was submitted."""
+    with pytest.raises(JobError) as caught:
+        submit(one, print)
+    assert jobs_of(parts) == []
+    return caught.value
+
+
+def test_without_a_stack(moto: None) -> None:
+    with pytest.raises(ConfigError, match="no stack s4gan in us-east-1") as caught:
+        submit(wish({"Bucket": "b"}, "s3://b/data/cats"), print)
+    assert "AWS_REGION" in caught.value.mend
+
+
+@pytest.mark.parametrize("place", ["s3://other/runs/first", "s3://{}/first", "s3://{}/data/first"])
+def test_a_run_where_jobs_may_not_write(parts: dict[str, str], data: str, place: str) -> None:
+    error = refused(parts, wish(parts, data, run_uri=place.format(parts["Bucket"])))
+    assert "may not write there" in str(error)
+    assert f"s3://{parts['Bucket']}/runs/" in error.mend
+
+
+def test_data_where_jobs_may_not_read(parts: dict[str, str]) -> None:
+    error = refused(parts, wish(parts, f"s3://{parts['Bucket']}/elsewhere"))
+    assert "may not read there" in str(error)
+
+
+def test_an_empty_place_is_no_data_set(parts: dict[str, str]) -> None:
+    uri = f"s3://{parts['Bucket']}/data/cats"
+    error = refused(parts, wish(parts, uri))
+    assert isinstance(error, DataError)
+    assert f"{uri}: there is nothing" in str(error)
+    open_store(uri).write("train/images/1.png", b"x")
+    assert "1 objects, but no dataset.yaml" in str(refused(parts, wish(parts, uri)))
+
+
+@pytest.mark.parametrize("key", ["cats.tar", "parts/cats-0001.zip"])
+def test_archives_are_a_data_set(parts: dict[str, str], key: str) -> None:
+    uri = f"s3://{parts['Bucket']}/data/cats"
+    open_store(uri).write(key, b"x")
+    assert len(submit(wish(parts, uri), print)) == 1
+
+
+def test_an_image_that_was_not_pushed(parts: dict[str, str], data: str) -> None:
+    name = parts["RepositoryUri"].partition("/")[2]
+    boto3.client("ecr").batch_delete_image(repositoryName=name, imageIds=[{"imageTag": "latest"}])
+    error = refused(parts, wish(parts, data))
+    assert f"the image {parts['RepositoryUri']}:latest was not pushed yet" in str(error)
+    assert error.mend == "make image, then s4gan infra push --tag latest"
+
+
+def test_a_queue_that_is_disabled(parts: dict[str, str], data: str) -> None:
+    boto3.client("batch").update_job_queue(jobQueue=parts["JobQueue"], state="DISABLED")
+    error = refused(parts, wish(parts, data))
+    assert "takes no jobs: it is DISABLED" in str(error)
+
+
+def test_a_job_that_no_machine_of_the_stack_could_hold(parts: dict[str, str], data: str) -> None:
+    config = config_from_yaml(CONFIG.to_yaml(), source="x", overrides={"train.accumulate": 4})
+    error = refused(parts, wish(parts, data, config, gpus=4))
+    assert "would never begin: none of the stack's machines (g4dn.xlarge, " in str(error)
+    assert "g4dn.12xlarge" in str(error)
+
+
+def test_a_run_that_is_finished(parts: dict[str, str], data: str) -> None:
+    one = wish(parts, data)
+    open_store(one.run_uri).write(run.SUMMARY, b"{}")
+    assert "this run is finished" in str(refused(parts, one))
+    assert len(submit(dataclasses.replace(one, resume_anyway=True), print)) == 1
+
+
+def test_a_run_of_another_configuration(parts: dict[str, str], data: str) -> None:
+    one = wish(parts, data)
+    store = open_store(one.run_uri)
+    other = config_from_yaml(CONFIG.to_yaml(), source="x", overrides={"train.seed": 7})
+    store.write(run.CONFIG, other.to_yaml().encode())
+    store.write(run.CHECKPOINTS + "000000001-a0001-abcdef/state.pth", b"x")
+    error = refused(parts, one)
+    assert "train.seed: 7 in the run, 0 now" in str(error)
+    assert len(submit(dataclasses.replace(one, resume_anyway=True), print)) == 1
+
+
+def test_a_run_that_a_job_is_training(
+    parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = wish(parts, data)
+    (first,) = submit(one, print)
+    record = submissions(open_store(first.run_uri))[0]
+    monkeypatch.setattr(submit_module, "active_job", lambda store: record)
+    with pytest.raises(ConfigError, match=f"the job {first.job_id} is training") as caught:
+        submit(one, print)
+    assert "s4gan logs" in caught.value.mend
+    assert "s4gan cancel" in caught.value.mend
+
+
+def test_what_aws_refuses_is_explained(
+    parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(self: Any, name: str, arguments: Any) -> Any:
+        if name == "SubmitJob":
+            error = {"Code": "AccessDeniedException", "Message": "not authorized"}
+            raise ClientError({"Error": error}, name)
+        return call(self, name, arguments)
+
+    from botocore.client import BaseClient
+
+    call = BaseClient._make_api_call
+    monkeypatch.setattr(BaseClient, "_make_api_call", denied)
+    with pytest.raises(AccessDenied, match="cannot submit the job: access denied to SubmitJob"):
+        submit(wish(parts, data), print)
+
+
+def test_an_identity_that_cannot_be_read(parts: dict[str, str], data: str) -> None:
+    one = wish(parts, data)
+    open_store(one.run_uri).write(run.IDENTITY, b"not json")
+    error = refused(parts, one)
+    assert "run.json: cannot be read" in str(error)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def s4gan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user without any AWS account runs it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment |= {
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "job", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_command_prints_the_request_and_only_that() -> None:
+    done = s4gan(
+        *("submit", "--dry-run", "--config", "demo", "--threshold-st", "0.3"),
+        *("--data", "s3://b/data/cats", "--run", "s3://b/runs/first/"),
+    )
+    assert done.returncode == 0
+    request = json.loads(done.stdout)
+    assert request["containerOverrides"]["command"][-1] == "s3://b/runs/first"
+    assert "What the run may cost" in done.stderr
+
+
+@pytest.mark.parametrize("verb", [["submit", "--data", "s3://b/d"], ["status"], ["cancel"]])
+def test_without_credentials_no_command_ends_in_a_traceback(verb: list[str]) -> None:
+    place = ["--run", "s3://b/runs/x"] if verb[0] == "submit" else ["s3://b/runs/x"]
+    done = s4gan(*verb, *place)
+    assert done.returncode in (74, 78)
+    assert "credentials" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_submitting_needs_no_torch() -> None:
+    program = (
+        "import sys, typer.testing, job.cli as c;"
+        "r = typer.testing.CliRunner().invoke(c.app, ['submit', '--dry-run', '--data',"
+        " 's3://b/data/x', '--run', 's3://b/runs/x']);"
+        "import job.cloud.status, job.cloud.show;"
+        "sys.exit(r.exit_code or ('torch' in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
