@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo drill soak bench s3 pull image run-local push deploy test test-container lint lock clean
+.PHONY: help setup demo drill soak bench s3 submit status logs cancel pull image run-local push deploy test test-container lint lock clean
 
 DOCKER ?= docker
 IMAGE  ?= s4gan:latest
@@ -42,6 +42,21 @@ bench: setup ## what a save costs, and how fast data arrive (10 GB of disk; S5CM
 
 s3: setup ## a local S3 server to try things with; Ctrl-C ends it
 	$(BIN)/python scripts/local_s3.py
+
+submit: setup ## train on AWS Batch: make submit CONFIG=guide DATA=s3://... RUN=s3://... [ARGS="--seeds 5"]
+	@test -n "$(DATA)" -a -n "$(RUN)" || { echo "error: say what: make submit DATA=s3://BUCKET/data/NAME RUN=s3://BUCKET/runs/NAME"; exit 2; }
+	$(BIN)/s4gan submit --config "$(or $(CONFIG),guide)" --data "$(DATA)" --run "$(RUN)" $(ARGS)
+
+status: setup ## how runs are: make status [RUN=s3://...]
+	$(BIN)/s4gan status $(RUN) $(ARGS)
+
+logs: setup ## a run's output, as it is written: make logs RUN=s3://...
+	@test -n "$(RUN)" || { echo "error: say which: make logs RUN=s3://BUCKET/runs/NAME"; exit 2; }
+	$(BIN)/s4gan logs "$(RUN)" --follow
+
+cancel: setup ## stop a run; it saves first: make cancel RUN=s3://...
+	@test -n "$(RUN)" || { echo "error: say which: make cancel RUN=s3://BUCKET/runs/NAME"; exit 2; }
+	$(BIN)/s4gan cancel "$(RUN)"
 
 pull: setup ## bring a run's files here: make pull RUN=s3://... [DIR=folder]
 	@test -n "$(RUN)" || { echo "error: say which: make pull RUN=s3://BUCKET/runs/NAME"; exit 2; }

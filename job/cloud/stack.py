@@ -156,6 +156,20 @@ def outputs(name: str) -> dict[str, str]:
     Raises:
         ConfigError: there is no such stack in this account and region.
     """
+    return {item["OutputKey"]: item["OutputValue"] for item in _deployed(name).get("Outputs", ())}
+
+
+def parameter(name: str, key: str) -> str:
+    """A parameter of a stack; empty if it has none of that name.
+
+    Raises:
+        ConfigError: there is no such stack in this account and region.
+    """
+    given = _deployed(name).get("Parameters", ())
+    return next((str(one["ParameterValue"]) for one in given if one["ParameterKey"] == key), "")
+
+
+def _deployed(name: str) -> Any:
     found = _stack(client("cloudformation"), name)
     if found is None:
         import boto3
@@ -165,7 +179,7 @@ def outputs(name: str) -> dict[str, str]:
             f"there is no stack {name} in {region}",
             mend="deploy it (s4gan infra deploy), set AWS_REGION to where it is, or say --stack",
         )
-    return {item["OutputKey"]: item["OutputValue"] for item in found.get("Outputs", ())}
+    return found
 
 
 def _propose(

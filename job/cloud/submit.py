@@ -15,7 +15,7 @@ from job.cloud.jobs import Submission, active_job, submissions
 from job.cloud.machines import cost_guess
 from job.cloud.payload import MEMORY_MIB, VCPUS, Job, submit_request
 from job.cloud.revision import revision
-from job.cloud.stack import outputs
+from job.cloud.stack import outputs, parameter
 from job.cloud.sweep import Point, points_file
 from job.cloud.waiting import environments, needs_of, never
 from job.config import Config, check_gpus, config_from_yaml
@@ -247,11 +247,20 @@ def _check_place(wish: Wish, parts: Mapping[str, str]) -> None:
             f"--run {wish.run_uri}: jobs of the stack {wish.stack} may not write there",
             mend=f"choose a place below s3://{bucket}/runs/",
         )
-    inside = wish.data_uri.startswith(f"s3://{bucket}/")
-    if inside and not wish.data_uri.startswith(f"s3://{bucket}/data/"):
+    data_bucket, _, path = wish.data_uri.removeprefix("s3://").partition("/")
+    if data_bucket == bucket:
+        if not path.startswith("data/"):
+            raise ConfigError(
+                f"--data {wish.data_uri}: jobs of the stack {wish.stack} may not read there",
+                mend=f"put the data below s3://{bucket}/data/",
+            )
+        return
+    others = parameter(wish.stack, "DataBucketArns")
+    if not any(arn.strip().endswith(f":::{data_bucket}") for arn in others.split(",")):
+        arns = ",".join(filter(None, (others, f"arn:aws:s3:::{data_bucket}")))
         raise ConfigError(
-            f"--data {wish.data_uri}: jobs of the stack {wish.stack} may not read there",
-            mend=f"put the data below s3://{bucket}/data/",
+            f"--data {wish.data_uri}: jobs of the stack {wish.stack} may not read that bucket",
+            mend=f"s4gan infra deploy --parameter DataBucketArns={arns}",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ def sweep_points(
     place = run_uri.rstrip("/")
     if not axes:
         return [Point(place, config)]
+    if math.prod(len(values) for _, values in axes) > MAX_POINTS:
+        raise ConfigError(f"a sweep of more than {MAX_POINTS} runs", mend="make several of it")
     text = config.to_yaml()
     points = []
     for values in itertools.product(*(values for _, values in axes)):
@@ -64,8 +67,6 @@ def sweep_points(
                 "/".join([place, *parts]), config_from_yaml(text, source="sweep", overrides=chosen)
             )
         )
-        if len(points) > MAX_POINTS:
-            raise ConfigError(f"a sweep of more than {MAX_POINTS} runs", mend="make several of it")
     return points
 
 

@@ -296,6 +296,22 @@ def test_data_where_jobs_may_not_read(parts: dict[str, str]) -> None:
     assert "may not read there" in str(error)
 
 
+def test_data_in_a_bucket_that_the_stack_was_not_told_of(parts: dict[str, str]) -> None:
+    error = refused(parts, wish(parts, "s3://others/cats"))
+    assert "may not read that bucket" in str(error)
+    assert error.mend == "s4gan infra deploy --parameter DataBucketArns=arn:aws:s3:::others"
+
+
+def test_data_in_a_bucket_that_the_stack_was_told_of(
+    parts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = "arn:aws:s3:::more, arn:aws:s3:::others"
+    monkeypatch.setattr(submit_module, "parameter", lambda name, key: told)
+    boto3.client("s3").create_bucket(Bucket="others")
+    open_store("s3://others/cats").write("dataset.yaml", b"x")
+    assert len(submit(wish(parts, "s3://others/cats"), print)) == 1
+
+
 def test_an_empty_place_is_no_data_set(parts: dict[str, str]) -> None:
     uri = f"s3://{parts['Bucket']}/data/cats"
     error = refused(parts, wish(parts, uri))

@@ -1,0 +1,306 @@
+"""The jobs of a run: found, ended, and their output read."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.stub import Stubber
+
+from job import run
+from job.checkpoint.lease import acquire
+from job.cloud import jobs
+from job.cloud.jobs import Submission, active_job, cancel, run_lines, runs_at, submissions
+from job.errors import ConfigError, StorageError
+from job.storage import ObjectStore, open_store
+
+Stub = Callable[[str], Stubber]
+QUEUE = "arn:aws:batch:us-east-1:123456789012:job-queue/s4gan"
+DEFINITION = "arn:aws:batch:us-east-1:123456789012:job-definition/s4gan:1"
+
+
+@pytest.fixture
+def store(moto: None) -> ObjectStore:
+    """A run in a bucket."""
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    return open_store("s3://bucket/runs/first")
+
+
+def submitted(store: ObjectStore, job_id: str, number: int = 1) -> Submission:
+    """A record as `submit` writes it."""
+    record = Submission(
+        name=f"2026112{number}T120000Z-abc123",
+        job_id=job_id,
+        submitted_at=f"2026-11-2{number}T12:00:00+00:00",
+        stack="s4gan",
+        log_group="/s4gan/s4gan",
+        revision="",
+        on_demand=False,
+        request={},
+    )
+    store.write(run.job_record(record.name), record.to_json())
+    return record
+
+
+def job(job_id: str, status: str, streams: tuple[str | None, ...] = (), **more: Any) -> Any:
+    """As DescribeJobs describes it; the last stream is the current attempt's."""
+    ended = streams[:-1] if status == "RUNNING" else streams
+    return {
+        "jobId": job_id,
+        "jobName": "s4gan-first",
+        "jobQueue": QUEUE,
+        "jobDefinition": DEFINITION,
+        "status": status,
+        "startedAt": 0,
+        "attempts": [{"container": {"logStreamName": name} if name else {}} for name in ended],
+        "container": {"logStreamName": streams[-1]} if streams and streams[-1] else {},
+        **more,
+    }
+
+
+def describes(stub: Stub, *replies: list[Any]) -> None:
+    """What Batch says, look by look."""
+    for reply in replies:
+        stub("batch").add_response("describe_jobs", {"jobs": reply})
+
+
+def writes(stub: Stub, stream: str, *pages: tuple[str | None, str, list[str]]) -> None:
+    """What the log says: for each page the token asked with, the next one, and the lines."""
+    for asked, token, lines in pages:
+        expected = {
+            "logGroupName": "/s4gan/s4gan",
+            "logStreamName": stream,
+            "startFromHead": True,
+        }
+        if asked:
+            expected["nextToken"] = asked
+        stub("logs").add_response(
+            "get_log_events",
+            {"events": [{"message": line} for line in lines], "nextForwardToken": token},
+            expected,
+        )
+
+
+# ---------------------------------------------------------------- which there were
+
+
+def test_records_are_read_in_the_order_they_were_submitted(store: ObjectStore) -> None:
+    for number in (2, 1, 3):
+        submitted(store, f"job-{number}", number)
+    store.write("jobs/20261120T120000Z-abc123/config.yaml", b"x")
+    assert [record.job_id for record in submissions(store)] == ["job-1", "job-2", "job-3"]
+
+
+@pytest.mark.parametrize("text", [b"{", b"{}", b"[]", b'{"name": "x", "more": 1}'])
+def test_a_record_that_is_none_is_named(store: ObjectStore, text: bytes) -> None:
+    store.write("jobs/x/job.json", text)
+    with pytest.raises(StorageError, match=r"jobs/x/job\.json: cannot be read"):
+        submissions(store)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "active"),
+    [
+        (("FAILED", "RUNNING"), "job-2"),
+        (("RUNNABLE", "FAILED"), "job-1"),
+        (("FAILED", "SUCCEEDED"), None),
+        ((None, None), None),
+    ],
+)
+def test_the_newest_job_that_has_not_ended_counts(
+    store: ObjectStore, stub: Stub, statuses: tuple[str | None, ...], active: str | None
+) -> None:
+    for number in (1, 2):
+        submitted(store, f"job-{number}", number)
+    known = [job(f"job-{n}", status) for n, status in enumerate(statuses, 1) if status]
+    describes(stub, known)
+    record = active_job(store)
+    assert (record.job_id if record else None) == active
+
+
+def test_a_child_that_batch_has_not_made_yet_is_as_its_parent(
+    store: ObjectStore, stub: Stub
+) -> None:
+    submitted(store, "parent:3")
+    batch = stub("batch")
+    batch.add_response("describe_jobs", {"jobs": []}, {"jobs": ["parent:3"]})
+    batch.add_response("describe_jobs", {"jobs": [job("parent", "PENDING")]}, {"jobs": ["parent"]})
+    record = active_job(store)
+    assert record is not None
+    assert record.job_id == "parent:3"
+
+
+def test_the_run_at_a_place_or_those_below_it(store: ObjectStore, tmp_path: Path) -> None:
+    for name in ("b", "a", "deep/er"):
+        open_store(f"s3://bucket/runs/{name}").write(run.IDENTITY, b"{}")
+    places = [f"s3://bucket/runs/{name}" for name in ("a", "b", "deep/er")]
+    assert [found.uri for found in runs_at("s3://bucket/runs")] == places
+    assert [found.uri for found in runs_at("s3://bucket/runs/deep/er/")] == places[2:]
+    open_store(str(tmp_path / "x" / "y")).write(run.IDENTITY, b"{}")
+    assert [found.uri for found in runs_at(str(tmp_path))] == [str(tmp_path / "x" / "y")]
+    with pytest.raises(ConfigError, match="there is no run"):
+        runs_at("s3://bucket/data")
+
+
+# ---------------------------------------------------------------- cancelling
+
+
+def test_cancelling_terminates_the_job(store: ObjectStore, stub: Stub) -> None:
+    submitted(store, "job-1")
+    describes(stub, [job("job-1", "RUNNING")])
+    stub("batch").add_response("terminate_job", {}, {"jobId": "job-1", "reason": "too dear"})
+    assert cancel(store, "too dear") == "job job-1"
+
+
+def test_there_is_nothing_to_cancel(store: ObjectStore, stub: Stub) -> None:
+    submitted(store, "job-1")
+    describes(stub, [job("job-1", "SUCCEEDED")])
+    with pytest.raises(ConfigError, match="nothing trains this run"):
+        cancel(store, "x")
+
+
+def test_a_process_of_this_machine_is_told_to_stop(tmp_path: Path) -> None:
+    """It holds the lease of a run in a folder."""
+    program = (
+        "import sys, time; from job.checkpoint.lease import acquire; from job.storage import "
+        "open_store; acquire(open_store(sys.argv[1]), on_lost=print); print('has it', flush=True);"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "has it\n"
+        assert cancel(open_store(str(tmp_path)), "x") == f"process {process.pid}"
+        assert process.wait(30) == -signal.SIGTERM
+
+
+def test_a_process_of_another_machine_cannot_be_told(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    lease = acquire(store, on_lost=lambda: None)
+    text = store.read(run.LEASE)
+    lease.release()
+    pid = str(os.getpid()).encode()
+    store.write(run.LEASE, text.replace(b'"machine": "', b'"machine": "elsewhere/'))
+    with pytest.raises(ConfigError, match="on elsewhere, which is not this machine") as caught:
+        cancel(store, "x")
+    assert pid.decode() in caught.value.message
+
+
+# ---------------------------------------------------------------- output
+
+
+def test_the_output_of_all_attempts_in_order(store: ObjectStore, stub: Stub) -> None:
+    submitted(store, "job-1", 1)
+    submitted(store, "job-2", 2)
+    describes(stub, [job("job-1", "FAILED", ("a", None, "b")), job("job-2", "SUCCEEDED", ("c",))])
+    writes(stub, "a", (None, "f/1", ["one", "two"]), ("f/1", "f/1", []))
+    # A page may be empty and yet not the last.
+    writes(stub, "b", (None, "f/1", []), ("f/1", "f/2", ["three"]), ("f/2", "f/2", []))
+    writes(stub, "c", (None, "f/1", ["four"]), ("f/1", "f/1", []))
+    assert list(run_lines(store)) == [
+        "---- job job-1, attempt 1",
+        "one",
+        "two",
+        "---- job job-1, attempt 3",
+        "three",
+        "---- job job-2, attempt 1",
+        "four",
+    ]
+
+
+def test_only_the_newest_attempt(store: ObjectStore, stub: Stub) -> None:
+    submitted(store, "job-1")
+    describes(stub, [job("job-1", "FAILED", ("a", "b"))])
+    writes(stub, "b", (None, "f/1", ["two"]), ("f/1", "f/1", []))
+    assert list(run_lines(store, last=True)) == ["---- job job-1, attempt 2", "two"]
+
+
+def test_following_goes_on_over_attempts_until_the_job_has_ended(
+    store: ObjectStore, stub: Stub
+) -> None:
+    submitted(store, "job-1")
+    first, both = ("a",), ("a", "b")
+    describes(
+        stub,
+        [job("job-1", "RUNNABLE")],
+        [job("job-1", "RUNNING", first)],  # reading begins
+        [job("job-1", "RUNNING", first)],  # it still runs
+        [job("job-1", "RUNNABLE", first)],  # no more; a last look at what it wrote
+        [job("job-1", "RUNNING", both)],
+        [job("job-1", "SUCCEEDED", both)],
+        [job("job-1", "SUCCEEDED", both)],
+    )
+    writes(
+        stub,
+        "a",
+        (None, "f/1", ["one"]),
+        ("f/1", "f/1", []),
+        ("f/1", "f/2", ["two"]),
+        ("f/2", "f/2", []),
+        ("f/2", "f/3", ["three, written last"]),
+        ("f/3", "f/3", []),
+    )
+    writes(stub, "b", (None, "f/1", ["four"]), ("f/1", "f/1", []), ("f/1", "f/1", []))
+    assert list(run_lines(store, follow=True, poll_s=0)) == [
+        "---- job job-1, attempt 1",
+        "one",
+        "two",
+        "three, written last",
+        "---- job job-1, attempt 2",
+        "four",
+    ]
+
+
+def test_a_stream_that_is_not_there_yet_is_waited_for(store: ObjectStore, stub: Stub) -> None:
+    submitted(store, "job-1")
+    describes(
+        stub,
+        [job("job-1", "RUNNING", ("a",))],
+        [job("job-1", "SUCCEEDED", ("a",))],
+        [job("job-1", "SUCCEEDED", ("a",))],
+    )
+    stub("logs").add_client_error("get_log_events", "ResourceNotFoundException")
+    writes(stub, "a", (None, "f/1", ["one"]), ("f/1", "f/1", []))
+    assert list(run_lines(store, follow=True, poll_s=0)) == ["---- job job-1, attempt 1", "one"]
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        ([job("job-1", "RUNNABLE")], r"have written nothing yet \(RUNNABLE\)"),
+        ([], "AWS has forgotten them"),
+    ],
+)
+def test_jobs_without_output(
+    store: ObjectStore, stub: Stub, known: list[Any], message: str
+) -> None:
+    submitted(store, "job-1")
+    describes(stub, known)
+    with pytest.raises(ConfigError, match=message):
+        list(run_lines(store))
+
+
+def test_a_run_that_was_never_submitted(store: ObjectStore, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no job was submitted"):
+        list(run_lines(store))
+    with pytest.raises(ConfigError, match="is a run on this machine"):
+        list(run_lines(open_store(str(tmp_path))))
+
+
+def test_many_jobs_are_looked_at_in_several_requests(
+    account: None, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "MAX_DESCRIBED", 2)
+    batch = stub("batch")
+    for ids in (["1", "2"], ["3"]):
+        reply = {"jobs": [job(one, "RUNNING") for one in ids]}
+        batch.add_response("describe_jobs", reply, {"jobs": ids})
+    assert set(jobs._describe(["1", "2", "3"])) == {"1", "2", "3"}

@@ -1,0 +1,143 @@
+"""Prices: asked of AWS where it answers, else from the package's table."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from botocore.stub import ANY, Stubber
+
+from job.cloud.machines import Prices, cost_guess, hours_guessed, machines
+from job.config import config_from_yaml, load_config, preset_names
+
+Stub = Callable[[str], Stubber]
+ZONE = "us-east-1a"
+NOON = datetime.datetime(2026, 11, 26, 12, tzinfo=datetime.UTC).timestamp()
+HOUR = 3600.0
+
+
+def listed(price: str) -> dict[str, Any]:
+    """As the Price List API answers."""
+    dimension = {"x.y.z": {"unit": "Hrs", "pricePerUnit": {"USD": price}}}
+    offer = {"terms": {"OnDemand": {"x.y": {"priceDimensions": dimension}}}}
+    return {"PriceList": [json.dumps(offer)]}
+
+
+def changes(*found: tuple[float, str]) -> dict[str, Any]:
+    """As DescribeSpotPriceHistory answers: newest first."""
+    return {
+        "SpotPriceHistory": [
+            {
+                "AvailabilityZone": ZONE,
+                "InstanceType": "g5.xlarge",
+                "SpotPrice": price,
+                "Timestamp": datetime.datetime.fromtimestamp(at, datetime.UTC),
+            }
+            for at, price in sorted(found, reverse=True)
+        ]
+    }
+
+
+def test_the_table_is_as_aws_names_things() -> None:
+    assert machines()["g5.12xlarge"].gpus == 4
+    for machine in machines().values():
+        assert machine.usd > 0.4
+        assert machine.memory_gib >= 4 * machine.vcpus
+        assert machine.gpus in (1, 4, 8)
+
+
+def test_the_price_on_demand_is_asked_of_aws_once(stub: Stub) -> None:
+    stub("pricing").add_response(
+        "get_products", listed("1.2345"), {"ServiceCode": "AmazonEC2", "Filters": ANY}
+    )
+    prices = Prices()
+    assert prices.on_demand("g5.xlarge", "eu-west-1b") == 1.2345
+    assert prices.on_demand("g5.xlarge", "eu-west-1c") == 1.2345
+    assert not prices.notes
+
+
+def test_where_aws_does_not_answer_the_table_does_and_says_so(stub: Stub) -> None:
+    stub("pricing").add_client_error("get_products", "AccessDeniedException")
+    stub("pricing").add_response("get_products", {"PriceList": []})
+    prices = Prices()
+    assert prices.on_demand("g5.xlarge", ZONE) == 1.006
+    assert prices.on_demand("p9.huge", ZONE) is None
+    assert [note.partition(" are ")[0] for note in prices.notes] == [
+        "on-demand prices",
+        "what a p9.huge costs is not known",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "mean"),
+    [
+        ([(-9 * HOUR, "0.40")], 0.40),
+        ([(-9 * HOUR, "0.40"), (HOUR, "0.60")], 0.50),
+        ([(-9 * HOUR, "0.40"), (0.5 * HOUR, "0.80"), (1.5 * HOUR, "0.40")], 0.60),
+        ([(0.5 * HOUR, "0.40")], 0.40),
+    ],
+)
+def test_the_spot_price_is_the_mean_over_the_time(
+    stub: Stub, found: list[tuple[float, str]], mean: float
+) -> None:
+    stub("ec2").add_response(
+        "describe_spot_price_history",
+        changes(*((NOON + after, price) for after, price in found)),
+        {
+            "InstanceTypes": ["g5.xlarge"],
+            "AvailabilityZone": ZONE,
+            "ProductDescriptions": ["Linux/UNIX"],
+            "StartTime": datetime.datetime.fromtimestamp(NOON, datetime.UTC),
+            "EndTime": datetime.datetime.fromtimestamp(NOON + 2 * HOUR, datetime.UTC),
+        },
+    )
+    prices = Prices()
+    assert prices.spot("g5.xlarge", ZONE, NOON, NOON + 2 * HOUR) == pytest.approx(mean)
+    assert not prices.notes
+
+
+def test_spot_prices_that_nobody_tells_are_not_known(stub: Stub) -> None:
+    stub("ec2").add_client_error("describe_spot_price_history", "UnauthorizedOperation")
+    stub("ec2").add_response("describe_spot_price_history", {"SpotPriceHistory": []})
+    prices = Prices()
+    assert prices.spot("g5.xlarge", ZONE, NOON, NOON + HOUR) is None
+    assert prices.spot("g5.xlarge", ZONE, NOON, NOON + HOUR) is None
+    notes = list(prices.notes)
+    assert notes[0].startswith("spot prices are not known (cannot look up spot prices: access")
+    assert notes[1] == "AWS keeps spot prices for 90 days; some are gone"
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_has_a_guess(preset: str) -> None:
+    low, high = hours_guessed(load_config(preset), machines()["g5.xlarge"], 1)
+    assert 0 < low < high
+
+
+def test_the_guess_goes_with_the_arithmetic() -> None:
+    config = load_config("guide")
+    machine = machines()["g5.12xlarge"]
+    low, _ = hours_guessed(config, machine, 1)
+    assert hours_guessed(config, machine, 4)[0] == pytest.approx(low / 4)
+    half = config_from_yaml(config.to_yaml(), source="x", overrides={"train.supervised_only": True})
+    assert hours_guessed(half, machine, 1)[0] == pytest.approx(low / 2)
+    # 16 labeled and 16 unlabeled images of 321 x 321, 4.38 MFLOP a pixel and 6 % for D, 50,000
+    # times, at half of 35 TFLOP/s.
+    assert low == pytest.approx(32 * 321**2 * 4.38e6 * 1.06 * 50_000 / 17.5e12 / 3600)
+
+
+def test_the_table_of_costs_has_a_line_for_each_gpu_that_fits() -> None:
+    config = load_config("guide")
+    lines = cost_guess([config], 1, 4, 14_000)
+    assert [line.split()[0] for line in lines[2:]] == [
+        *("g4dn.xlarge", "g6.xlarge", "g5.xlarge", "g6e.xlarge", "p4d.24xlarge", "p5.48xlarge")
+    ]
+    four = cost_guess([config] * 3, 4, 16, 56_000)
+    assert "all 3 runs" in four[0]
+    assert [line.split()[0] for line in four[2:5]] == [
+        "g4dn.12xlarge",
+        "g6.12xlarge",
+        "g5.12xlarge",
+    ]

@@ -1,0 +1,342 @@
+"""How a run is, by its files and by what Batch knows of its jobs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job import run
+from job.checkpoint.lease import acquire
+from job.cloud.machines import Prices
+from job.cloud.show import cost_of, print_cost, print_run, print_runs
+from job.cloud.status import RunStatus, status_of, statuses_at
+from job.config import load_config
+from job.errors import StorageError
+from job.storage import ObjectStore, open_store
+from tests.unit.cloud.test_jobs import Stub, describes, job, submitted
+from tests.unit.cloud.test_jobs import store as store  # a run in a bucket
+
+CONFIG = load_config("demo")
+NOW = time.time()
+Events = list[dict[str, Any]]
+
+
+class FixedPrices(Prices):
+    """A dollar an hour on demand, 30 cents on spot."""
+
+    def on_demand(self, machine: str, zone: str) -> float | None:
+        return 1.0 if machine == "g5.xlarge" else None
+
+    def spot(self, machine: str, zone: str, since: float, until: float) -> float | None:
+        return 0.3 if machine == "g5.xlarge" else None
+
+
+def attempt(
+    number: int,
+    *,
+    began: float,
+    resumed_at: int,
+    until: int,
+    code: int | None = None,
+    reason: str = "",
+    life_cycle: str = "spot",
+    machine: str = "g5.xlarge",
+    **started: Any,
+) -> Events:
+    """Lines of an attempt that starts `began` hours ago and takes one; a minute to begin."""
+    head = {"attempt": number}
+    start = NOW - 3600 * began
+    events: Events = [
+        {"event": "attempt_started", **head, "time": start, **started},
+        {
+            "event": "machine",
+            **head,
+            "time": start,
+            "instance_type": machine,
+            "life_cycle": life_cycle,
+            "zone": "us-east-1a",
+        },
+        {"event": "training_started", **head, "time": start + 60, "resumed_at": resumed_at},
+        {
+            "event": "train",
+            "iteration": until,
+            **head,
+            "time": start + 3000,
+            "images_per_s": 12.5,
+        },
+        {
+            "event": "eval",
+            "iteration": until,
+            **head,
+            "time": start + 3060,
+            "val_miou": until / 1e4,
+        },
+        {"event": "note", **head, "time": start + 3600},
+    ]
+    if code is not None:
+        ending = {"exit_code": code, "reason": reason, "fingerprint": ""}
+        events.append({"event": "attempt_ended", **head, "time": start + 3600, **ending})
+    return events
+
+
+def lay(store: ObjectStore, *attempts: Events) -> None:
+    """A run with these attempts."""
+    lines = [json.dumps(event) for one in attempts for event in one]
+    store.write(run.LEDGER, ("\n".join(lines) + "\n").encode())
+    store.write(run.CONFIG, CONFIG.to_yaml().encode())
+    store.write(run.IDENTITY, b"{}")
+
+
+def looked(store: ObjectStore) -> RunStatus:
+    return status_of(store, FixedPrices())
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> ObjectStore:
+    return open_store(str(tmp_path / "run"))
+
+
+# ---------------------------------------------------------------- by the run's files
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "state", "detail"),
+    [
+        (75, "Stopped by SIGTERM", "stopped", "Stopped by SIGTERM"),
+        (130, "", "stopped", ""),
+        (70, "Loss_CE is NaN", "failed", "Loss_CE is NaN"),
+        (None, "", "interrupted", "its process was killed"),
+        (0, "", "finished", ""),
+    ],
+)
+def test_how_it_ended(
+    local: ObjectStore, code: int | None, reason: str, state: str, detail: str
+) -> None:
+    lay(local, attempt(1, began=2, resumed_at=0, until=600, code=code, reason=reason))
+    if code == 0:
+        local.write(run.SUMMARY, b"{}")
+    found = looked(local)
+    assert (found.state, found.detail) == (state, detail)
+    assert (found.iteration, found.iterations) == (600, 1200)
+    assert found.val_miou == 0.06
+    assert found.images_per_s == 12.5
+    assert found.seconds_left is None
+    assert found.job_id == ""
+
+
+def test_a_run_that_has_not_begun(local: ObjectStore) -> None:
+    local.write(run.IDENTITY, b"{}")
+    found = looked(local)
+    assert (found.state, found.iteration, found.iterations) == ("submitted", 0, None)
+    assert found.attempts == ()
+    assert (found.usd, found.goodput) == (None, None)
+
+
+def test_a_living_process_trains_and_its_pace_tells_what_is_left(local: ObjectStore) -> None:
+    lease = acquire(local, on_lost=lambda: None)
+    lay(local, attempt(1, began=1, resumed_at=0, until=600))
+    found = looked(local)
+    lease.release()
+    assert found.state == "training"
+    assert found.seconds_left == pytest.approx(3000)  # as long again as the first half
+    (one,) = found.attempts
+    assert one.ended == ""
+    assert one.seconds == pytest.approx(time.time() - one.started, abs=5)
+    assert one.redone_s == 0
+
+
+def test_time_and_dollars_of_all_attempts(local: ObjectStore) -> None:
+    lay(
+        local,
+        attempt(1, began=3, resumed_at=0, until=500, code=75, reason="a spot notice. Saved."),
+        attempt(2, began=2, resumed_at=500, until=800, life_cycle="on-demand", gpus=4),
+        attempt(3, began=1, resumed_at=800, until=1200, code=0),
+    )
+    found = looked(local)
+    first, second, _third = found.attempts
+    assert (first.seconds, first.useful_s, first.redone_s, first.idle_s) == pytest.approx(
+        (3600, 3000, 540, 60)
+    )
+    assert (first.usd, first.on_demand_usd) == pytest.approx((0.3, 1.0))
+    assert (second.usd, second.on_demand_usd) == pytest.approx((1.0, 1.0))
+    assert [one.ended for one in found.attempts] == ["a spot notice", "killed", ""]
+    assert found.usd == pytest.approx(1.6)
+    assert found.on_demand_usd == pytest.approx(3.0)
+    assert found.goodput == pytest.approx(9000 / 10_800)
+    costs = cost_of(found)
+    assert costs["gpu_hours"] == pytest.approx(6)
+    assert costs["useful"] == pytest.approx(5)
+    assert costs["redone"] == pytest.approx((540 + 4 * 540) / 3600)
+    assert costs["useful"] + costs["redone"] + costs["idle"] == pytest.approx(6)
+
+
+def test_what_is_not_known_is_not_guessed(local: ObjectStore) -> None:
+    lay(
+        local,
+        attempt(1, began=2, resumed_at=0, until=500, code=75),
+        attempt(2, began=1, resumed_at=500, until=800, machine="p9.huge", code=75),
+    )
+    found = looked(local)
+    assert found.attempts[0].usd == pytest.approx(0.3)
+    assert found.usd is None
+    assert cost_of(found)["usd"] is None
+
+
+def test_a_ledger_that_cannot_be_read_is_named(store: ObjectStore) -> None:
+    store.write(run.LEDGER, b"nonsense\n")
+    with pytest.raises(StorageError, match=r"s3://bucket/runs/first/metrics\.jsonl: line 1"):
+        looked(store)
+
+
+# ---------------------------------------------------------------- by its jobs
+
+
+@pytest.mark.parametrize(
+    ("known", "state", "detail"),
+    [
+        (job("job-1", "SUBMITTED"), "waiting", "Batch has not looked at it yet"),
+        (
+            job("job-1", "RUNNABLE", statusReason="CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY - x"),
+            "waiting",
+            "AWS has no such machine free",
+        ),
+        (job("job-1", "STARTING"), "starting", "the image is being fetched"),
+        (job("job-1", "RUNNING"), "starting", "has not begun with the run yet"),
+        (
+            job(
+                "job-1",
+                "FAILED",
+                statusReason="Task failed to start",
+                container={"reason": "CannotPullContainerError: not found"},
+            ),
+            "failed",
+            "Task failed to start; CannotPullContainerError: not found",
+        ),
+        (None, "submitted", "AWS no longer knows its job"),
+    ],
+)
+def test_before_the_run_begins_its_job_tells(
+    store: ObjectStore, stub: Stub, known: Any, state: str, detail: str
+) -> None:
+    record = submitted(store, "job-1")
+    store.write(run.job_config(record.name), CONFIG.to_yaml().encode())
+    describes(stub, [known] if known else [])
+    found = looked(store)
+    assert found.state == state
+    assert detail in found.detail
+    assert (found.job_id, found.iterations) == ("job-1", 1200)
+
+
+def test_a_run_that_waits_for_its_next_machine_keeps_what_it_has(
+    store: ObjectStore, stub: Stub
+) -> None:
+    submitted(store, "job-1")
+    lay(store, attempt(1, began=2, resumed_at=0, until=600, job="job-1", job_attempt=1))
+    reclaimed = {"statusReason": "Host EC2 (instance i-0123) terminated.", "container": {}}
+    describes(stub, [job("job-1", "PENDING", attempts=[reclaimed])])
+    found = looked(store)
+    assert (found.state, found.iteration) == ("waiting", 600)
+    (one,) = found.attempts
+    assert one.ended == "its spot machine was taken back before it could save"
+
+
+@pytest.mark.parametrize(
+    ("said", "ended"),
+    [
+        ({"statusReason": "Job attempt duration exceeded timeout"}, "it took longer than it may"),
+        ({"container": {"reason": "OutOfMemoryError: Container killed"}}, "OutOfMemoryError"),
+        ({}, "killed"),
+    ],
+)
+def test_an_attempt_that_had_no_time_for_words(
+    store: ObjectStore, stub: Stub, said: dict[str, Any], ended: str
+) -> None:
+    submitted(store, "job-1")
+    lay(store, attempt(1, began=2, resumed_at=0, until=600, job="job-1", job_attempt=1))
+    describes(stub, [job("job-1", "FAILED", attempts=[said])])
+    assert looked(store).attempts[0].ended.startswith(ended)
+
+
+def test_a_job_that_was_cancelled_says_so(store: ObjectStore, stub: Stub) -> None:
+    submitted(store, "job-1")
+    stopped = attempt(
+        1, began=2, resumed_at=0, until=600, code=75, reason="Stopped by SIGTERM", job="job-1"
+    )
+    lay(store, stopped)
+    describes(stub, [job("job-1", "FAILED", statusReason="too dear")])
+    found = looked(store)
+    assert (found.state, found.detail) == ("stopped", "Stopped by SIGTERM (too dear)")
+
+
+def test_a_new_job_that_fails_before_the_run_is_not_hidden_by_the_old_ones_end(
+    store: ObjectStore, stub: Stub
+) -> None:
+    submitted(store, "job-1", 1)
+    submitted(store, "job-2", 2)
+    lay(store, attempt(1, began=2, resumed_at=0, until=600, code=75, job="job-1"))
+    failed = job("job-2", "FAILED", statusReason="Task failed to start")
+    describes(stub, [job("job-1", "FAILED"), failed])
+    found = looked(store)
+    assert (found.state, found.detail) == ("failed", "Task failed to start")
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[RunStatus]:
+    """An interrupted run and a finished one."""
+    lay(open_store(str(tmp_path / "a")), attempt(1, began=2, resumed_at=0, until=600))
+    done = open_store(str(tmp_path / "deep/b"))
+    lay(done, attempt(1, began=2, resumed_at=0, until=1200, code=0))
+    done.write(run.SUMMARY, b"{}")
+    return statuses_at(str(tmp_path), FixedPrices())
+
+
+def test_several_runs_are_a_table(
+    two: list[RunStatus], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_runs(two, f"{tmp_path}/", Prices())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2][:3] == ["a", "interrupted", "600/1200"]
+    assert lines[3][:2] == ["deep/b", "finished"]
+    assert lines[2][-3:] == ["$0.30", "$0.70", "(70%)"]
+    assert lines[4][0] == "a:"
+
+
+def test_one_run_is_told_in_full(two: list[RunStatus], capsys: pytest.CaptureFixture[str]) -> None:
+    prices = Prices()
+    prices.notes["prices are from the table"] = None
+    print_run(two[0], prices)
+    out = capsys.readouterr().out
+    assert "interrupted: its process was killed" in out
+    assert "600/1200 (50%)" in out
+    assert "$0.30, saved $0.70 (70%)" in out
+    assert "g5.xlarge spot" in out
+    assert "note: prices are from the table" in out
+
+
+def test_costs_are_added_up(two: list[RunStatus], capsys: pytest.CaptureFixture[str]) -> None:
+    print_cost(two, Prices())
+    out = capsys.readouterr().out
+    assert "GPU hours 1.00: useful 0.83, trained again 0.15, idle 0.02; goodput 83%" in out
+    assert "together $0.60" in out
+
+
+def test_all_of_it_is_json(two: list[RunStatus]) -> None:
+    read = json.loads(json.dumps([one.to_dict() for one in two]))
+    assert [one["state"] for one in read] == ["interrupted", "finished"]
+    assert read[0]["attempts"][0]["instance_type"] == "g5.xlarge"
+    assert read[0]["goodput"] == pytest.approx(0.83, abs=0.01)
+    assert json.loads(json.dumps(cost_of(two[0])))["usd"] == pytest.approx(0.3)
+
+
+def test_looking_at_a_run_takes_nothing_from_it(local: ObjectStore) -> None:
+    lease = acquire(local, on_lost=lambda: None)
+    looked(local)
+    lease.check()
+    lease.release()

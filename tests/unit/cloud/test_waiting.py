@@ -1,0 +1,186 @@
+"""Why a job waits, or never would begin."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from botocore.stub import Stubber
+
+from job.cloud.waiting import environments, needs_of, never, why_waiting
+
+Stub = Callable[[str], Stubber]
+QUEUE = "arn:aws:batch:us-east-1:123456789012:job-queue/s4gan"
+ARN = "arn:aws:batch:us-east-1:123456789012:compute-environment/"
+
+
+def environment(name: str = "spot", **more: Any) -> dict[str, Any]:
+    resources = {
+        "type": "SPOT",
+        "maxvCpus": 64,
+        "desiredvCpus": 0,
+        "instanceTypes": ["g5.xlarge", "g4dn.12xlarge"],
+        "subnets": [],
+        **more.pop("resources", {}),
+    }
+    return {
+        "computeEnvironmentName": name,
+        "computeEnvironmentArn": ARN + name,
+        "state": "ENABLED",
+        "status": "VALID",
+        "computeResources": resources,
+        **more,
+    }
+
+
+def queue(state: str = "ENABLED") -> dict[str, Any]:
+    return {
+        "jobQueues": [
+            {
+                "jobQueueName": "s4gan",
+                "jobQueueArn": QUEUE,
+                "state": state,
+                "status": "VALID",
+                "priority": 1,
+                "computeEnvironmentOrder": [
+                    {"order": 2, "computeEnvironment": ARN + "on-demand"},
+                    {"order": 1, "computeEnvironment": ARN + "spot"},
+                ],
+            }
+        ]
+    }
+
+
+def job(status: str = "RUNNABLE", reason: str = "", gpus: int = 1, vcpus: int = 4) -> Any:
+    needs = {"GPU": gpus, "VCPU": vcpus, "MEMORY": 14_000 * gpus}
+    return {
+        "status": status,
+        "statusReason": reason,
+        "jobQueue": QUEUE,
+        "container": {
+            "resourceRequirements": [{"type": k, "value": str(v)} for k, v in needs.items()]
+        },
+    }
+
+
+def with_environments(stub: Stub, *found: dict[str, Any]) -> None:
+    batch = stub("batch")
+    batch.add_response("describe_job_queues", queue(), {"jobQueues": [QUEUE]})
+    batch.add_response("describe_job_queues", queue(), {"jobQueues": [QUEUE]})
+    batch.add_response(
+        "describe_compute_environments",
+        {"computeEnvironments": list(found)},
+        {"computeEnvironments": [ARN + "spot", ARN + "on-demand"]},
+    )
+
+
+def test_environments_come_in_the_order_of_the_queue(stub: Stub) -> None:
+    batch = stub("batch")
+    batch.add_response("describe_job_queues", queue())
+    batch.add_response(
+        "describe_compute_environments",
+        {"computeEnvironments": [environment("on-demand"), environment("spot")]},
+    )
+    names = [found["computeEnvironmentName"] for found in environments(QUEUE)]
+    assert names == ["spot", "on-demand"]
+
+
+def test_a_queue_that_is_gone_has_no_environments(stub: Stub) -> None:
+    stub("batch").add_response("describe_job_queues", {"jobQueues": []})
+    assert environments(QUEUE) == []
+
+
+@pytest.mark.parametrize("needs", [(1, 4, 14_000), (4, 16, 56_000), (1, 48, 170_000)])
+def test_what_fits_is_let_through(needs: tuple[int, int, int]) -> None:
+    assert never([environment()], *needs) == ""
+
+
+@pytest.mark.parametrize(
+    ("found", "needs", "reason"),
+    [
+        ([environment()], (8, 32, 112_000), r"none of .* has 8 GPUs.*; those do: .*g5\.48xlarge"),
+        ([environment()], (16, 64, 1), "those do: none"),
+        ([environment()], (1, 65, 1), "needs 65 vCPUs, and the stack may start 64"),
+        (
+            [environment(resources={"instanceTypes": ["g5.xlarge"]})],
+            (1, 4, 16_000),
+            "16000 MiB of memory",
+        ),
+        ([environment(state="DISABLED")], (1, 4, 1), "spot is disabled"),
+        (
+            [environment(status="INVALID", statusReason="no role")],
+            (1, 4, 1),
+            "spot is invalid: no role",
+        ),
+        (
+            [environment(state="DISABLED"), environment("on-demand", state="DISABLED")],
+            (1, 4, 1),
+            "spot is disabled; the compute environment on-demand is disabled",
+        ),
+    ],
+)
+def test_what_never_fits_is_said(found: Any, needs: tuple[int, int, int], reason: str) -> None:
+    assert re.search(reason, never(found, *needs))
+
+
+def test_one_environment_that_fits_is_enough() -> None:
+    assert never([environment(state="DISABLED"), environment("on-demand")], 1, 4, 1) == ""
+
+
+def test_of_machines_that_are_not_in_the_table_nothing_is_said() -> None:
+    found = environment(resources={"instanceTypes": ["g5.xlarge", "p9.huge"]})
+    assert never([found], 16, 4, 1) == ""
+
+
+def test_needs_are_read_from_the_container() -> None:
+    assert needs_of(job(gpus=4, vcpus=16)["container"]) == (4, 16, 56_000)
+    assert needs_of({}) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("status", ["SUBMITTED", "PENDING"])
+def test_a_job_that_batch_has_not_looked_at(status: str) -> None:
+    assert "has not looked at it yet" in why_waiting(job(status))
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        (
+            "CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY - Service cannot fulfill the capacity "
+            "requested for instance type [g5.xlarge]",
+            "AWS has no such machine free",
+        ),
+        ("MISCONFIGURATION:COMPUTE_ENVIRONMENT_MAX_RESOURCE - ...", "MaxvCpus"),
+        ("MISCONFIGURATION:JOB_RESOURCE_REQUIREMENT - ...", "InstanceTypes"),
+        ("MISCONFIGURATION:SERVICE_ROLE_PERMISSIONS - ...", "lacks rights"),
+        ("something new", "something new"),
+    ],
+)
+def test_what_batch_says_itself_is_put_in_plain_words(said: str, sentence: str) -> None:
+    assert sentence in why_waiting(job(reason=said))
+
+
+def test_a_queue_that_is_gone_or_disabled(stub: Stub) -> None:
+    stub("batch").add_response("describe_job_queues", {"jobQueues": []})
+    assert "its queue is gone" in why_waiting(job())
+    stub("batch").add_response("describe_job_queues", queue("DISABLED"))
+    assert why_waiting(job()) == "its queue is disabled"
+
+
+def test_a_job_that_never_will_begin(stub: Stub) -> None:
+    with_environments(stub, environment(), environment("on-demand"))
+    assert why_waiting(job(gpus=8)).startswith("it will never begin: none of the stack's")
+
+
+def test_other_jobs_use_all(stub: Stub) -> None:
+    full = {"desiredvCpus": 61}
+    with_environments(stub, environment(resources=full), environment("on-demand", resources=full))
+    assert "other jobs use all vCPUs" in why_waiting(job())
+
+
+def test_a_machine_is_on_its_way(stub: Stub) -> None:
+    full = environment(resources={"desiredvCpus": 64})
+    with_environments(stub, full, environment("on-demand"))
+    assert "no machine has come up yet" in why_waiting(job())
