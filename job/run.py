@@ -25,6 +25,7 @@ REPORT = "report.html"
 SUMMARY = "summary.json"
 
 JOBS = "jobs/"
+POINTS = "points.json"
 CHECKPOINTS = "checkpoints/"
 LATEST_POINTER = "checkpoints/latest.json"
 QUARANTINE = "checkpoints/quarantine/"
@@ -114,4 +115,4 @@ class RunIdentity:
 
 def job_points(submission: str) -> str:
     """Key of what an array job's children are to train; not in a run, but where its runs are."""
-    return f"{JOBS}{submission}/points.json"
+    return f"{JOBS}{submission}/{POINTS}"

@@ -173,7 +173,7 @@ def _state(
     if last.exit_code is None:
         return "interrupted", _job_end(job) or "its process was killed"
     if last.exit_code in _STOPPED:
-        said = _job_end(job) if batch == "FAILED" else ""
+        said = job.get("statusReason", "") if job is not None and batch == "FAILED" else ""
         return "stopped", f"{last.reason} ({said})" if said else last.reason
     return "failed", last.reason
 
@@ -184,6 +184,8 @@ def _job_end(job: Mapping[str, Any] | None) -> str:
         return ""
     container = job.get("container", {})
     said = [job.get("statusReason", ""), container.get("reason", "")]
+    if container.get("exitCode"):
+        said.append(f"exit code {container['exitCode']}; s4gan logs says more")
     return "; ".join(dict.fromkeys(text for text in said if text))
 
 

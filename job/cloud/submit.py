@@ -90,6 +90,7 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
     _check_queue(parts[_queue(wish)], _needs(wish, definition))
     _check_image(parts, definition)
     _check_data(data)
+    _check_nesting(wish)
     points = [point for point in wish.points if _is_free(point, data, wish, say)]
     if not points:
         raise ConfigError(f"{wish.run_uri}: every run of the sweep is finished, or has a job")
@@ -326,6 +327,22 @@ def _check_data(data: ObjectStore) -> None:
             f"{data.uri}: {what}",
             mend="README.md, Your own images, says what belongs there; "
             "upload: aws s3 sync DATA URI, or s4gan data pack DATA URI",
+        )
+
+
+def _check_nesting(wish: Wish) -> None:
+    """A run and the place of a sweep may not be the same: every command would see only the run."""
+    place = open_store(wish.run_uri)
+    if len(wish.points) > 1:
+        if place.stat(run.IDENTITY) is not None:
+            raise ConfigError(
+                f"{place.uri}: is a run, and can be no place for several",
+                mend=f"choose another --run, for example {place.uri}-sweep",
+            )
+    elif any(info.key.endswith(run.POINTS) for info in place.list(run.JOBS)):
+        raise ConfigError(
+            f"{place.uri}: is the place of several runs, and can be no run",
+            mend="choose another --run, or say --seeds and --sweep as before",
         )
 
 

@@ -5,8 +5,8 @@
 prints the address it listens on. ENVIRONMENT is a file with a JSON object of variables that each
 container gets, as the real ones get their role's keys; it is read when a container starts. What
 moto leaves out of a job that matters to one is added here: user, read-only file system, shared
-memory, init process, the number of the try; it is asked to end by SIGTERM and has time to save;
-exit code and log group are told.
+memory, init process, its numbers of the try and in the array; it is asked to end by SIGTERM and
+has time to save; exit code and log group are told.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ def make_like_batch(environment: Path) -> None:
     def run_as_the_definition_says(self: Any, image: str, *rest: Any, **options: Any) -> Any:
         given = json.loads(environment.read_text())
         options["environment"] |= {**given, "AWS_BATCH_JOB_ATTEMPT": "1"}
+        _, of_array, index = options["environment"]["AWS_BATCH_JOB_ID"].partition(":")
+        if of_array:
+            options["environment"]["AWS_BATCH_JOB_ARRAY_INDEX"] = index
         options.pop("mounts")  # the image's own volume is as good as a machine's disk
         return run_container(
             self,

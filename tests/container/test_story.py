@@ -5,6 +5,7 @@ AWS is moto's server, whose Batch runs the real image in real containers; S3 is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -37,18 +38,25 @@ class User:
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
 
-    def __call__(self, *arguments: str, code: int = 0) -> str:
+    def __call__(self, *arguments: str) -> str:
         """Standard output of a command."""
-        ended = subprocess.run(
+        return self._s4gan(0, *arguments).stdout
+
+    def refused(self, *arguments: str) -> str:
+        """What a command says that cannot be."""
+        return self._s4gan(78, *arguments).stderr
+
+    def _s4gan(self, code: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
             [sys.executable, "-m", "job", *arguments],
             env=self.environment,
             capture_output=True,
             text=True,
             check=False,
         )
-        assert ended.returncode == code, f"s4gan {arguments}:\n{ended.stdout}{ended.stderr}"
-        assert "Traceback" not in ended.stderr
-        return ended.stdout
+        assert done.returncode == code, f"s4gan {arguments}:\n{done.stdout}{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
 
     def status(self, uri: str) -> dict[str, Any]:
         """Of one run."""
@@ -160,32 +168,41 @@ def job_of(bucket: str) -> Identity:
     return Identity("job", "jobkey", "jobsecret", tuple(right.format(bucket) for right in rights))
 
 
-def test_from_deploying_to_the_model(
+@contextlib.contextmanager
+def account(
     docker: Docker, image: str, aws: tuple[dict[str, str], Path], tmp_path: Path
-) -> None:
+) -> Iterator[tuple[User, str]]:
+    """A user with the stack, the image in its repository and data in its bucket; the bucket."""
     environment, later = aws
-    user = User(environment)
+    user = User({**environment, "S4GAN_STACK": STACK})
     parts = deploy(user)
     bucket = parts["Bucket"]
     identity = job_of(bucket)
+    write_data(tmp_path / "data")
     with SeaweedServer(tmp_path / "s3", buckets=(bucket,), identities=(identity,)) as s3:
         later.write_text(json.dumps(s3.environment(identity)))
-        user.environment = {
-            **environment,
-            **{key: s3.environment()[key] for key in KEYS},
-            "AWS_ENDPOINT_URL_S3": s3.endpoint,
-            "S4GAN_STACK": STACK,
-        }
-        write_data(tmp_path / "data")
+        user.environment |= {key: s3.environment()[key] for key in KEYS}
+        user.environment["AWS_ENDPOINT_URL_S3"] = s3.endpoint
+        user("data", "pack", str(tmp_path / "data"), f"s3://{bucket}/data/shapes")
+        assert "was not pushed yet" in user.refused(
+            *("submit", "--data", f"s3://{bucket}/data/shapes", "--run", f"s3://{bucket}/runs/x")
+        )
+        push(docker, image, user, parts)
+        yield user, bucket
+
+
+def ended(found: dict[str, Any]) -> bool:
+    return found["state"] in ("finished", "failed")
+
+
+def test_from_deploying_to_the_model(
+    docker: Docker, image: str, aws: tuple[dict[str, str], Path], tmp_path: Path
+) -> None:
+    with account(docker, image, aws, tmp_path) as (user, bucket):
         data, uri = f"s3://{bucket}/data/shapes", f"s3://{bucket}/runs/story-1"
-        user("data", "pack", str(tmp_path / "data"), data)
         settings = {**SMALL, "train.iterations": ITERATIONS, "train.eval_every": 100}
         changes = [f"--set={key}={value}" for key, value in settings.items()]
         submit = ("submit", "--data", data, "--run", uri, *changes)
-
-        # Nothing is sent before the image is there.
-        user(*submit, code=78)
-        push(docker, image, user, parts)
 
         # The first job trains, and its machine is taken away.
         said = user(*submit)
@@ -194,7 +211,7 @@ def test_from_deploying_to_the_model(
         found = user.wait(uri, lambda found: bool(found["iteration"] > 20))
         assert (found["state"], found["job_id"]) == ("training", first)
         assert found["iterations"] == ITERATIONS
-        user(*submit, code=78)  # it has a job
+        assert f"the job {first} is training this run" in user.refused(*submit)
         docker("stop", "--time", "60", container(docker, first))
         found = user.wait(uri, lambda found: bool(found["state"] == "stopped"))
         assert 20 < found["iteration"] < ITERATIONS
@@ -214,7 +231,7 @@ def test_from_deploying_to_the_model(
         assert "cancelled by s4gan cancel" in found["detail"]
         cancelled_at = found["iteration"]
         assert interrupted_at + 20 < cancelled_at < ITERATIONS
-        user("cancel", uri, code=78)  # nothing trains it
+        assert "nothing trains this run" in user.refused("cancel", uri)
 
         # The third finishes; nothing was trained twice.
         user(*submit)
@@ -228,16 +245,33 @@ def test_from_deploying_to_the_model(
         output = user("logs", uri)
         for iteration in range(1, ITERATIONS + 1):
             assert output.count(f"Iter {iteration}/{ITERATIONS} ") == 1
-        assert "3" in user("status")  # all runs of the stack
+        assert f"run            {uri}" in user("status")  # of all runs of the stack
         costs = json.loads(user("cost", uri, "--json"))[0]
         assert len(costs["attempts"]) == 3
-        user(*submit, code=78)  # it is finished
+        assert "this run is finished" in user.refused(*submit)
 
         user("pull", uri, str(tmp_path / "pulled"))
         model = str(tmp_path / "pulled" / run.BEST_MODEL)
         scores = json.loads(user("evaluate", "--weights", model, "--data", data, "--json"))
         summary = json.loads((tmp_path / "pulled" / run.SUMMARY).read_text())
         assert scores["miou"] == pytest.approx(summary["best"]["val_miou"], abs=1e-6)
+
+
+def test_a_sweep_is_one_command(
+    docker: Docker, image: str, aws: tuple[dict[str, str], Path], tmp_path: Path
+) -> None:
+    with account(docker, image, aws, tmp_path) as (user, bucket):
+        data, place = f"s3://{bucket}/data/shapes", f"s3://{bucket}/runs/sweep"
+        changes = [f"--set={key}={value}" for key, value in SMALL.items()]
+        submit = ("submit", "--data", data, "--run", place, "--seeds", "2", *changes)
+        submitted = json.loads(user(*submit, "--json"))
+        assert [one["run_uri"] for one in submitted] == [f"{place}/seed=0", f"{place}/seed=1"]
+        for one in submitted:
+            user.wait(one["run_uri"], ended)
+        found = json.loads(user("status", place, "--json"))
+        assert [one["state"] for one in found] == ["finished", "finished"]
+        assert found[0]["val_miou"] != found[1]["val_miou"]
+        assert "every run of the sweep is finished" in user.refused(*submit)
 
 
 def container(docker: Docker, job_id: str) -> str:

@@ -200,6 +200,20 @@ def test_what_is_left_of_a_sweep_may_be_one_run(parts: dict[str, str], data: str
     assert f"{place}/seed=1" in record.request["containerOverrides"]["command"]
 
 
+def test_a_run_is_no_place_for_a_sweep_nor_the_other_way_round(
+    parts: dict[str, str], data: str
+) -> None:
+    submit(wish(parts, data), print)
+    with pytest.raises(ConfigError, match="runs/first: is a run, and can be no place for several"):
+        submit(wish(parts, data, seeds=2), print)
+    place = f"s3://{parts['Bucket']}/runs/cats"
+    submit(wish(parts, data, run_uri=place, seeds=2), print)
+    with pytest.raises(ConfigError, match="runs/cats: is the place of several runs"):
+        submit(wish(parts, data, run_uri=place), print)
+    (again, _) = submit(wish(parts, data, run_uri=place, seeds=2), print)
+    assert again.run_uri == f"{place}/seed=0"
+
+
 def test_a_finished_sweep_is_said_to_be(parts: dict[str, str], data: str) -> None:
     place = f"s3://{parts['Bucket']}/runs/cats"
     for seed in (0, 1):
