@@ -54,6 +54,7 @@ from job.monitor.console import ConsoleTracker
 from job.monitor.ledger import Ledger, LedgerMirror, read_ledger
 from job.monitor.pictures import prediction_sheet
 from job.monitor.report import report_html
+from job.monitor.stall import stall_minutes, watch_stall
 from job.monitor.summary import Check, checklist, summary, summary_json
 from job.monitor.wandb_tracker import WandbTracker
 from job.parallel import check_ranks, crew
@@ -100,6 +101,7 @@ def train(
         JobError: with the exit code of what went wrong; the run's checkpoints stay good.
     """
     # 1. Resolve the run.
+    stall_minutes()
     store = open_store(run_uri)
     refuse_same_place(open_store(data_uri), store)
     changed = refuse_other_config(config_of_run(store), config, store, resume_anyway)
@@ -112,6 +114,7 @@ def train(
         _scratch(store, lease) as scratch,
         _recorded(store, lease, scratch, console, config, gpus) as record,
         watch_spot(stop, record.tell),
+        watch_stall(stall_minutes(), record.ledger.path, record.tell, record.mirror.publish),
         crew(gpus, device, record.tell) as others,
         # 3. Bring the data, look at it, split it as the run began.
         data_folder(

@@ -13,6 +13,7 @@
     |- Diverged           70  a loss is NaN or infinite
     |- NoProgress         93  attempt after attempt fails alike at the same place
     |- RankLost           75  a process of another GPU is gone
+    |- Stalled            75  nothing was done for too long
     `- Preempted          75  asked to stop before anything was left to save
 
 Knows nothing of the rest of the program.
@@ -147,6 +148,15 @@ class RankLost(JobError):
     """One of the processes that train together is gone; a new attempt goes on from the last save.
 
     Counts as a failure where `Preempted` does not: what kills a process may do so again.
+    """
+
+    exit_code = ExitCode.PREEMPTED
+
+
+class Stalled(JobError):
+    """Nothing was done for so long that it hangs; another machine may not.
+
+    Counts as a failure, as `RankLost` does.
     """
 
     exit_code = ExitCode.PREEMPTED

@@ -3,7 +3,7 @@
 Whatever does a piece of a run's work (a training step, an image evaluated or checked, a part of a
 file moved) calls `beat`. `python -m job.heartbeat` is the container's health check: it fails when
 the last beat is too long ago. A process that runs is not enough: one that waits for a dead disk,
-GPU or peer runs too.
+GPU or peer runs too. AWS Batch does not ask for a container's health, so `watch` looks from within.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import argparse
 import contextlib
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 VARIABLE = "S4GAN_HEARTBEAT"
@@ -23,7 +25,10 @@ MINUTES = 10.0
 for another attempt's lease, to write a checkpoint."""
 BEAT_EVERY_S = 1.0
 
+LOOK_EVERY_S = 10.0
+
 _last_s = 0.0
+_beats = 0
 
 
 def beat() -> None:
@@ -31,7 +36,8 @@ def beat() -> None:
 
     Never an error: a run does not end because its health cannot be told.
     """
-    global _last_s
+    global _last_s, _beats
+    _beats += 1
     now_s = time.monotonic()
     if now_s - _last_s < BEAT_EVERY_S:
         return
@@ -39,6 +45,41 @@ def beat() -> None:
     if path := os.environ.get(VARIABLE):
         with contextlib.suppress(OSError):
             Path(path).touch()
+
+
+@contextlib.contextmanager
+def watch(minutes: float, stalled: Callable[[float], None]) -> Iterator[None]:
+    """Within this block a thread calls `stalled` when there was no beat for so long, once.
+
+    Time in which the whole process was stopped, or its machine slept, does not count.
+
+    Args:
+        minutes: without a beat; 0 never is too long.
+        stalled: is given the minutes, on that thread.
+    """
+    done = threading.Event()
+    if minutes > 0:
+        thread = threading.Thread(
+            target=_watch, args=(minutes, stalled, done), name="stall-watch", daemon=True
+        )
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _watch(minutes: float, stalled: Callable[[float], None], done: threading.Event) -> None:
+    seen, silent_s, then_s = _beats, 0.0, time.monotonic()
+    while not done.wait(LOOK_EVERY_S):
+        now_s = time.monotonic()
+        silent_s += min(now_s - then_s, 2 * LOOK_EVERY_S)  # more than that was no time of ours
+        then_s = now_s
+        if _beats != seen:
+            seen, silent_s = _beats, 0.0
+        if silent_s >= 60 * minutes:
+            stalled(silent_s / 60)
+            return
 
 
 def main() -> None:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from job.checkpoint.interval import InterruptionHistory
-from job.errors import ExitCode, RankLost, reason
+from job.errors import ExitCode, RankLost, Stalled, reason
 
 MAX_ALIKE = 3
 """Attempts that may fail alike without a new checkpoint. Source: NVIDIA Resiliency Extension's
 `max_no_progress_cycles`."""
 _INTERRUPTED = (None, ExitCode.PREEMPTED, ExitCode.FENCED, ExitCode.KILLED_BY_USER)
-_RANK_LOST = f"{RankLost.__qualname__}:"
-"""To be tried again, by its exit code; but what ended one of the processes may do so again."""
+_TRIED_AGAIN = (f"{RankLost.__qualname__}:", f"{Stalled.__qualname__}:")
+"""Failures all the same: what ended one of the processes, or made it hang, may do so again."""
 _MAY_PASS = (ExitCode.SOFTWARE, ExitCode.IO_ERROR, ExitCode.PREEMPTED)
 """Failures that somebody may hope to be over at the next attempt."""
 
@@ -86,7 +86,7 @@ class Attempt:
     @property
     def was_interrupted(self) -> bool:
         """By the machine or the user, not by a fault."""
-        return self.exit_code in _INTERRUPTED and not self.fingerprint.startswith(_RANK_LOST)
+        return self.exit_code in _INTERRUPTED and not self.fingerprint.startswith(_TRIED_AGAIN)
 
 
 def attempts_of(events: Iterable[Mapping[str, Any]]) -> list[Attempt]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from job import heartbeat
 from job.heartbeat import VARIABLE, beat, main
+from tests.services import wait_until
 
 
 @pytest.fixture
@@ -79,3 +81,55 @@ def test_a_beat_that_cannot_be_written_is_no_error(
 ) -> None:
     monkeypatch.setenv(VARIABLE, str(file / "no" / "such"))
     beat()
+
+
+# ---------------------------------------------------------------- looked at from within
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that the watch sees, changed by the test."""
+    now = [1000.0]
+    monkeypatch.setattr(heartbeat, "LOOK_EVERY_S", 0.005)
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
+    return now
+
+
+def passing(clock: list[float], seconds: float, step_s: float) -> None:
+    """Let time pass in steps that the watch has time to see."""
+    for _ in range(round(seconds / step_s)):
+        clock[0] += step_s
+        time.sleep(0.01)
+
+
+def test_silence_is_noticed_once(clock: list[float]) -> None:
+    stalled: list[float] = []
+    with heartbeat.watch(0.001, stalled.append):  # 0.06 s
+        passing(clock, 0.05, 0.01)
+        assert stalled == []
+        wait_until(lambda: clock.__setitem__(0, clock[0] + 0.01) or bool(stalled))
+        passing(clock, 0.2, 0.01)
+    assert len(stalled) == 1
+    assert stalled[0] >= 0.001
+
+
+def test_beats_keep_it_quiet(clock: list[float]) -> None:
+    stalled: list[float] = []
+    with heartbeat.watch(0.01, stalled.append):  # 0.6 s
+        for _ in range(20):
+            passing(clock, 0.1, 0.01)
+            beat()
+    assert stalled == []
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(clock: list[float]) -> None:
+    stalled: list[float] = []
+    with heartbeat.watch(60, stalled.append):
+        passing(clock, 5_000_000, 1_000_000)
+    assert stalled == []
+
+
+def test_the_watch_can_be_off(clock: list[float]) -> None:
+    before = threading.active_count()
+    with heartbeat.watch(0, pytest.fail):
+        assert threading.active_count() == before
