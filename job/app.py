@@ -57,7 +57,8 @@ from job.monitor.report import report_html
 from job.monitor.stall import stall_minutes, watch_stall
 from job.monitor.summary import Check, checklist, summary, summary_json
 from job.monitor.wandb_tracker import WandbTracker
-from job.parallel import check_ranks, crew
+from job.nodes import Node
+from job.parallel import check_ranks, crew, follow
 from job.preemption import StopRequest, watch_spot
 from job.run import RunIdentity
 from job.storage import LocalStore, ObjectStore, open_store
@@ -106,16 +107,19 @@ def train(
     refuse_same_place(open_store(data_uri), store)
     changed = refuse_other_config(config_of_run(store), config, store, resume_anyway)
     device = choose_device()
-    check_ranks(config, gpus, device)
+    node = Node.here()
+    check_ranks(config, gpus, node, device)
+    if not node.is_main:
+        return _follow(gpus, node, data_uri, console)
     # 2. Take the lease, open the ledger, listen for the end.
     with (
         StopRequest().on_signals() as stop,
         _leased(store, stop) as lease,
         _scratch(store, lease) as scratch,
-        _recorded(store, lease, scratch, console, config, gpus) as record,
+        _recorded(store, lease, scratch, console, config, gpus, node) as record,
         watch_spot(stop, record.tell),
         watch_stall(stall_minutes(), record.ledger.path, record.tell, record.mirror.publish),
-        crew(gpus, device, record.tell) as others,
+        crew(gpus, node, device, record.tell) as others,
         # 3. Bring the data, look at it, split it as the run began.
         data_folder(
             data_uri, progress=ConsoleProgress(console), stopped=lambda: stop.requested
@@ -133,7 +137,7 @@ def train(
         store.write(run.CONFIG, config.to_yaml().encode())
         store.write(run.SPLITS, data.splits.to_json())
         stop.raise_if_requested()
-        ranks = others.meet(config, data.splits, folder, state)
+        ranks = others.meet(config, data.splits, folder, state, stop)
         # 5. Start the trackers and the publisher.
         with _tracking(attempt, state, stop) as tracking:
             with _publishing(attempt, manager, stop) as publisher:
@@ -247,6 +251,22 @@ class _Tracking:
     wandb: WandbTracker
 
 
+# ---------------------------------------------------------------- on another machine
+
+
+def _follow(gpus: int, node: Node, data_uri: str, console: Console) -> ExitCode:
+    """Bring the data and train along; the run itself is the main node's, which also stops us."""
+    console.print(f"machine {node.position + 1} of {node.count}; the first one reports")
+    with (
+        StopRequest().on_signals() as stop,
+        data_folder(
+            data_uri, progress=ConsoleProgress(console), stopped=lambda: stop.requested
+        ) as folder,
+    ):
+        follow(gpus, node, folder)
+    return ExitCode.OK
+
+
 # ---------------------------------------------------------------- 1 and 2: the run and its lease
 
 
@@ -292,7 +312,13 @@ def _scratch(store: ObjectStore, lease: Lease) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _recorded(
-    store: ObjectStore, lease: Lease, scratch: Path, console: Console, config: Config, gpus: int
+    store: ObjectStore,
+    lease: Lease,
+    scratch: Path,
+    console: Console,
+    config: Config,
+    gpus: int,
+    node: Node,
 ) -> Iterator[_Record]:
     """The ledger, told of the attempt's start and of how it ended.
 
@@ -304,7 +330,7 @@ def _recorded(
     ledger = Ledger(path, attempt=lease.attempt, shown=f"{store.uri}/{run.LEDGER}")
     record = _Record(ledger, mirror, console)
     before = lease.predecessor
-    fields: dict[str, Any] = {"gpus": gpus}
+    fields: dict[str, Any] = {"gpus": gpus * node.count, "nodes": node.count}
     if before is not None:
         fields |= {"predecessor": before.attempt, "predecessor_last_seen": before.last_seen}
     if lease.holder.job:

@@ -226,18 +226,27 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def check_gpus(config: Config, count: int) -> None:
+def check_gpus(config: Config, gpus: int, nodes: int = 1) -> None:
     """Refuse a number of GPUs that cannot share the batches of an iteration.
+
+    Args:
+        config: what is to be trained.
+        gpus: of each machine.
+        nodes: how many machines.
 
     Raises:
         ConfigError: says what would be possible.
     """
-    if count < 1:
-        raise ConfigError(f"--gpus {count}: must be at least 1")
+    if gpus < 1:
+        raise ConfigError(f"--gpus {gpus}: must be at least 1")
+    if nodes < 1:
+        raise ConfigError(f"--nodes {nodes}: must be at least 1")
+    count = gpus * nodes
     accumulate, batch_size = config.train.accumulate, config.train.batch_size
     if accumulate % count:
+        named = f"--gpus {gpus}" if nodes == 1 else f"--gpus {gpus} on {nodes} machines"
         raise ConfigError(
-            f"--gpus {count}: train.accumulate is {accumulate}, and a batch of train.batch_size "
+            f"{named}: train.accumulate is {accumulate}, and a batch of train.batch_size "
             f"{batch_size} is not cut",
             mend=f"make train.accumulate a multiple of {count}; to keep the images of an iteration "
             f"at {accumulate * batch_size}, change train.batch_size along",

@@ -70,7 +70,8 @@ class Holder:
             machine=machine,
             pid=os.getpid(),
             started=_process(os.getpid())[1],
-            job=os.environ.get("AWS_BATCH_JOB_ID", ""),
+            # Of a job on several machines, #0 is the one that has the lease.
+            job=os.environ.get("AWS_BATCH_JOB_ID", "").partition("#")[0],
             job_attempt=int(attempt) if attempt.isdecimal() else 0,
         )
 

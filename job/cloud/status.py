@@ -231,7 +231,7 @@ def _cost(attempt: Attempt, seconds: float, prices: Prices) -> tuple[float | Non
     """US dollars of an attempt, and what it would have cost on demand."""
     if not attempt.instance_type:
         return None, None
-    hours = seconds / 3600
+    hours = attempt.nodes * seconds / 3600
     listed = prices.on_demand(attempt.instance_type, attempt.zone)
     on_demand = listed * hours if listed is not None else None
     if attempt.life_cycle != "spot":

@@ -52,6 +52,8 @@ class Attempt:
     """The scheduler's number of this try of the job."""
     gpus: int = 1
     """Processes that trained together."""
+    nodes: int = 1
+    """Machines they were on."""
     instance_type: str = ""
     """Of EC2; empty elsewhere."""
     life_cycle: str = ""
@@ -108,6 +110,7 @@ def attempts_of(events: Iterable[Mapping[str, Any]]) -> list[Attempt]:
                 job=event.get("job", ""),
                 job_attempt=event.get("job_attempt", 0),
                 gpus=event.get("gpus", 1),
+                nodes=event.get("nodes", 1),
             )
             before = found.get(event.get("predecessor", 0))
             if before is not None and event.get("predecessor_last_seen"):

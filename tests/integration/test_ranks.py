@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from job import run
+from job import nodes, run
 from job.drill.attempt import AttemptProcess
 from job.drill.proof import compare_runs, final_state, training_lines
 from job.monitor.ledger import read_ledger
@@ -172,6 +176,140 @@ def test_the_others_leave_with_the_leaders_own_failure(
 ) -> None:
     attempt = start(arguments(data, tmp_path / "run", 2, train__learning_rate="1e30"))
     assert attempt.finish() == 70, attempt.output
+
+
+# ---------------------------------------------------------------- on two machines
+
+
+class Machines:
+    """Two machines as AWS Batch starts them: both are told the same command, and who they are."""
+
+    def __init__(self, start: Any) -> None:
+        self._start = start
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+
+    def __call__(self, words: list[str], position: int, **options: Any) -> AttemptProcess:
+        """The attempt of one of them."""
+        environment = {
+            nodes.COUNT: "2",
+            nodes.INDEX: str(position),
+            nodes.MAIN_INDEX: "0",
+            nodes.MAIN_ADDRESS: "127.0.0.1",
+            nodes.PORT_VARIABLE: str(self.port),
+            "AWS_BATCH_JOB_ID": f"job#{position}",
+        }
+        found: AttemptProcess = self._start(words, environment=environment, **options)
+        return found
+
+
+@pytest.fixture
+def machines(start: Any) -> Machines:
+    return Machines(start)
+
+
+def test_two_machines_are_as_two_processes_of_one(
+    machines: Machines, data: Path, of_two: Path, tmp_path: Path
+) -> None:
+    words = arguments(data, tmp_path / "run", 1)
+    other, main = machines(words, 1), machines(words, 0)
+    assert main.finish() == 0, main.output
+    assert other.finish() == 0, other.output
+    assert "machine 2 of 2; the first one reports" in other.output
+    assert compare_runs(tmp_path / "run", of_two, ITERATIONS) == []
+    (started,) = (
+        event
+        for event in read_ledger(tmp_path / "run" / run.LEDGER)
+        if event["event"] == "attempt_started"
+    )
+    assert (started["gpus"], started["nodes"], started["job"]) == (2, 2, "job")
+
+
+def test_two_machines_that_are_stopped_go_on_as_one(
+    machines: Machines, start: Any, data: Path, of_two: Path, tmp_path: Path
+) -> None:
+    words = arguments(data, tmp_path / "run", 1)
+    main, other = machines(words, 0), machines(words, 1)
+    main.wait_for_iteration(9)
+    for process in (other, main):  # TerminateJob reaches all of them, in any order
+        process.send(signal.SIGTERM)
+    assert main.finish() == 75, main.output
+    assert other.finish() == 0, other.output
+    last = start(arguments(data, tmp_path / "run", 2))
+    assert last.finish() == 0, last.output
+    assert compare_runs(tmp_path / "run", of_two, ITERATIONS) == []
+
+
+def test_a_machine_that_is_gone_ends_the_attempt_to_be_tried_again(
+    machines: Machines, data: Path, of_two: Path, tmp_path: Path
+) -> None:
+    words = arguments(data, tmp_path / "run", 1)
+    main, other = machines(words, 0), machines(words, 1)
+    main.wait_for_iteration(16)
+    other.kill()
+    assert main.finish() == 75, main.output
+    assert "Traceback" not in main.output
+    main, other = machines(words, 0), machines(words, 1)
+    assert main.finish() == 0, main.output
+    assert other.finish() == 0
+    assert compare_runs(tmp_path / "run", of_two, ITERATIONS) == []
+
+
+IMPATIENT = """
+import sys
+import job.parallel
+job.parallel.GONE_S, job.parallel.NOTICED_S = 12.0, 1.0
+sys.argv = ["s4gan", *sys.argv[1:]]
+from job.cli import main
+main()
+"""
+
+
+class Impatient(AttemptProcess):
+    """The command with less patience for other machines."""
+
+    def _launch(
+        self, arguments: Sequence[str], environment: Mapping[str, str]
+    ) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", IMPATIENT, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+@pytest.mark.slow
+def test_a_machine_that_hangs_is_noticed(data: Path, tmp_path: Path) -> None:
+    """Its connections stay open, so that no collective fails."""
+    words = arguments(data, tmp_path / "run", 1, train__iterations=10**6)
+    machines = Machines(lambda words, **options: Impatient(words, **options))
+    main, other = machines(words, 0), machines(words, 1)
+    try:
+        main.wait_for_iteration(5)
+        (rank,) = others(other)
+        os.kill(rank, signal.SIGSTOP)
+        assert main.finish() == 75, main.output
+        assert "the process of rank 1, on another machine, is gone" in main.output
+        os.kill(rank, signal.SIGCONT)
+        assert other.finish() == 0, other.output  # it sees that the leader is gone
+    finally:
+        main.kill()
+        other.kill()
+
+
+def test_a_port_that_is_taken_is_named(machines: Machines, data: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", machines.port))
+        taken.listen()
+        main = machines(arguments(data, tmp_path / "run", 1), 0)
+        assert main.finish() == 78, main.output
+    assert f"the port {machines.port}, where other machines find this one" in main.output
+    assert "Traceback" not in main.output
 
 
 @pytest.mark.parametrize(
