@@ -313,6 +313,9 @@ def submit(
     batch_size: options.BatchSize = None,
     assignments: options.Assignments = None,
     gpus: Annotated[int, typer.Option(help="GPUs of one machine that train together.")] = 1,
+    nodes: Annotated[
+        int, typer.Option(help="Machines with --gpus each that train together; --on-demand only.")
+    ] = 1,
     seeds: Annotated[
         int | None, typer.Option(help="So many runs below --run that differ in train.seed.")
     ] = None,
@@ -361,6 +364,7 @@ def submit(
         data_uri=data,
         stack=stack_name(stack),
         on_demand=on_demand,
+        nodes=nodes,
         gpus=gpus,
         max_hours=max_hours,
         resume_anyway=resume_anyway,

@@ -85,7 +85,8 @@ def runs_at(uri: str) -> list[ObjectStore]:
 def describe(records: Sequence[Submission]) -> dict[str, Mapping[str, Any]]:
     """What Batch knows of jobs, by their ids; it forgets them some days after their end.
 
-    A child of an array job that Batch has not made yet is as its parent.
+    A child of an array job that Batch has not made yet is as its parent. A job on several machines
+    has the output of its main one.
     """
     ids = [record.job_id for record in records]
     known = _describe(ids)
@@ -95,6 +96,16 @@ def describe(records: Sequence[Submission]) -> dict[str, Mapping[str, Any]]:
         parent = parents.get(job_id.partition(":")[0])
         if parent is not None:
             known[job_id] = parent
+    main = {
+        job_id: f"{job_id}#{job['nodeProperties']['mainNode']}"
+        for job_id, job in known.items()
+        if "nodeProperties" in job
+    }
+    nodes = _describe(sorted(main.values()))
+    for job_id, node_id in main.items():
+        node = nodes.get(node_id, {})
+        of_node = {key: node[key] for key in ("container", "attempts") if key in node}
+        known[job_id] = {**known[job_id], **of_node}
     return known
 
 

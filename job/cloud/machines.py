@@ -92,14 +92,17 @@ def hours_guessed(config: Config, machine: Machine, gpus: int) -> tuple[float, f
     return at_peak_s / fast / 3600, at_peak_s / slow / 3600
 
 
-def cost_guess(configs: Sequence[Config], gpus: int, vcpus: int, memory_mib: int) -> list[str]:
+def cost_guess(
+    configs: Sequence[Config], nodes: int, gpus: int, vcpus: int, memory_mib: int
+) -> list[str]:
     """Lines of a table: what the runs may cost on the cheapest machine of each kind that fits.
 
     Args:
         configs: of the runs.
-        gpus: of each.
-        vcpus: for each run.
-        memory_mib: for each run.
+        nodes: machines of each run.
+        gpus: of each machine.
+        vcpus: likewise.
+        memory_mib: likewise.
     """
     cheapest: dict[str, Machine] = {}
     for machine in sorted(machines().values(), key=lambda machine: machine.usd):
@@ -112,13 +115,13 @@ def cost_guess(configs: Sequence[Config], gpus: int, vcpus: int, memory_mib: int
         f"{'spot, $ at best':>15}",
     ]
     for machine in cheapest.values():
-        spans = [hours_guessed(config, machine, gpus) for config in configs]
+        spans = [hours_guessed(config, machine, gpus * nodes) for config in configs]
         low, high = sum(span[0] for span in spans), sum(span[1] for span in spans)
-        best = low * machine.usd * (1 - AWS_SAVES_AT_MOST)
+        hourly = machine.usd * nodes
+        best = "-" if nodes > 1 else _number(low * hourly * (1 - AWS_SAVES_AT_MOST))
         lines.append(
-            f"  {machine.name:<14} {machine.gpu:<5} {machine.usd:>6.2f} "
-            f"{_span(low, high):>13} {_span(low * machine.usd, high * machine.usd):>15} "
-            f"{_number(best):>15}"
+            f"  {machine.name:<14} {machine.gpu:<5} {hourly:>6.2f} "
+            f"{_span(low, high):>13} {_span(low * hourly, high * hourly):>15} {best:>15}"
         )
     return lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,10 @@ class Job:
     stack: str
     runs: int = 1
     """More than one: an array job."""
+    nodes: int = 1
+    """Machines that train a run together."""
     gpus: int = 1
+    """Of each; so are the next two."""
     vcpus: int = VCPUS
     memory_mib: int = MEMORY_MIB
     max_hours: float | None = None
@@ -60,12 +64,17 @@ def submit_request(job: Job) -> dict[str, Any]:
             {"type": "VCPU", "value": str(job.vcpus)},
             {"type": "MEMORY", "value": str(job.memory_mib)},
         ]
+    if job.nodes > 1:
+        nodes = [{"targetNodes": "0:", "containerOverrides": overrides}]
+        what = {"nodeOverrides": {"numNodes": job.nodes, "nodePropertyOverrides": nodes}}
+    else:
+        what = {"containerOverrides": overrides}
     tags = {"Project": job.stack, "Run": job.run_uri, "Revision": job.revision}
     request: dict[str, Any] = {
         "jobName": job_name(job.run_uri),
         "jobQueue": job.queue,
         "jobDefinition": job.definition,
-        "containerOverrides": overrides,
+        **what,
         "propagateTags": True,
         "tags": {key: _TAG.sub("-", value)[:_MAX_TAG] for key, value in tags.items() if value},
     }
@@ -74,6 +83,15 @@ def submit_request(job: Job) -> dict[str, Any]:
     if job.max_hours is not None:
         request["timeout"] = {"attemptDurationSeconds": round(3600 * job.max_hours)}
     return request
+
+
+def container_overrides(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a request of `submit_request` says of the container."""
+    if "nodeOverrides" in request:
+        overrides = request["nodeOverrides"]["nodePropertyOverrides"][0]["containerOverrides"]
+    else:
+        overrides = request["containerOverrides"]
+    return dict(overrides)
 
 
 def job_name(run_uri: str) -> str:

@@ -82,6 +82,16 @@ def _get(value: Any, *path: str) -> Any:
     return value
 
 
+def _containers(resource: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Where below a job definition containers are described, and how."""
+    one = ("Properties", "ContainerProperties")
+    if _get(resource, *one) is not None:
+        yield one, _get(resource, *one)
+    several = ("Properties", "NodeProperties", "NodeRangeProperties")
+    for number, nodes in enumerate(_all(_get(resource, *several))):
+        yield (*several, number, "Container"), _get(nodes, "Container")
+
+
 # ---------------------------------------------------------------- machines
 
 
@@ -151,17 +161,28 @@ class DisksAreEncrypted(_ResourceRule):
                 yield path, f"the volume {_get(device, 'DeviceName')} must go with its machine"
 
 
-class NothingComesIn(_ResourceRule):
-    """Nobody has to reach the machines."""
+class NothingComesIn(CloudFormationLintRule):  # type: ignore[misc]
+    """Nobody has to reach the machines, but those of the same job one another."""
 
     id = "E9004"
-    shortdesc = "Security groups let nothing in"
-    type = "AWS::EC2::SecurityGroup"
+    shortdesc = "Security groups let nothing in but from within"
 
-    def problems(self, resource: Mapping[str, Any], cfn: Template) -> Iterator[Problem]:
-        """See the base."""
-        if _get(resource, "Properties", "SecurityGroupIngress"):
-            yield ("Properties", "SecurityGroupIngress"), "nothing may come in"
+    def match(self, cfn: Template) -> list[RuleMatch]:
+        """Called by cfn-lint."""
+        found = [
+            name
+            for name, group in cfn.get_resources("AWS::EC2::SecurityGroup").items()
+            if _get(group, "Properties", "SecurityGroupIngress")
+        ]
+        for name, ingress in cfn.get_resources("AWS::EC2::SecurityGroupIngress").items():
+            properties = _get(ingress, "Properties")
+            source = _get(properties, "SourceSecurityGroupId")
+            if source is None or source != _get(properties, "GroupId"):
+                found.append(name)
+        return [
+            RuleMatch(["Resources", name], f"{name}: nothing may come in from outside the group")
+            for name in found
+        ]
 
 
 class IdleCostsNothing(_ResourceRule):
@@ -265,10 +286,11 @@ class SecretsAreNamedOnly(_ResourceRule):
 
     def problems(self, resource: Mapping[str, Any], cfn: Template) -> Iterator[Problem]:
         """See the base."""
-        path = ("Properties", "ContainerProperties", "Environment")
-        for variable in _all(_get(resource, *path)):
-            if _SECRET.search(str(_get(variable, "Name"))):
-                yield path, f"{_get(variable, 'Name')} must come from Secrets, by the secret's ARN"
+        for path, container in _containers(resource):
+            for variable in _all(_get(container, "Environment")):
+                name = str(_get(variable, "Name"))
+                if _SECRET.search(name):
+                    yield path, f"{name} must come from Secrets, by the secret's ARN"
 
 
 class ContainersAreConfined(_ResourceRule):
@@ -280,19 +302,41 @@ class ContainersAreConfined(_ResourceRule):
 
     def problems(self, resource: Mapping[str, Any], cfn: Template) -> Iterator[Problem]:
         """See the base."""
-        path = ("Properties", "ContainerProperties")
-        container = _get(resource, *path)
-        if str(_get(container, "User") or "root").split(":")[0] in ("root", "0"):
-            yield path, "User must not be root"
-        if _get(container, "Privileged") is not False:
-            yield path, "Privileged must be false"
-        if _get(container, "ReadonlyRootFilesystem") is not True:
-            yield path, "ReadonlyRootFilesystem must be true"
-        linux = _get(container, "LinuxParameters")
-        if _get(linux, "InitProcessEnabled") is not True:
-            yield path, "LinuxParameters.InitProcessEnabled must be true, or a signal may be lost"
-        if not _number(_get(linux, "SharedMemorySize"), cfn) >= 512:
-            yield path, "LinuxParameters.SharedMemorySize must be 512 or more, for loader processes"
+        for path, container in _containers(resource):
+            if str(_get(container, "User") or "root").split(":")[0] in ("root", "0"):
+                yield path, "User must not be root"
+            if _get(container, "Privileged") is not False:
+                yield path, "Privileged must be false"
+            if _get(container, "ReadonlyRootFilesystem") is not True:
+                yield path, "ReadonlyRootFilesystem must be true"
+            linux = _get(container, "LinuxParameters")
+            if _get(linux, "InitProcessEnabled") is not True:
+                yield path, "LinuxParameters.InitProcessEnabled must be true, or signals get lost"
+            if not _number(_get(linux, "SharedMemorySize"), cfn) >= 512:
+                yield path, "LinuxParameters.SharedMemorySize must be 512 or more, for loaders"
+
+
+class ContainersAreAlike(CloudFormationLintRule):  # type: ignore[misc]
+    """A run moves between one machine and several."""
+
+    id = "E9018"
+    shortdesc = "All job definitions describe the same container, and the same retries"
+
+    def match(self, cfn: Template) -> list[RuleMatch]:
+        """Called by cfn-lint."""
+        seen: dict[str, Any] = {}
+        found = []
+        for name, resource in cfn.get_resources("AWS::Batch::JobDefinition").items():
+            for what, value in (
+                *(("container", container) for _, container in _containers(resource)),
+                ("RetryStrategy", _get(resource, "Properties", "RetryStrategy")),
+                ("Timeout", _get(resource, "Properties", "Timeout")),
+            ):
+                if value != seen.setdefault(what, value):
+                    found.append(
+                        RuleMatch(["Resources", name], f"{name}: another {what} than before it")
+                    )
+        return found
 
 
 class OutputIsKeptForAWhile(_ResourceRule):

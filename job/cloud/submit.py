@@ -13,11 +13,11 @@ from job.checkpoint.resumable import config_of_run, refuse_other_config, refuse_
 from job.cloud.aws import client, code_of, explained
 from job.cloud.jobs import Submission, active_job, submissions
 from job.cloud.machines import cost_guess
-from job.cloud.payload import MEMORY_MIB, VCPUS, Job, submit_request
+from job.cloud.payload import MEMORY_MIB, VCPUS, Job, container_overrides, submit_request
 from job.cloud.revision import revision
 from job.cloud.stack import outputs, parameter
 from job.cloud.sweep import Point, points_file
-from job.cloud.waiting import environments, needs_of, never
+from job.cloud.waiting import container_of, environments, needs_of, never
 from job.config import Config, check_gpus, config_from_yaml
 from job.errors import ConfigError, DataError, PreconditionFailed, StorageError
 from job.run import RunIdentity
@@ -39,7 +39,10 @@ class Wish:
     data_uri: str
     stack: str
     on_demand: bool = False
+    nodes: int = 1
+    """Machines that train a run together."""
     gpus: int = 1
+    """Of each."""
     max_hours: float | None = None
     resume_anyway: bool = False
 
@@ -63,9 +66,11 @@ def dry_run(wish: Wish) -> tuple[dict[str, Any], list[str]]:
         ConfigError: the wish contradicts itself.
     """
     _check_wish(wish)
-    parts = {key: f"<{key} of the stack {wish.stack}>" for key in (_queue(wish), "JobDefinition")}
+    names = (_queue(wish), _definition_name(wish))
+    parts = {key: f"<{key} of the stack {wish.stack}>" for key in names}
     request = submit_request(_job(wish, wish.points, parts, "<time>", {}))
-    return request, cost_guess([point.config for point in wish.points], *_needs(wish, {}))
+    configs = [point.config for point in wish.points]
+    return request, cost_guess(configs, wish.nodes, *_needs(wish, {}))
 
 
 def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
@@ -84,10 +89,14 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
     """
     _check_wish(wish)
     parts = outputs(wish.stack)
+    if _definition_name(wish) not in parts:
+        raise ConfigError(
+            f"the stack {wish.stack} is of an older version", mend="s4gan infra deploy"
+        )
     data = open_store(wish.data_uri)
     _check_place(wish, parts)
-    definition = _definition(parts)
-    _check_queue(parts[_queue(wish)], _needs(wish, definition))
+    definition = _definition(parts[_definition_name(wish)])
+    _check_queue(parts[_queue(wish)], wish.nodes, _needs(wish, definition))
     _check_image(parts, definition)
     _check_data(data)
     _check_nesting(wish)
@@ -158,8 +167,9 @@ def resubmit(
     if not records:
         raise ConfigError(f"{run_uri}: was never submitted", mend="s4gan submit")
     last = records[-1]
-    command = last.request["containerOverrides"]["command"]
-    needs = last.request["containerOverrides"].get("resourceRequirements", ())
+    overrides = container_overrides(last.request)
+    command = overrides["command"]
+    needs = overrides.get("resourceRequirements", ())
     gpus = next((int(need["value"]) for need in needs if need["type"] == "GPU"), 1)
     timeout = last.request.get("timeout")
     text = store.read(run.job_config(last.name)).decode(errors="replace")
@@ -170,6 +180,7 @@ def resubmit(
         data_uri=command[command.index("--data") + 1],
         stack=last.stack,
         on_demand=last.on_demand if on_demand is None else on_demand,
+        nodes=last.request.get("nodeOverrides", {}).get("numNodes", 1),
         gpus=gpus,
         max_hours=timeout["attemptDurationSeconds"] / 3600 if timeout else None,
         resume_anyway="--resume-anyway" in command,
@@ -179,6 +190,10 @@ def resubmit(
 
 def _queue(wish: Wish) -> str:
     return "OnDemandJobQueue" if wish.on_demand else "JobQueue"
+
+
+def _definition_name(wish: Wish) -> str:
+    return "JobDefinition" if wish.nodes == 1 else "NodesJobDefinition"
 
 
 def _job(
@@ -205,9 +220,10 @@ def _job(
         data_uri=wish.data_uri.rstrip("/"),
         config_uri=f"{place}/{run.job_config(name) if one else run.job_points(name)}",
         queue=parts[_queue(wish)],
-        definition=parts["JobDefinition"],
+        definition=parts[_definition_name(wish)],
         stack=wish.stack,
         runs=len(points),
+        nodes=wish.nodes,
         gpus=wish.gpus,
         vcpus=vcpus,
         memory_mib=memory_mib,
@@ -218,7 +234,7 @@ def _job(
 
 
 def _needs(wish: Wish, definition: Mapping[str, Any]) -> tuple[int, int, int]:
-    """GPUs, vCPUs and MiB of memory of a run; the job definition's are for one GPU."""
+    """GPUs, vCPUs and MiB of memory of each machine; the job definition's are for one GPU."""
     _, vcpus, memory_mib = needs_of(definition)
     return wish.gpus, (vcpus or VCPUS) * wish.gpus, (memory_mib or MEMORY_MIB) * wish.gpus
 
@@ -234,8 +250,18 @@ def _check_wish(wish: Wish) -> None:
                 f"{flag} {uri}: a job in the cloud reads and writes S3",
                 mend="give s3://BUCKET/..., or train here: s4gan train",
             )
+    if wish.nodes > 1 and not wish.on_demand:
+        raise ConfigError(
+            f"--nodes {wish.nodes}: AWS Batch starts several machines for a job on demand only",
+            mend="say --on-demand too, or --gpus for several GPUs of one machine",
+        )
+    if wish.nodes > 1 and len(wish.points) > 1:
+        raise ConfigError(
+            f"--nodes {wish.nodes}: each run of a sweep is on one machine",
+            mend="submit the runs one by one, or leave out --nodes",
+        )
     for point in wish.points:
-        check_gpus(point.config, wish.gpus)
+        check_gpus(point.config, wish.gpus, wish.nodes)
     if wish.max_hours is not None and not wish.max_hours >= 1 / 60:
         raise ConfigError(f"--max-hours {wish.max_hours}: must be at least a minute")
 
@@ -265,7 +291,7 @@ def _check_place(wish: Wish, parts: Mapping[str, str]) -> None:
         )
 
 
-def _check_queue(queue: str, needs: tuple[int, int, int]) -> None:
+def _check_queue(queue: str, nodes: int, needs: tuple[int, int, int]) -> None:
     with explained("look at the queue"):
         found = client("batch").describe_job_queues(jobQueues=[queue])["jobQueues"]
     if not found:
@@ -278,7 +304,7 @@ def _check_queue(queue: str, needs: tuple[int, int, int]) -> None:
             + (f" ({why})" if why else ""),
             mend="enable it in the console, or deploy the stack again: s4gan infra deploy",
         )
-    obstacle = never(environments(queue), *needs)
+    obstacle = never(environments(queue), *needs, nodes)
     if obstacle:
         raise ConfigError(
             f"the job would never begin: {obstacle}",
@@ -286,14 +312,13 @@ def _check_queue(queue: str, needs: tuple[int, int, int]) -> None:
         )
 
 
-def _definition(parts: Mapping[str, str]) -> Mapping[str, Any]:
+def _definition(arn: str) -> Mapping[str, Any]:
     """What the job definition says of the container."""
     with explained("look at the job definition"):
-        found = client("batch").describe_job_definitions(jobDefinitions=[parts["JobDefinition"]])
-    if not found["jobDefinitions"]:
+        found = client("batch").describe_job_definitions(jobDefinitions=[arn])["jobDefinitions"]
+    if not found:
         raise ConfigError("the stack's job definition is gone", mend="s4gan infra deploy")
-    container: Mapping[str, Any] = found["jobDefinitions"][0]["containerProperties"]
-    return container
+    return container_of(found[0])
 
 
 def _check_image(parts: Mapping[str, str], definition: Mapping[str, Any]) -> None:

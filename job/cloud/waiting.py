@@ -37,18 +37,21 @@ def environments(queue: str) -> list[Mapping[str, Any]]:
     return [by_arn[name] for name in names if name in by_arn]
 
 
-def never(queue: Sequence[Mapping[str, Any]], gpus: int, vcpus: int, memory_mib: int) -> str:
+def never(
+    queue: Sequence[Mapping[str, Any]], gpus: int, vcpus: int, memory_mib: int, nodes: int = 1
+) -> str:
     """Why a job could never begin in any of a queue's environments; empty if it could.
 
     Args:
         queue: `environments`.
-        gpus: needed.
-        vcpus: needed.
-        memory_mib: needed.
+        gpus: needed of a machine.
+        vcpus: needed of a machine.
+        memory_mib: needed of a machine.
+        nodes: machines needed at the same time.
     """
     reasons = []
     for environment in queue:
-        reason = _never_in(environment, gpus, vcpus, memory_mib)
+        reason = _never_in(environment, gpus, vcpus, memory_mib, nodes)
         if not reason:
             return ""
         reasons.append(reason)
@@ -77,8 +80,8 @@ def why_waiting(job: Mapping[str, Any]) -> str:
     if queues[0]["state"] != "ENABLED":
         return "its queue is disabled"
     found = environments(job["jobQueue"])
-    needs = needs_of(job.get("container", {}))
-    reason = never(found, *needs)
+    needs = needs_of(container_of(job))
+    reason = never(found, *needs, job.get("nodeProperties", {}).get("numNodes", 1))
     if reason:
         return f"it will never begin: {reason}"
     if all(_is_full(environment, needs[1]) for environment in found):
@@ -87,6 +90,15 @@ def why_waiting(job: Mapping[str, Any]) -> str:
         "no machine has come up yet; that takes a few minutes, and longer when spot machines are "
         "short (--on-demand does not wait for those)"
     )
+
+
+def container_of(described: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a job or a job definition says of its container; of several machines', the first's."""
+    if "nodeProperties" in described:
+        container = described["nodeProperties"]["nodeRangeProperties"][0]["container"]
+    else:
+        container = described.get("containerProperties") or described.get("container", {})
+    return dict(container)
 
 
 def needs_of(container: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -98,16 +110,18 @@ def needs_of(container: Mapping[str, Any]) -> tuple[int, int, int]:
     return needs.get("GPU", 0), needs.get("VCPU", 0), needs.get("MEMORY", 0)
 
 
-def _never_in(environment: Mapping[str, Any], gpus: int, vcpus: int, memory_mib: int) -> str:
+def _never_in(
+    environment: Mapping[str, Any], gpus: int, vcpus: int, memory_mib: int, nodes: int
+) -> str:
     name = environment["computeEnvironmentName"]
     if environment["state"] != "ENABLED":
         return f"the compute environment {name} is disabled"
     if environment.get("status") == "INVALID":
         return f"the compute environment {name} is invalid: {environment.get('statusReason', '')}"
     resources = environment["computeResources"]
-    if resources["maxvCpus"] < vcpus:
+    if resources["maxvCpus"] < vcpus * nodes:
         return (
-            f"it needs {vcpus} vCPUs, and the stack may start {resources['maxvCpus']} "
+            f"it needs {vcpus * nodes} vCPUs, and the stack may start {resources['maxvCpus']} "
             "(its parameter MaxvCpus)"
         )
     types = resources.get("instanceTypes", ())

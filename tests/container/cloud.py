@@ -21,8 +21,9 @@ from typing import Any
 
 from docker.models.containers import Container, ContainerCollection
 from moto.batch.models import Job
-from moto.cloudformation.models import CloudFormationBackend
 from moto.server import ThreadedMotoServer
+
+from tests import moto_gaps
 
 GRACE_S = 110
 """As the stack's machines give."""
@@ -39,7 +40,6 @@ def make_like_batch(environment: Path) -> None:
         Job.run,
         Job._stop_attempt,
     )
-    execute = CloudFormationBackend.execute_change_set
 
     def run_as_the_definition_says(self: Any, image: str, *rest: Any, **options: Any) -> Any:
         given = json.loads(environment.read_text())
@@ -69,19 +69,12 @@ def make_like_batch(environment: Path) -> None:
         if self.latest_attempt:
             self.latest_attempt["container"]["exitCode"] = getattr(self, "exit_code", None)
 
-    def execute_and_see(self: Any, **options: Any) -> None:
-        """moto does not look up what a stack made by a change set has as outputs."""
-        execute(self, **options)
-        for made in self.stacks.values():
-            made._parse_template()
-            made.output_map = made._create_output_map()
-
     ContainerCollection.run = run_as_the_definition_says
     Container.kill = functools.partialmethod(Container.stop, timeout=GRACE_S)
     Container.remove = functools.partialmethod(Container.remove, v=True)
     Job.run = run_with_its_log_group
     Job._stop_attempt = stop_with_exit_code
-    CloudFormationBackend.execute_change_set = execute_and_see
+    moto_gaps.fill(setattr)
 
 
 def main() -> None:

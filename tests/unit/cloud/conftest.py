@@ -10,9 +10,9 @@ import boto3
 import pytest
 from botocore.stub import Stubber
 from moto import mock_aws
-from moto.cloudformation.models import CloudFormationBackend
 
 from job.cloud import aws, stack
+from tests import moto_gaps
 
 
 @pytest.fixture
@@ -36,16 +36,7 @@ def account(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def moto(account: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """AWS in this process; jobs succeed at once."""
-    execute = CloudFormationBackend.execute_change_set
-
-    def execute_and_see(self: Any, **options: Any) -> None:
-        """moto does not look up what a stack made by a change set has as outputs."""
-        execute(self, **options)
-        for made in self.stacks.values():
-            made._parse_template()
-            made.output_map = made._create_output_map()
-
-    monkeypatch.setattr(CloudFormationBackend, "execute_change_set", execute_and_see)
+    moto_gaps.fill(monkeypatch.setattr)
     with mock_aws(config={"batch": {"use_docker": False}}):
         yield
 

@@ -137,6 +137,21 @@ def test_a_child_that_batch_has_not_made_yet_is_as_its_parent(
     assert record.job_id == "parent:3"
 
 
+def test_a_job_on_several_machines_has_the_output_of_the_main_one(
+    store: ObjectStore, stub: Stub
+) -> None:
+    submitted(store, "job-1")
+    parent = job("job-1", "SUCCEEDED")
+    del parent["container"]
+    parent["nodeProperties"] = {"numNodes": 2, "mainNode": 0, "nodeRangeProperties": []}
+    batch = stub("batch")
+    batch.add_response("describe_jobs", {"jobs": [parent]}, {"jobs": ["job-1"]})
+    main = job("job-1#0", "SUCCEEDED", ("a",))
+    batch.add_response("describe_jobs", {"jobs": [main]}, {"jobs": ["job-1#0"]})
+    writes(stub, "a", (None, "f/1", ["one"]), ("f/1", "f/1", []))
+    assert list(run_lines(store)) == ["---- job job-1, attempt 1", "one"]
+
+
 def test_the_run_at_a_place_or_those_below_it(store: ObjectStore, tmp_path: Path) -> None:
     for name in ("b", "a", "deep/er"):
         open_store(f"s3://bucket/runs/{name}").write(run.IDENTITY, b"{}")

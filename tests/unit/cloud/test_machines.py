@@ -130,14 +130,23 @@ def test_the_guess_goes_with_the_arithmetic() -> None:
 
 def test_the_table_of_costs_has_a_line_for_each_gpu_that_fits() -> None:
     config = load_config("guide")
-    lines = cost_guess([config], 1, 4, 14_000)
+    lines = cost_guess([config], 1, 1, 4, 14_000)
     assert [line.split()[0] for line in lines[2:]] == [
         *("g4dn.xlarge", "g6.xlarge", "g5.xlarge", "g6e.xlarge", "p4d.24xlarge", "p5.48xlarge")
     ]
-    four = cost_guess([config] * 3, 4, 16, 56_000)
+    four = cost_guess([config] * 3, 1, 4, 16, 56_000)
     assert "all 3 runs" in four[0]
     assert [line.split()[0] for line in four[2:5]] == [
         "g4dn.12xlarge",
         "g6.12xlarge",
         "g5.12xlarge",
     ]
+
+
+def test_several_machines_cost_as_much_as_one_that_takes_longer() -> None:
+    config = load_config("guide")
+    one, two = (cost_guess([config], nodes, 1, 4, 14_000)[2].split() for nodes in (1, 2))
+    assert float(two[2]) == pytest.approx(2 * float(one[2]), abs=0.02)
+    assert float(two[3]) == pytest.approx(float(one[3]) / 2, rel=0.1)  # hours
+    assert two[6:9] == one[6:9]  # dollars
+    assert two[-1] == "-"  # not on spot

@@ -10,7 +10,7 @@ import boto3
 import pytest
 from botocore.stub import Stubber
 
-from job.cloud.payload import Job, job_name, submit_request
+from job.cloud.payload import Job, container_overrides, job_name, submit_request
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "submit_requests.json"
 ONE = Job(
@@ -30,6 +30,17 @@ JOBS = {
             "gpus": 4,
             "max_hours": 10.0,
             "resume_anyway": True,
+            "vcpus": 16,
+            "memory_mib": 56_000,
+        }
+    ),
+    "two machines with four GPUs each": Job(
+        **{
+            **vars(ONE),
+            "definition": ONE.definition.replace("s4gan:1", "s4gan-nodes:1"),
+            "queue": ONE.queue + "-on-demand",
+            "nodes": 2,
+            "gpus": 4,
             "vcpus": 16,
             "memory_mib": 56_000,
         }
@@ -89,4 +100,4 @@ def test_nothing_secret_travels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", secret)
     requests: list[Any] = [submit_request(job) for job in JOBS.values()]
     assert secret not in json.dumps(requests)
-    assert all("environment" not in request["containerOverrides"] for request in requests)
+    assert all("environment" not in container_overrides(request) for request in requests)

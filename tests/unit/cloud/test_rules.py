@@ -33,6 +33,16 @@ def container(template: Any) -> Any:
     return properties(template, "JobDefinition")["ContainerProperties"]
 
 
+def of_nodes(template: Any) -> Any:
+    nodes = properties(template, "NodesJobDefinition")["NodeProperties"]
+    return nodes["NodeRangeProperties"][0]["Container"]
+
+
+def swap(where: Any, old: str, new: str, value: Any) -> None:
+    del where[old]
+    where[new] = value
+
+
 def retry(template: Any) -> Any:
     return properties(template, "JobDefinition")["RetryStrategy"]
 
@@ -75,6 +85,16 @@ BREAKS: list[tuple[str, str, Break]] = [
                 {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "CidrIp": "10.0.0.0/8"}
             ]
         ),
+    ),
+    (
+        *("E9004", "come in"),
+        lambda t: swap(
+            *(properties(t, "AmongThemselves"), "SourceSecurityGroupId", "CidrIp", "10.0.0.0/8")
+        ),
+    ),
+    (
+        *("E9004", "come in"),
+        lambda t: properties(t, "AmongThemselves").update(SourceSecurityGroupId="sg-0123456789"),
     ),
     *(
         (rule, text, lambda t, n=name, c=change: properties(t, n)["ComputeResources"].update(c))
@@ -131,6 +151,20 @@ BREAKS: list[tuple[str, str, Break]] = [
     ("E9010", "Readonly", lambda t: container(t).update(ReadonlyRootFilesystem=False)),
     ("E9010", "Init", lambda t: container(t)["LinuxParameters"].pop("InitProcessEnabled")),
     ("E9010", "SharedMemory", lambda t: container(t)["LinuxParameters"].pop("SharedMemorySize")),
+    (
+        *("E9009", "WANDB_API_KEY"),
+        lambda t: of_nodes(t)["Environment"].append({"Name": "WANDB_API_KEY", "Value": "x"}),
+    ),
+    ("E9010", "Privileged", lambda t: of_nodes(t).update(Privileged=True)),
+    ("E9018", "another container", lambda t: of_nodes(t).update(Image="another")),
+    (
+        *("E9018", "another RetryStrategy"),
+        lambda t: properties(t, "NodesJobDefinition")["RetryStrategy"].update(Attempts=3),
+    ),
+    (
+        *("E9018", "another Timeout"),
+        lambda t: properties(t, "JobDefinition").update(Timeout={"AttemptDurationSeconds": 99}),
+    ),
     ("E9011", "RetentionInDays", lambda t: properties(t, "LogGroup").pop("RetentionInDays")),
     ("E9012", "BucketEncryption", lambda t: properties(t, "Bucket").pop("BucketEncryption")),
     ("E9012", "Versioning", lambda t: properties(t, "Bucket").pop("VersioningConfiguration")),

@@ -29,7 +29,7 @@ NAME = "s4gan"
 NOW = datetime.datetime(2026, 11, 26, tzinfo=datetime.UTC)
 KEYS = {
     *("Bucket", "RepositoryUri", "JobQueue", "OnDemandJobQueue", "JobDefinition", "LogGroup"),
-    *("AlarmTopic", "SubmitPolicy", "Region"),
+    *("AlarmTopic", "SubmitPolicy", "Region", "NodesJobDefinition"),
 }
 Stub = Callable[[str], Stubber]
 

@@ -18,6 +18,7 @@ from botocore.stub import Stubber
 from job import run
 from job.cloud import submit as submit_module
 from job.cloud.jobs import submissions
+from job.cloud.payload import container_overrides
 from job.cloud.revision import Revision
 from job.cloud.submit import Wish, dry_run, resubmit, submit
 from job.cloud.sweep import sweep_points
@@ -114,10 +115,24 @@ def test_more_gpus_ask_for_more_of_everything(parts: dict[str, str], data: str) 
     config = config_from_yaml(
         CONFIG.to_yaml(), source="x", overrides={"train.accumulate": 2, "train.batch_size": 2}
     )
-    looked = {**parts, "JobDefinition": "large"}
-    definition = submit_module._definition(looked)
+    definition = submit_module._definition("large")
     needs = submit_module._needs(wish(parts, data, config, gpus=2), definition)
     assert needs == (2, 4, 6000)
+
+
+def test_several_machines_are_one_job_on_demand(parts: dict[str, str], data: str) -> None:
+    config = config_from_yaml(CONFIG.to_yaml(), source="x", overrides={"train.accumulate": 2})
+    (one,) = submit(wish(parts, data, config, nodes=2, on_demand=True), print)
+    (again,) = resubmit(one.run_uri, on_demand=None, say=print)
+    first, second = submissions(open_store(one.run_uri))
+    assert {first.job_id, second.job_id} == {one.job_id, again.job_id}
+    for record in (first, second):
+        assert record.request["nodeOverrides"]["numNodes"] == 2
+        assert record.request["jobDefinition"] == parts["NodesJobDefinition"]
+        assert record.request["jobQueue"] == parts["OnDemandJobQueue"]
+        assert container_overrides(record.request)["command"][-1] == one.run_uri
+    with pytest.raises(ConfigError, match="on demand only"):
+        resubmit(one.run_uri, on_demand=False, say=print)
 
 
 def test_the_same_run_again_is_another_job(parts: dict[str, str], data: str) -> None:
@@ -271,6 +286,10 @@ def test_a_dry_run_asks_nobody(account: None, monkeypatch: pytest.MonkeyPatch) -
         ({"max_hours": float("nan")}, "--max-hours nan"),
         ({"gpus": 0}, "--gpus 0"),
         ({"gpus": 3}, "train.accumulate"),
+        ({"nodes": 3, "on_demand": True}, "--gpus 1 on 3 machines: train.accumulate is"),
+        ({"nodes": 0}, "--nodes 0"),
+        ({"nodes": 2}, "on demand only"),
+        ({"nodes": 2, "on_demand": True, "seeds": 2}, "each run of a sweep is on one machine"),
     ],
 )
 def test_a_wish_that_contradicts_itself(more: dict[str, Any], message: str) -> None:

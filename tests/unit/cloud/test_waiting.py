@@ -134,6 +134,14 @@ def test_of_machines_that_are_not_in_the_table_nothing_is_said() -> None:
     assert never([found], 16, 4, 1) == ""
 
 
+def test_several_machines_need_as_much_each(stub: Stub) -> None:
+    assert "needs 80 vCPUs" in never([environment()], 1, 40, 1, 2)
+    with_environments(stub, environment(), environment("on-demand"))
+    one = job(gpus=4, vcpus=40)
+    of_nodes = {"numNodes": 2, "nodeRangeProperties": [{"container": one.pop("container")}]}
+    assert "needs 80 vCPUs" in why_waiting({**one, "nodeProperties": of_nodes})
+
+
 def test_needs_are_read_from_the_container() -> None:
     assert needs_of(job(gpus=4, vcpus=16)["container"]) == (4, 16, 56_000)
     assert needs_of({}) == (0, 0, 0)
