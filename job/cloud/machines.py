@@ -29,11 +29,42 @@ _FLOP_PER_PIXEL = {
 }
 """Of one pass of the generator forward and back, counted by torch's FlopCounterMode at 321 x 321
 and 21 classes."""
+_BYTES_PER_PIXEL = {
+    "tiny": 280,
+    "resnet18": 965,
+    "resnet34": 1519,
+    "resnet50": 4167,
+    "resnet101": 7721,
+}
+"""Of one image of a batch: what the generator keeps of its pass forward until it goes back, in
+single precision; counted with torch's saved_tensors_hooks at 161 x 161 and 21 classes."""
+_DISCRIMINATOR_BYTES_PER_PIXEL = 320
+_PARAMETERS = {
+    "tiny": 0.47e6,
+    "resnet18": 11.6e6,
+    "resnet34": 21.7e6,
+    "resnet50": 25.1e6,
+    "resnet101": 44.0e6,
+}
+_BYTES_PER_PARAMETER = 12
+"""Itself, its gradient and its momentum."""
 _DISCRIMINATOR = 1.06
 """What the discriminator adds, by the same count."""
 _UTILISATION = (0.2, 0.5)
 """Of a GPU's peak in single precision: dilated convolutions at a quarter of the stride reach no
 more. A guess, which the run's own speed replaces as soon as there is one."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run asks of each of its machines, and how many of those."""
+
+    gpus: int
+    vcpus: int
+    memory_mib: int
+    nodes: int = 1
+    gpu_bytes: float = 0.0
+    """Of each GPU; 0 if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +80,20 @@ class Machine:
     """An hour, on demand, Linux, in the table's region."""
     tflops: float
     """Of one GPU, at most."""
+    gpu_gib: int
+    """Memory of one GPU."""
 
-    def holds(self, gpus: int, vcpus: int, memory_mib: int) -> bool:
-        """Whether a job with these needs fits."""
-        memory = self.memory_gib * 1024 * _USABLE_MEMORY
-        return self.gpus >= gpus and self.vcpus >= vcpus and memory >= memory_mib
+    def holds(self, needs: Needs) -> bool:
+        """Whether it is large enough, but for its GPUs' memory."""
+        return (
+            self.gpus >= needs.gpus
+            and self.vcpus >= needs.vcpus
+            and self.memory_gib * 1024 * _USABLE_MEMORY >= needs.memory_mib
+        )
+
+    def computes(self, needs: Needs) -> bool:
+        """Whether the memory of a GPU is large enough, as far as that can be said before."""
+        return self.gpu_gib * 2**30 >= needs.gpu_bytes
 
 
 @functools.cache
@@ -61,7 +101,12 @@ def machines() -> dict[str, Machine]:
     """The types of the package's table, by name."""
     raw = _table()
     return {
-        name: Machine(name=name, tflops=raw["tflops"][facts["gpu"]], **facts)
+        name: Machine(
+            name=name,
+            tflops=raw["tflops"][facts["gpu"]],
+            gpu_gib=raw["gpu_gib"][facts["gpu"]],
+            **facts,
+        )
         for name, facts in raw["types"].items()
     }
 
@@ -92,21 +137,32 @@ def hours_guessed(config: Config, machine: Machine, gpus: int) -> tuple[float, f
     return at_peak_s / fast / 3600, at_peak_s / slow / 3600
 
 
-def cost_guess(
-    configs: Sequence[Config], nodes: int, gpus: int, vcpus: int, memory_mib: int
-) -> list[str]:
+def gpu_bytes_at_least(config: Config) -> float:
+    """Memory that training takes of each GPU, at least: without the libraries' own.
+
+    One batch of one stream is there at a time; what is accumulated takes no more.
+    """
+    height, width = config.data.crop_size
+    backbone = config.model.backbone
+    of_pixel = _BYTES_PER_PIXEL[backbone]
+    if not config.train.supervised_only:
+        of_pixel += _DISCRIMINATOR_BYTES_PER_PIXEL
+    return (
+        config.train.batch_size * height * width * of_pixel
+        + _PARAMETERS[backbone] * _BYTES_PER_PARAMETER
+    )
+
+
+def cost_guess(configs: Sequence[Config], needs: Needs) -> list[str]:
     """Lines of a table: what the runs may cost on the cheapest machine of each kind that fits.
 
     Args:
         configs: of the runs.
-        nodes: machines of each run.
-        gpus: of each machine.
-        vcpus: likewise.
-        memory_mib: likewise.
+        needs: of each of them.
     """
     cheapest: dict[str, Machine] = {}
     for machine in sorted(machines().values(), key=lambda machine: machine.usd):
-        if machine.holds(gpus, vcpus, memory_mib):
+        if machine.holds(needs) and machine.computes(needs):
             cheapest.setdefault(machine.gpu, machine)
     what = "the run" if len(configs) == 1 else f"all {len(configs)} runs"
     lines = [
@@ -115,14 +171,16 @@ def cost_guess(
         f"{'spot, $ at best':>15}",
     ]
     for machine in cheapest.values():
-        spans = [hours_guessed(config, machine, gpus * nodes) for config in configs]
+        spans = [hours_guessed(config, machine, needs.gpus * needs.nodes) for config in configs]
         low, high = sum(span[0] for span in spans), sum(span[1] for span in spans)
-        hourly = machine.usd * nodes
-        best = "-" if nodes > 1 else _number(low * hourly * (1 - AWS_SAVES_AT_MOST))
+        hourly = machine.usd * needs.nodes
+        best = "-" if needs.nodes > 1 else _number(low * hourly * (1 - AWS_SAVES_AT_MOST))
         lines.append(
             f"  {machine.name:<14} {machine.gpu:<5} {hourly:>6.2f} "
             f"{_span(low, high):>13} {_span(low * hourly, high * hourly):>15} {best:>15}"
         )
+    if not cheapest:
+        lines.append("  no machine of the table is large enough")
     return lines
 
 

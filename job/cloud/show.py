@@ -113,6 +113,7 @@ def _attempts(attempts: Sequence[AttemptStatus]) -> Table:
     )
     for one in attempts:
         machine = " ".join(filter(None, (one.instance_type, one.life_cycle))) or "-"
+        machine = f"{one.nodes} x {machine}" if one.nodes > 1 else machine
         table.add_row(
             str(one.number),
             time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.started)),
@@ -125,9 +126,12 @@ def _attempts(attempts: Sequence[AttemptStatus]) -> Table:
 
 
 def _console() -> Console:
-    """Of the terminal's width, or wide enough where there is none."""
-    probe = Console()
-    return probe if probe.is_terminal else Console(width=WIDTH)
+    """Of the terminal's width, or wide enough where there is none.
+
+    What others wrote is printed as it is: a bracket in it is no markup.
+    """
+    width = None if Console().is_terminal else WIDTH
+    return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
 def _table(*columns: str) -> Table:

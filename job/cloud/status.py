@@ -17,7 +17,7 @@ from job.cloud.jobs import describe, runs_at, submissions
 from job.cloud.machines import Prices
 from job.cloud.waiting import why_waiting
 from job.config import Config, config_from_yaml
-from job.errors import ExitCode, JobError, ObjectNotFound
+from job.errors import AccessDenied, ExitCode, JobError, ObjectNotFound, StorageError
 from job.monitor.attempts import Attempt, attempts_of
 from job.monitor.ledger import read_ledger
 from job.storage import ObjectStore
@@ -41,7 +41,10 @@ class AttemptStatus:
     """On iterations that were trained again."""
     idle_s: float
     """The rest: data, loading, the last upload."""
+    nodes: int
+    """Machines."""
     gpus: int
+    """Of all machines."""
     instance_type: str
     life_cycle: str
     usd: float | None
@@ -58,7 +61,8 @@ class RunStatus:
 
     run: str
     state: str
-    """submitted, waiting, starting, training, finished, stopped, interrupted, failed."""
+    """submitted, waiting, starting, training, finished, stopped, interrupted, failed; of several
+    also unreadable."""
     detail: str
     """Why it waits or has ended; may be empty."""
     job_id: str
@@ -97,14 +101,37 @@ class RunStatus:
 
 
 def statuses_at(uri: str, prices: Prices) -> list[RunStatus]:
-    """Of the run at a place, or of all below it.
+    """Of the run at a place, or of all below it; of several, one whose files are damaged says so.
 
     Raises:
         ConfigError: there is none.
         StorageError: the storage failed, or AWS did not answer.
     """
+    stores = runs_at(uri)
+
+    def look_at(store: ObjectStore) -> RunStatus:
+        try:
+            return status_of(store, prices)
+        except AccessDenied:
+            raise
+        except StorageError as error:
+            if len(stores) == 1:
+                raise
+            return RunStatus(
+                run=store.uri,
+                state="unreadable",
+                detail=error.message,
+                job_id="",
+                iteration=0,
+                iterations=None,
+                val_miou=None,
+                images_per_s=None,
+                seconds_left=None,
+                attempts=(),
+            )
+
     with ThreadPoolExecutor(TOGETHER) as pool:
-        return list(pool.map(lambda store: status_of(store, prices), runs_at(uri)))
+        return list(pool.map(look_at, stores))
 
 
 def status_of(store: ObjectStore, prices: Prices) -> RunStatus:
@@ -202,6 +229,7 @@ def _attempt(
         useful_s=useful_s,
         redone_s=redone_s,
         idle_s=max(0.0, seconds - useful_s - redone_s),
+        nodes=attempt.nodes,
         gpus=attempt.gpus,
         instance_type=attempt.instance_type,
         life_cycle=attempt.life_cycle,

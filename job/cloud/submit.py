@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from job import run
+from job.checkpoint.lease import look
 from job.checkpoint.resumable import config_of_run, refuse_other_config, refuse_same_place
 from job.cloud.aws import client, code_of, explained
 from job.cloud.jobs import Submission, active_job, submissions
-from job.cloud.machines import cost_guess
+from job.cloud.machines import Needs, cost_guess, gpu_bytes_at_least
 from job.cloud.payload import MEMORY_MIB, VCPUS, Job, container_overrides, submit_request
 from job.cloud.revision import revision
 from job.cloud.stack import outputs, parameter
 from job.cloud.sweep import Point, points_file
-from job.cloud.waiting import container_of, environments, needs_of, never
+from job.cloud.waiting import container_of, environments, needs_of, never, too_small
 from job.config import Config, check_gpus, config_from_yaml
 from job.errors import ConfigError, DataError, PreconditionFailed, StorageError
 from job.run import RunIdentity
@@ -26,6 +27,7 @@ from job.storage.archives import is_archive
 from job.storage.packindex import INDEX
 
 DATASET = "dataset.yaml"
+MAX_HOURS = 24 * 365
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def dry_run(wish: Wish) -> tuple[dict[str, Any], list[str]]:
     parts = {key: f"<{key} of the stack {wish.stack}>" for key in names}
     request = submit_request(_job(wish, wish.points, parts, "<time>", {}))
     configs = [point.config for point in wish.points]
-    return request, cost_guess(configs, wish.nodes, *_needs(wish, {}))
+    return request, cost_guess(configs, _needs(wish, {}))
 
 
 def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
@@ -96,7 +98,7 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
     data = open_store(wish.data_uri)
     _check_place(wish, parts)
     definition = _definition(parts[_definition_name(wish)])
-    _check_queue(parts[_queue(wish)], wish.nodes, _needs(wish, definition))
+    _check_queue(parts[_queue(wish)], _needs(wish, definition), say)
     _check_image(parts, definition)
     _check_data(data)
     _check_nesting(wish)
@@ -109,6 +111,12 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
         say(
             "warning: this checkout has changes that are not committed; the job's image has its "
             f"own code, and the record says {code}"
+        )
+    modes = {point.config.wandb.mode for point in points}
+    if modes & {"auto", "online"} and not parameter(wish.stack, "WandbSecretArn"):
+        say(
+            "note: the stack has no W&B key, so the run is kept offline in W&B's own files; "
+            "s4gan infra deploy --parameter WandbSecretArn=... (infra/README.md)"
         )
     now = datetime.datetime.now(datetime.UTC)
     name = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
@@ -165,7 +173,10 @@ def resubmit(
     store = open_store(run_uri)
     records = submissions(store)
     if not records:
-        raise ConfigError(f"{run_uri}: was never submitted", mend="s4gan submit")
+        raise ConfigError(
+            f"{run_uri}: was never submitted",
+            mend="s4gan submit; of a sweep, the same submit again takes what is not finished",
+        )
     last = records[-1]
     overrides = container_overrides(last.request)
     command = overrides["command"]
@@ -214,7 +225,7 @@ def _job(
     """
     one = len(points) == 1
     place = points[0].run_uri if one else wish.run_uri.rstrip("/")
-    _, vcpus, memory_mib = _needs(wish, definition)
+    needs = _needs(wish, definition)
     return Job(
         run_uri=place,
         data_uri=wish.data_uri.rstrip("/"),
@@ -225,18 +236,24 @@ def _job(
         runs=len(points),
         nodes=wish.nodes,
         gpus=wish.gpus,
-        vcpus=vcpus,
-        memory_mib=memory_mib,
+        vcpus=needs.vcpus,
+        memory_mib=needs.memory_mib,
         max_hours=wish.max_hours,
         resume_anyway=wish.resume_anyway,
         revision=str(revision() or ""),
     )
 
 
-def _needs(wish: Wish, definition: Mapping[str, Any]) -> tuple[int, int, int]:
-    """GPUs, vCPUs and MiB of memory of each machine; the job definition's are for one GPU."""
-    _, vcpus, memory_mib = needs_of(definition)
-    return wish.gpus, (vcpus or VCPUS) * wish.gpus, (memory_mib or MEMORY_MIB) * wish.gpus
+def _needs(wish: Wish, definition: Mapping[str, Any]) -> Needs:
+    """Of each machine; what the job definition says is for one GPU."""
+    said = needs_of(definition)
+    return Needs(
+        gpus=wish.gpus,
+        vcpus=(said.vcpus or VCPUS) * wish.gpus,
+        memory_mib=(said.memory_mib or MEMORY_MIB) * wish.gpus,
+        nodes=wish.nodes,
+        gpu_bytes=max(gpu_bytes_at_least(point.config) for point in wish.points),
+    )
 
 
 # ---------------------------------------------------------------- what may be wrong
@@ -262,17 +279,17 @@ def _check_wish(wish: Wish) -> None:
         )
     for point in wish.points:
         check_gpus(point.config, wish.gpus, wish.nodes)
-    if wish.max_hours is not None and not wish.max_hours >= 1 / 60:
-        raise ConfigError(f"--max-hours {wish.max_hours}: must be at least a minute")
+    if wish.max_hours is not None and not 1 / 60 <= wish.max_hours <= MAX_HOURS:
+        raise ConfigError(f"--max-hours {wish.max_hours}: must be a minute (0.02) to {MAX_HOURS}")
 
 
 def _check_place(wish: Wish, parts: Mapping[str, str]) -> None:
     """The job's role may write below runs/ of the stack's bucket, and nowhere else."""
     bucket = parts["Bucket"]
-    if not wish.run_uri.startswith(f"s3://{bucket}/runs/"):
+    if not wish.run_uri.rstrip("/").startswith(f"s3://{bucket}/runs/"):
         raise ConfigError(
             f"--run {wish.run_uri}: jobs of the stack {wish.stack} may not write there",
-            mend=f"choose a place below s3://{bucket}/runs/",
+            mend=f"choose a place below s3://{bucket}/runs/, for example s3://{bucket}/runs/first",
         )
     data_bucket, _, path = wish.data_uri.removeprefix("s3://").partition("/")
     if data_bucket == bucket:
@@ -291,7 +308,7 @@ def _check_place(wish: Wish, parts: Mapping[str, str]) -> None:
         )
 
 
-def _check_queue(queue: str, nodes: int, needs: tuple[int, int, int]) -> None:
+def _check_queue(queue: str, needs: Needs, say: Callable[[str], None]) -> None:
     with explained("look at the queue"):
         found = client("batch").describe_job_queues(jobQueues=[queue])["jobQueues"]
     if not found:
@@ -304,11 +321,21 @@ def _check_queue(queue: str, nodes: int, needs: tuple[int, int, int]) -> None:
             + (f" ({why})" if why else ""),
             mend="enable it in the console, or deploy the stack again: s4gan infra deploy",
         )
-    obstacle = never(environments(queue), *needs, nodes)
+    machines = environments(queue)
+    obstacle = never(machines, needs)
     if obstacle:
         raise ConfigError(
-            f"the job would never begin: {obstacle}",
-            mend="change the stack (s4gan infra deploy --parameter KEY=VALUE), or ask for less",
+            f"the job could not run: {obstacle}",
+            mend="change the stack (s4gan infra deploy --parameter KEY=VALUE), or ask for less: of "
+            "a GPU's memory a smaller train.batch_size with more train.accumulate takes less",
+        )
+    small = too_small(machines, needs)
+    if small:
+        names = ", ".join(machine.name for machine in small)
+        say(
+            f"warning: the configuration takes {needs.gpu_bytes / 2**30:.0f} GiB of a GPU's memory "
+            f"or more, and the stack may give it a machine with less ({names}); a smaller "
+            "train.batch_size with more train.accumulate takes less"
         )
 
 
@@ -400,6 +427,14 @@ def _is_free(point: Point, data: ObjectStore, wish: Wish, say: Callable[[str], N
             raise
         say(f"left out: {error.message}")
         return False
+    holding = look(store)
+    if holding is not None and holding.is_live:
+        # Maybe it was killed a moment ago; the job begins in minutes, and will see.
+        say(
+            f"warning: {store.uri}: process {holding.holder.pid} on "
+            f"{holding.holder.machine.partition('/')[0]} was training this run less than a minute "
+            "ago; if it goes on, the job ends with exit code 76"
+        )
     return True
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from job.cloud.aws import client, explained
-from job.cloud.machines import machines
+from job.cloud.machines import Machine, Needs, machines
 
 _BATCH_SAYS = {
     "CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY": "AWS has no such machine free in the stack's zones "
@@ -37,25 +37,27 @@ def environments(queue: str) -> list[Mapping[str, Any]]:
     return [by_arn[name] for name in names if name in by_arn]
 
 
-def never(
-    queue: Sequence[Mapping[str, Any]], gpus: int, vcpus: int, memory_mib: int, nodes: int = 1
-) -> str:
+def never(queue: Sequence[Mapping[str, Any]], needs: Needs) -> str:
     """Why a job could never begin in any of a queue's environments; empty if it could.
 
     Args:
         queue: `environments`.
-        gpus: needed of a machine.
-        vcpus: needed of a machine.
-        memory_mib: needed of a machine.
-        nodes: machines needed at the same time.
+        needs: of the job.
     """
     reasons = []
     for environment in queue:
-        reason = _never_in(environment, gpus, vcpus, memory_mib, nodes)
+        reason = _never_in(environment, needs)
         if not reason:
             return ""
         reasons.append(reason)
     return "; ".join(dict.fromkeys(reasons))
+
+
+def too_small(queue: Sequence[Mapping[str, Any]], needs: Needs) -> list[Machine]:
+    """Machines that a job may be given, though its GPUs' memory cannot be enough."""
+    names = {name for one in queue for name in one["computeResources"].get("instanceTypes", ())}
+    found = (machines()[name] for name in sorted(names) if name in machines())
+    return [machine for machine in found if machine.holds(needs) and not machine.computes(needs)]
 
 
 def why_waiting(job: Mapping[str, Any]) -> str:
@@ -80,11 +82,11 @@ def why_waiting(job: Mapping[str, Any]) -> str:
     if queues[0]["state"] != "ENABLED":
         return "its queue is disabled"
     found = environments(job["jobQueue"])
-    needs = needs_of(container_of(job))
-    reason = never(found, *needs, job.get("nodeProperties", {}).get("numNodes", 1))
+    needs = needs_of(container_of(job), job.get("nodeProperties", {}).get("numNodes", 1))
+    reason = never(found, needs)
     if reason:
         return f"it will never begin: {reason}"
-    if all(_is_full(environment, needs[1]) for environment in found):
+    if all(_is_full(environment, needs.vcpus) for environment in found):
         return "other jobs use all vCPUs that the stack may start (its parameter MaxvCpus)"
     return (
         "no machine has come up yet; that takes a few minutes, and longer when spot machines are "
@@ -101,41 +103,43 @@ def container_of(described: Mapping[str, Any]) -> Mapping[str, Any]:
     return dict(container)
 
 
-def needs_of(container: Mapping[str, Any]) -> tuple[int, int, int]:
-    """GPUs, vCPUs and MiB of memory that a job or a job definition asks for."""
-    needs = {
+def needs_of(container: Mapping[str, Any], nodes: int = 1) -> Needs:
+    """What a job or a job definition asks for; 0 where it says nothing."""
+    said = {
         need["type"]: int(float(need["value"]))
         for need in container.get("resourceRequirements", ())
     }
-    return needs.get("GPU", 0), needs.get("VCPU", 0), needs.get("MEMORY", 0)
+    return Needs(said.get("GPU", 0), said.get("VCPU", 0), said.get("MEMORY", 0), nodes)
 
 
-def _never_in(
-    environment: Mapping[str, Any], gpus: int, vcpus: int, memory_mib: int, nodes: int
-) -> str:
+def _never_in(environment: Mapping[str, Any], needs: Needs) -> str:
     name = environment["computeEnvironmentName"]
     if environment["state"] != "ENABLED":
         return f"the compute environment {name} is disabled"
     if environment.get("status") == "INVALID":
         return f"the compute environment {name} is invalid: {environment.get('statusReason', '')}"
     resources = environment["computeResources"]
-    if resources["maxvCpus"] < vcpus * nodes:
+    vcpus = needs.vcpus * needs.nodes
+    if resources["maxvCpus"] < vcpus:
         return (
-            f"it needs {vcpus * nodes} vCPUs, and the stack may start {resources['maxvCpus']} "
+            f"it needs {vcpus} vCPUs, and the stack may start {resources['maxvCpus']} "
             "(its parameter MaxvCpus)"
         )
     types = resources.get("instanceTypes", ())
     known = [machines()[name] for name in types if name in machines()]
-    if len(known) == len(types) and not any(
-        machine.holds(gpus, vcpus, memory_mib) for machine in known
-    ):
-        fitting = [m.name for m in machines().values() if m.holds(gpus, vcpus, memory_mib)]
-        return (
-            f"none of the stack's machines ({', '.join(types)}) has {gpus} GPUs, {vcpus} vCPUs "
-            f"and {memory_mib} MiB of memory; those do: {', '.join(fitting[:6]) or 'none'} "
-            "(its parameter InstanceTypes)"
-        )
-    return ""
+    if len(known) < len(types):
+        return ""  # of the others nothing is known
+    large = [machine for machine in known if machine.holds(needs)]
+    if any(machine.computes(needs) for machine in large):
+        return ""
+    fitting = [m.name for m in machines().values() if m.holds(needs) and m.computes(needs)]
+    what = f"{needs.gpus} GPUs, {needs.vcpus} vCPUs and {needs.memory_mib} MiB of memory"
+    if large:
+        what = f"GPUs with the {needs.gpu_bytes / 2**30:.0f} GiB that the configuration takes"
+    return (
+        f"none of the stack's machines ({', '.join(types)}) has {what}; those do: "
+        f"{', '.join(fitting[:6]) or 'none'} (its parameter InstanceTypes)"
+    )
 
 
 def _is_full(environment: Mapping[str, Any], vcpus: int) -> bool:

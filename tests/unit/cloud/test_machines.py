@@ -8,10 +8,20 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from botocore.stub import ANY, Stubber
 
-from job.cloud.machines import Prices, cost_guess, hours_guessed, machines
+from job.cloud.machines import (
+    Needs,
+    Prices,
+    cost_guess,
+    gpu_bytes_at_least,
+    hours_guessed,
+    machines,
+)
 from job.config import config_from_yaml, load_config, preset_names
+from job.models.discriminator import Discriminator, discriminator_input
+from job.models.generator import Generator
 
 Stub = Callable[[str], Stubber]
 ZONE = "us-east-1a"
@@ -130,11 +140,11 @@ def test_the_guess_goes_with_the_arithmetic() -> None:
 
 def test_the_table_of_costs_has_a_line_for_each_gpu_that_fits() -> None:
     config = load_config("guide")
-    lines = cost_guess([config], 1, 1, 4, 14_000)
+    lines = cost_guess([config], Needs(1, 4, 14_000))
     assert [line.split()[0] for line in lines[2:]] == [
         *("g4dn.xlarge", "g6.xlarge", "g5.xlarge", "g6e.xlarge", "p4d.24xlarge", "p5.48xlarge")
     ]
-    four = cost_guess([config] * 3, 1, 4, 16, 56_000)
+    four = cost_guess([config] * 3, Needs(4, 16, 56_000))
     assert "all 3 runs" in four[0]
     assert [line.split()[0] for line in four[2:5]] == [
         "g4dn.12xlarge",
@@ -145,8 +155,51 @@ def test_the_table_of_costs_has_a_line_for_each_gpu_that_fits() -> None:
 
 def test_several_machines_cost_as_much_as_one_that_takes_longer() -> None:
     config = load_config("guide")
-    one, two = (cost_guess([config], nodes, 1, 4, 14_000)[2].split() for nodes in (1, 2))
+    one, two = (cost_guess([config], Needs(1, 4, 14_000, nodes))[2].split() for nodes in (1, 2))
     assert float(two[2]) == pytest.approx(2 * float(one[2]), abs=0.02)
     assert float(two[3]) == pytest.approx(float(one[3]) / 2, rel=0.1)  # hours
     assert two[6:9] == one[6:9]  # dollars
     assert two[-1] == "-"  # not on spot
+
+
+def test_what_does_not_fit_is_not_in_the_table_of_costs() -> None:
+    config = load_config("guide")
+    kinds = [
+        [
+            line.split()[1]
+            for line in cost_guess([config], Needs(1, 4, 1, gpu_bytes=gib * 2**30))[2:]
+        ]
+        for gib in (10, 20, 60, 90)
+    ]
+    assert kinds == [
+        ["T4", "L4", "A10G", "L40S", "A100", "H100"],
+        ["L4", "A10G", "L40S", "A100", "H100"],
+        ["H100"],
+        ["machine"],  # none is large enough
+    ]
+
+
+@pytest.mark.parametrize("backbone", ["tiny", "resnet18", "resnet50"])
+def test_the_memory_foreseen_is_what_torch_keeps(backbone: str) -> None:
+    """The tensors that one batch of unlabeled images keeps until the gradients are there."""
+    config = config_from_yaml(
+        load_config("guide").to_yaml(),
+        source="x",
+        overrides={"model.backbone": backbone, "data.crop_size": 97, "train.batch_size": 2},
+    )
+    generator, discriminator = Generator(backbone, 21).train(), Discriminator(21, 64).train()
+    images, valid = torch.rand(2, 3, 97, 97), torch.ones(2, 97, 97, dtype=torch.bool)
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = generator(images)
+        discriminator(discriminator_input(logits.softmax(dim=1), images, valid))
+    parameters = {p.data_ptr() for p in (*generator.parameters(), *discriminator.parameters())}
+    activations = sum(one.nbytes() for start, one in kept.items() if start not in parameters)
+    foreseen = gpu_bytes_at_least(config) - 12 * sum(p.numel() for p in generator.parameters())
+    assert activations == pytest.approx(foreseen, rel=0.25)

@@ -287,6 +287,42 @@ def test_a_new_job_that_fails_before_the_run_is_not_hidden_by_the_old_ones_end(
 # ---------------------------------------------------------------- what is printed
 
 
+def test_of_several_runs_a_damaged_one_is_said_to_be(
+    two: list[RunStatus], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a" / run.LEDGER).write_text("nonsense\n")
+    found = statuses_at(str(tmp_path), FixedPrices())
+    assert [one.state for one in found] == ["unreadable", "finished"]
+    assert "metrics.jsonl: line 1 is no event" in found[0].detail
+    print_runs(found, str(tmp_path), Prices())
+    assert "unreadable  0  " in capsys.readouterr().out
+    with pytest.raises(StorageError, match="line 1 is no event"):
+        statuses_at(str(tmp_path / "a"), FixedPrices())
+
+
+def test_brackets_in_what_others_wrote_are_printed(
+    local: ObjectStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "no [red]machine[/red] :smile: [g5.xlarge]"
+    lay(local, attempt(1, began=2, resumed_at=0, until=600, code=74, reason=reason))
+    print_run(looked(local), Prices())
+    out = capsys.readouterr().out
+    assert f"failed: {reason}" in out
+    assert out.count(reason) == 2
+
+
+def test_several_machines_cost_several_times_as_much(
+    local: ObjectStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_machines = {"life_cycle": "on-demand", "gpus": 8, "nodes": 2}
+    lay(local, attempt(1, began=2, resumed_at=0, until=600, code=75, **two_machines))
+    found = looked(local)
+    assert found.usd == pytest.approx(2.0)
+    assert cost_of(found)["gpu_hours"] == pytest.approx(8)
+    print_cost([found], Prices())
+    assert "2 x g5.xlarge on-demand" in capsys.readouterr().out
+
+
 @pytest.fixture
 def two(tmp_path: Path) -> list[RunStatus]:
     """An interrupted run and a finished one."""

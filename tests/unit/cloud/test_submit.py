@@ -16,6 +16,7 @@ from botocore.exceptions import ClientError
 from botocore.stub import Stubber
 
 from job import run
+from job.checkpoint.lease import acquire
 from job.cloud import submit as submit_module
 from job.cloud.jobs import submissions
 from job.cloud.payload import container_overrides
@@ -30,7 +31,7 @@ from job.storage import open_store
 # moto makes no bucket policies, topic policies and budgets, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse:UserWarning")
 
-CONFIG = load_config("demo")
+CONFIG = load_config("demo", {"wandb.mode": "disabled"})
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Stub = Callable[[str], Stubber]
 
@@ -117,7 +118,7 @@ def test_more_gpus_ask_for_more_of_everything(parts: dict[str, str], data: str) 
     )
     definition = submit_module._definition("large")
     needs = submit_module._needs(wish(parts, data, config, gpus=2), definition)
-    assert needs == (2, 4, 6000)
+    assert (needs.gpus, needs.vcpus, needs.memory_mib) == (2, 4, 6000)
 
 
 def test_several_machines_are_one_job_on_demand(parts: dict[str, str], data: str) -> None:
@@ -174,6 +175,37 @@ def test_the_address_at_wandb_is_known_before_the_run_begins(
     (one,) = submit(wish(parts, data, config), print)
     identity = RunIdentity.from_json(open_store(one.run_uri).read(run.IDENTITY))
     assert one.wandb_url == f"https://wandb.ai/team/cats/runs/{identity.wandb_id}"
+
+
+def test_without_a_key_the_user_is_told_that_wandb_stays_offline(
+    parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG.model_copy(update={"wandb": WandbConfig(mode="auto")})
+    said: list[str] = []
+    submit(wish(parts, data, config), said.append)
+    assert len(said) == 1
+    assert "the stack has no W&B key" in said[0]
+    monkeypatch.setattr(submit_module, "parameter", lambda name, key: "arn:aws:x")
+    said.clear()
+    submit(wish(parts, data, config), said.append)
+    assert said == []
+
+
+def test_a_process_that_trains_the_run_elsewhere_is_told_of(
+    parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = wish(parts, data)
+    kind = type(open_store(one.run_uri))
+    monkeypatch.setattr(kind, "age_s", lambda self, key: 1.0)  # moto's replies have no date
+    lease = acquire(open_store(one.run_uri), on_lost=lambda: None)
+    said: list[str] = []
+    submit(one, said.append)
+    assert f"process {os.getpid()} on" in said[0]
+    assert "ends with exit code 76" in said[0]
+    lease.release()
+    said.clear()
+    submit(one, said.append)
+    assert said == []
 
 
 def test_a_sweep_is_one_job_of_several_runs(parts: dict[str, str], data: str) -> None:
@@ -284,6 +316,7 @@ def test_a_dry_run_asks_nobody(account: None, monkeypatch: pytest.MonkeyPatch) -
         ({"run_uri": "runs/first"}, "--run runs/first: a job in the cloud"),
         ({"max_hours": 0.001}, "--max-hours 0.001"),
         ({"max_hours": float("nan")}, "--max-hours nan"),
+        ({"max_hours": float("inf")}, "--max-hours inf"),
         ({"gpus": 0}, "--gpus 0"),
         ({"gpus": 3}, "train.accumulate"),
         ({"nodes": 3, "on_demand": True}, "--gpus 1 on 3 machines: train.accumulate is"),
@@ -317,7 +350,9 @@ def test_without_a_stack(moto: None) -> None:
     assert "AWS_REGION" in caught.value.mend
 
 
-@pytest.mark.parametrize("place", ["s3://other/runs/first", "s3://{}/first", "s3://{}/data/first"])
+@pytest.mark.parametrize(
+    "place", ["s3://other/runs/first", "s3://{}/first", "s3://{}/data/first", "s3://{}/runs//"]
+)
 def test_a_run_where_jobs_may_not_write(parts: dict[str, str], data: str, place: str) -> None:
     error = refused(parts, wish(parts, data, run_uri=place.format(parts["Bucket"])))
     assert "may not write there" in str(error)
@@ -378,8 +413,30 @@ def test_a_queue_that_is_disabled(parts: dict[str, str], data: str) -> None:
 def test_a_job_that_no_machine_of_the_stack_could_hold(parts: dict[str, str], data: str) -> None:
     config = config_from_yaml(CONFIG.to_yaml(), source="x", overrides={"train.accumulate": 4})
     error = refused(parts, wish(parts, data, config, gpus=4))
-    assert "would never begin: none of the stack's machines (g4dn.xlarge, " in str(error)
+    assert "could not run: none of the stack's machines (g4dn.xlarge, " in str(error)
     assert "g4dn.12xlarge" in str(error)
+
+
+def test_a_configuration_that_takes_more_memory_than_a_gpu_has(
+    parts: dict[str, str], data: str
+) -> None:
+    """The stack has T4s with 16 GiB and A10Gs with 24."""
+    images = {"model.backbone": "resnet101", "data.crop_size": 321}
+    configs = [
+        config_from_yaml(
+            CONFIG.to_yaml(), source="x", overrides={**images, "train.batch_size": batch}
+        )
+        for batch in (4, 24, 40)
+    ]
+    said: list[str] = []
+    submit(wish(parts, data, configs[0], run_uri=f"s3://{parts['Bucket']}/runs/4"), said.append)
+    assert said == []
+    submit(wish(parts, data, configs[1], run_uri=f"s3://{parts['Bucket']}/runs/24"), said.append)
+    assert "takes 19 GiB of a GPU's memory or more" in said[0]
+    assert "(g4dn.xlarge)" in said[0]
+    with pytest.raises(ConfigError, match="has GPUs with the 31 GiB that the config") as caught:
+        submit(wish(parts, data, configs[2], run_uri=f"s3://{parts['Bucket']}/runs/40"), print)
+    assert "train.accumulate" in caught.value.mend
 
 
 def test_a_run_that_is_finished(parts: dict[str, str], data: str) -> None:

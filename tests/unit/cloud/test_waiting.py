@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from botocore.stub import Stubber
 
-from job.cloud.waiting import environments, needs_of, never, why_waiting
+from job.cloud.machines import Needs
+from job.cloud.waiting import environments, needs_of, never, too_small, why_waiting
 
 Stub = Callable[[str], Stubber]
 QUEUE = "arn:aws:batch:us-east-1:123456789012:job-queue/s4gan"
@@ -94,7 +95,7 @@ def test_a_queue_that_is_gone_has_no_environments(stub: Stub) -> None:
 
 @pytest.mark.parametrize("needs", [(1, 4, 14_000), (4, 16, 56_000), (1, 48, 170_000)])
 def test_what_fits_is_let_through(needs: tuple[int, int, int]) -> None:
-    assert never([environment()], *needs) == ""
+    assert never([environment()], Needs(*needs)) == ""
 
 
 @pytest.mark.parametrize(
@@ -122,20 +123,31 @@ def test_what_fits_is_let_through(needs: tuple[int, int, int]) -> None:
     ],
 )
 def test_what_never_fits_is_said(found: Any, needs: tuple[int, int, int], reason: str) -> None:
-    assert re.search(reason, never(found, *needs))
+    assert re.search(reason, never(found, Needs(*needs)))
+
+
+def test_a_gpus_memory_may_be_too_small() -> None:
+    """A T4 has 16 GiB, an A10G 24."""
+    mixed = [environment(resources={"instanceTypes": ["g4dn.xlarge", "g5.xlarge", "g5.12xlarge"]})]
+    few, many, more = (Needs(1, 4, 14_000, gpu_bytes=gib * 2**30) for gib in (10, 20, 30))
+    assert never(mixed, few) == never(mixed, many) == ""
+    assert too_small(mixed, few) == []
+    assert [machine.name for machine in too_small(mixed, many)] == ["g4dn.xlarge"]
+    said = never(mixed, more)
+    assert "has GPUs with the 30 GiB that the configuration takes; those do: g6e.xlarge" in said
 
 
 def test_one_environment_that_fits_is_enough() -> None:
-    assert never([environment(state="DISABLED"), environment("on-demand")], 1, 4, 1) == ""
+    assert never([environment(state="DISABLED"), environment("on-demand")], Needs(1, 4, 1)) == ""
 
 
 def test_of_machines_that_are_not_in_the_table_nothing_is_said() -> None:
     found = environment(resources={"instanceTypes": ["g5.xlarge", "p9.huge"]})
-    assert never([found], 16, 4, 1) == ""
+    assert never([found], Needs(16, 4, 1)) == ""
 
 
 def test_several_machines_need_as_much_each(stub: Stub) -> None:
-    assert "needs 80 vCPUs" in never([environment()], 1, 40, 1, 2)
+    assert "needs 80 vCPUs" in never([environment()], Needs(1, 40, 1, nodes=2))
     with_environments(stub, environment(), environment("on-demand"))
     one = job(gpus=4, vcpus=40)
     of_nodes = {"numNodes": 2, "nodeRangeProperties": [{"container": one.pop("container")}]}
@@ -143,8 +155,8 @@ def test_several_machines_need_as_much_each(stub: Stub) -> None:
 
 
 def test_needs_are_read_from_the_container() -> None:
-    assert needs_of(job(gpus=4, vcpus=16)["container"]) == (4, 16, 56_000)
-    assert needs_of({}) == (0, 0, 0)
+    assert needs_of(job(gpus=4, vcpus=16)["container"]) == Needs(4, 16, 56_000)
+    assert needs_of({}) == Needs(0, 0, 0)
 
 
 @pytest.mark.parametrize("status", ["SUBMITTED", "PENDING"])
