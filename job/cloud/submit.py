@@ -112,6 +112,12 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
             "warning: this checkout has changes that are not committed; the job's image has its "
             f"own code, and the record says {code}"
         )
+    if wish.nodes > 1 and not parameter(wish.stack, "VpcId"):
+        say(
+            "note: machines of a job on several have no way to the internet in the stack's own "
+            "network: W&B stays offline, and model.weights must be none or a file in S3; "
+            "infra/README.md, Several machines, says how to change that"
+        )
     modes = {point.config.wandb.mode for point in points}
     if modes & {"auto", "online"} and not parameter(wish.stack, "WandbSecretArn"):
         say(

@@ -123,7 +123,10 @@ def test_more_gpus_ask_for_more_of_everything(parts: dict[str, str], data: str) 
 
 def test_several_machines_are_one_job_on_demand(parts: dict[str, str], data: str) -> None:
     config = config_from_yaml(CONFIG.to_yaml(), source="x", overrides={"train.accumulate": 2})
-    (one,) = submit(wish(parts, data, config, nodes=2, on_demand=True), print)
+    said: list[str] = []
+    (one,) = submit(wish(parts, data, config, nodes=2, on_demand=True), said.append)
+    assert len(said) == 1
+    assert "no way to the internet" in said[0]
     (again,) = resubmit(one.run_uri, on_demand=None, say=print)
     first, second = submissions(open_store(one.run_uri))
     assert {first.job_id, second.job_id} == {one.job_id, again.job_id}
