@@ -31,7 +31,7 @@ def print_runs(runs: Sequence[RunStatus], place: str, prices: Prices) -> None:
             _decimal(run.images_per_s, 1),
             str(len(run.attempts)),
             _duration(run.seconds_left),
-            _usd(run.usd),
+            _usd(run.usd, run.on_demand_usd),
             _saved(run),
         )
     console = _console()
@@ -55,7 +55,7 @@ def print_run(run: RunStatus, prices: Prices) -> None:
         "images/s": _decimal(run.images_per_s, 1),
         "time left": _duration(run.seconds_left),
         "goodput": f"{run.goodput:.0%}" if run.goodput is not None else "-",
-        "cost so far": f"{_usd(run.usd)}, saved {_saved(run)}" if run.usd is not None else "-",
+        "cost so far": _cost(run),
     }
     for name, value in facts.items():
         if value not in ("", "-"):
@@ -78,8 +78,8 @@ def print_cost(runs: Sequence[RunStatus], prices: Prices) -> None:
             f"trained again {costs['redone']:.2f}, idle {costs['idle']:.2f}"
             + (f"; goodput {run.goodput:.0%}" if run.goodput is not None else "")
         )
-        if run.usd is not None:
-            console.print(f"cost {_usd(run.usd)}, saved against on demand {_saved(run)}")
+        if _cost(run) != "-":
+            console.print(f"cost {_cost(run)}")
     known = [run for run in runs if run.usd is not None]
     if len(runs) > 1 and known:
         console.print(f"together {_usd(sum(run.usd or 0 for run in known))}")
@@ -119,7 +119,7 @@ def _attempts(attempts: Sequence[AttemptStatus]) -> Table:
             time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.started)),
             machine,
             *(_duration(value) for value in (one.seconds, one.useful_s, one.redone_s, one.idle_s)),
-            _usd(one.usd),
+            _usd(one.usd, one.on_demand_usd),
             one.ended or "goes on",
         )
     return table
@@ -156,8 +156,16 @@ def _decimal(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _usd(value: float | None) -> str:
-    return "-" if value is None else f"${value:.2f}"
+def _usd(value: float | None, at_most: float | None = None) -> str:
+    """Dollars; where only the price on demand is known, that as an upper bound."""
+    if value is None:
+        return "-" if at_most is None else f"< ${max(at_most, 0.01):.2f}"
+    return f"${value:.2f}"
+
+
+def _cost(run: RunStatus) -> str:
+    cost = _usd(run.usd, run.on_demand_usd)
+    return cost if run.usd is None else f"{cost}, saved against on demand {_saved(run)}"
 
 
 def _saved(run: RunStatus) -> str:

@@ -311,6 +311,19 @@ def test_brackets_in_what_others_wrote_are_printed(
     assert out.count(reason) == 2
 
 
+def test_without_a_spot_price_the_one_on_demand_is_a_bound(
+    local: ObjectStore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(FixedPrices, "spot", lambda *_: None)
+    lay(local, attempt(1, began=2, resumed_at=0, until=600, code=75))
+    found = looked(local)
+    assert (found.usd, found.on_demand_usd) == (None, pytest.approx(1.0))
+    print_run(found, Prices())
+    assert capsys.readouterr().out.count("< $1.00") == 2
+
+
 def test_several_machines_cost_several_times_as_much(
     local: ObjectStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,7 +364,7 @@ def test_one_run_is_told_in_full(two: list[RunStatus], capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "interrupted: its process was killed" in out
     assert "600/1200 (50%)" in out
-    assert "$0.30, saved $0.70 (70%)" in out
+    assert "$0.30, saved against on demand $0.70 (70%)" in out
     assert "g5.xlarge spot" in out
     assert "note: prices are from the table" in out
 
