@@ -172,9 +172,9 @@ def parameter(name: str, key: str) -> str:
 def _deployed(name: str) -> Any:
     found = _stack(client("cloudformation"), name)
     if found is None:
-        import boto3
+        from job.storage.s3 import aws_session
 
-        region = boto3.session.Session().region_name
+        region = aws_session().region_name
         raise ConfigError(
             f"there is no stack {name} in {region}",
             mend="deploy it (s4gan infra deploy), set AWS_REGION to where it is, or say --stack",

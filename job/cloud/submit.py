@@ -285,6 +285,12 @@ def _check_wish(wish: Wish) -> None:
         )
     for point in wish.points:
         check_gpus(point.config, wish.gpus, wish.nodes)
+        weights = point.config.model.weights
+        if weights not in ("imagenet", "none") and not weights.startswith("s3://"):
+            raise ConfigError(
+                f"model.weights {weights}: is a file of this machine, and the job runs on another",
+                mend="put it into the bucket, below data/, and give its s3:// address",
+            )
     if wish.max_hours is not None and not 1 / 60 <= wish.max_hours <= MAX_HOURS:
         raise ConfigError(f"--max-hours {wish.max_hours}: must be a minute (0.02) to {MAX_HOURS}")
 

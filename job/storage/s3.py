@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,15 @@ _NO_CREDENTIALS = (
 _Result = TypeVar("_Result")
 
 
+def aws_session() -> Any:
+    """A boto3 session of its own: the default one must not be shared between threads.
+
+    Its region is AWS_REGION's, as with AWS's other tools, and what a container of the stack is
+    given; boto3 by itself knows only AWS_DEFAULT_REGION and profiles.
+    """
+    return boto3.session.Session(region_name=os.environ.get("AWS_REGION") or None)
+
+
 def make_client(**options: Any) -> Any:
     """A boto3 S3 client with this program's timeouts and retries; `options` go to its Config.
 
@@ -94,8 +104,7 @@ def make_client(**options: Any) -> Any:
         "user_agent_extra": "s4gan-job",
     }
     try:
-        # A session of its own: boto3's default one must not be shared between threads.
-        return boto3.session.Session().client("s3", config=Config(**(config | options)))
+        return aws_session().client("s3", config=Config(**(config | options)))
     except (aws.BotoCoreError, ValueError) as error:
         raise _no_client(error) from None
 

@@ -334,6 +334,26 @@ def test_a_wish_that_contradicts_itself(more: dict[str, Any], message: str) -> N
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("weights", "fine"),
+    [
+        ("none", True),
+        ("imagenet", True),
+        ("s3://b/data/weights.pth", True),
+        ("weights.pth", False),
+        ("/data/weights.pth", False),
+    ],
+)
+def test_weights_on_this_machine_cannot_be_reached_from_there(weights: str, fine: bool) -> None:
+    config = config_from_yaml(CONFIG.to_yaml(), source="x", overrides={"model.weights": weights})
+    one = wish({"Bucket": "b"}, "s3://b/data/cats", config)
+    if fine:
+        dry_run(one)
+    else:
+        with pytest.raises(ConfigError, match=r"model\.weights .*: is a file of this machine"):
+            dry_run(one)
+
+
 def test_data_on_this_machine_cannot_be_reached_from_there() -> None:
     with pytest.raises(ConfigError, match=r"--data \./cats: a job in the cloud"):
         dry_run(wish({"Bucket": "b"}, "./cats"))

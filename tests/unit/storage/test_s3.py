@@ -18,6 +18,7 @@ from typing import Any
 import botocore.retryhandler
 import pytest
 
+from job.cloud.aws import client
 from job.drill.proxy import (
     CorruptReply,
     CutReply,
@@ -39,7 +40,7 @@ from job.errors import (
 )
 from job.storage import ABSENT
 from job.storage import s3 as s3_module
-from job.storage.s3 import S3Store, split_uri
+from job.storage.s3 import S3Store, make_client, split_uri
 from tests.services import BUCKET, JOB
 
 Operation = Callable[[S3Store, Path], Any]
@@ -618,3 +619,27 @@ def test_not_there_is_not_there(store, tmp_path):
     for name in ("read", "age_s", "fetch", "copy"):
         assert type(failure(name, store, tmp_path)) is ObjectNotFound
     assert type(failure("replace", store, tmp_path)) is PreconditionFailed
+
+
+@pytest.mark.parametrize(
+    ("variables", "region"),
+    [
+        ({"AWS_REGION": "eu-west-1"}, "eu-west-1"),
+        ({"AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-2"),
+        ({"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-1"),
+        ({"AWS_REGION": "", "AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-2"),
+    ],
+)
+def test_the_region_is_where_awss_other_tools_take_it(
+    s3_env: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    region: str,
+) -> None:
+    """A container of AWS Batch is given AWS_REGION alone, of which boto3 knows nothing."""
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert make_client().meta.region_name == region
+    assert client("batch").meta.region_name == region
