@@ -342,7 +342,7 @@ def submit(
 ) -> None:
     """Train on AWS Batch, in the stack that `infra deploy` made; the same run again resumes it."""
     from job.cloud.aws import stack_name
-    from job.cloud.submit import Wish
+    from job.cloud.preflight import Wish
     from job.cloud.submit import dry_run as request_only
     from job.cloud.submit import submit as submit_runs
     from job.cloud.sweep import sweep_points

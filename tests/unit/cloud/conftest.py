@@ -85,7 +85,7 @@ def stub(account: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
         return stubs[service].client if service in stubs else boto3.client(service)
 
     monkeypatch.setattr(aws, "client", client)
-    for module in ("stack", "image", "submit", "jobs", "waiting", "machines"):
+    for module in ("stack", "image", "submit", "preflight", "jobs", "waiting", "machines"):
         monkeypatch.setattr(f"job.cloud.{module}.client", client)
     yield of
     for stubber in stubs.values():

@@ -17,11 +17,13 @@ from botocore.stub import Stubber
 
 from job import run
 from job.checkpoint.lease import acquire
+from job.cloud import preflight
 from job.cloud import submit as submit_module
 from job.cloud.jobs import submissions
 from job.cloud.payload import container_overrides
+from job.cloud.preflight import Wish, container_definition
 from job.cloud.revision import Revision
-from job.cloud.submit import Wish, dry_run, resubmit, submit
+from job.cloud.submit import dry_run, resubmit, submit
 from job.cloud.sweep import sweep_points
 from job.config import Config, WandbConfig, config_from_yaml, load_config
 from job.errors import AccessDenied, ConfigError, DataError, JobError, StorageError
@@ -116,8 +118,8 @@ def test_more_gpus_ask_for_more_of_everything(parts: dict[str, str], data: str) 
     config = config_from_yaml(
         CONFIG.to_yaml(), source="x", overrides={"train.accumulate": 2, "train.batch_size": 2}
     )
-    definition = submit_module._definition("large")
-    needs = submit_module._needs(wish(parts, data, config, gpus=2), definition)
+    definition = container_definition("large")
+    needs = wish(parts, data, config, gpus=2).needs(definition)
     assert (needs.gpus, needs.vcpus, needs.memory_mib) == (2, 4, 6000)
 
 
@@ -188,7 +190,7 @@ def test_without_a_key_the_user_is_told_that_wandb_stays_offline(
     submit(wish(parts, data, config), said.append)
     assert len(said) == 1
     assert "the stack has no W&B key" in said[0]
-    monkeypatch.setattr(submit_module, "parameter", lambda name, key: "arn:aws:x")
+    monkeypatch.setattr(preflight, "parameter", lambda name, key: "arn:aws:x")
     said.clear()
     submit(wish(parts, data, config), said.append)
     assert said == []
@@ -397,7 +399,7 @@ def test_data_in_a_bucket_that_the_stack_was_told_of(
     parts: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = "arn:aws:s3:::more, arn:aws:s3:::others"
-    monkeypatch.setattr(submit_module, "parameter", lambda name, key: told)
+    monkeypatch.setattr(preflight, "parameter", lambda name, key: told)
     boto3.client("s3").create_bucket(Bucket="others")
     open_store("s3://others/cats").write("dataset.yaml", b"x")
     assert len(submit(wish(parts, "s3://others/cats"), print)) == 1
@@ -486,7 +488,7 @@ def test_a_run_that_a_job_is_training(
     one = wish(parts, data)
     (first,) = submit(one, print)
     record = submissions(open_store(first.run_uri))[0]
-    monkeypatch.setattr(submit_module, "active_job", lambda store: record)
+    monkeypatch.setattr(preflight, "active_job", lambda store: record)
     with pytest.raises(ConfigError, match=f"the job {first.job_id} is training") as caught:
         submit(one, print)
     assert "s4gan logs" in caught.value.mend

@@ -1,0 +1,323 @@
+"""What can be known to be wrong with a submission before it costs anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from job import run
+from job.checkpoint.lease import look
+from job.checkpoint.resumable import config_of_run, refuse_other_config, refuse_same_place
+from job.cloud.aws import client, code_of, explained
+from job.cloud.jobs import active_job
+from job.cloud.machines import Needs, gpu_bytes_at_least
+from job.cloud.payload import MEMORY_MIB, VCPUS
+from job.cloud.stack import outputs, parameter
+from job.cloud.sweep import Point
+from job.cloud.waiting import container_of, environments, needs_of, never, too_small
+from job.config import check_gpus
+from job.errors import ConfigError, DataError
+from job.storage import ObjectStore, open_store
+from job.storage.archives import is_archive
+from job.storage.packindex import INDEX
+
+DATASET = "dataset.yaml"
+MAX_HOURS = 24 * 365
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What somebody wants to be trained."""
+
+    points: Sequence[Point]
+    """A run, or several."""
+    run_uri: str
+    """Of the run, or the place of all of them."""
+    data_uri: str
+    stack: str
+    on_demand: bool = False
+    nodes: int = 1
+    """Machines that train a run together."""
+    gpus: int = 1
+    """Of each."""
+    max_hours: float | None = None
+    resume_anyway: bool = False
+
+    @property
+    def queue(self) -> str:
+        """The stack's name for it."""
+        return "OnDemandJobQueue" if self.on_demand else "JobQueue"
+
+    @property
+    def definition(self) -> str:
+        """The stack's name for the job definition."""
+        return "JobDefinition" if self.nodes == 1 else "NodesJobDefinition"
+
+    def needs(self, container: Mapping[str, Any]) -> Needs:
+        """Of each machine.
+
+        Args:
+            container: what the job definition says, for one GPU; empty if it is not known.
+        """
+        said = needs_of(container)
+        return Needs(
+            gpus=self.gpus,
+            vcpus=(said.vcpus or VCPUS) * self.gpus,
+            memory_mib=(said.memory_mib or MEMORY_MIB) * self.gpus,
+            nodes=self.nodes,
+            gpu_bytes=max(gpu_bytes_at_least(point.config) for point in self.points),
+        )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks have found, and submitting needs."""
+
+    points: Sequence[Point]
+    """Runs to submit; of a sweep, those that are not finished and have no job."""
+    parts: Mapping[str, str]
+    """The stack's, by name."""
+    container: Mapping[str, Any]
+    """What the job definition says of it."""
+
+
+def check(wish: Wish, say: Callable[[str], None]) -> Checked:
+    """Look at everything that a job would stumble over.
+
+    Args:
+        wish: what is to be trained.
+        say: is told of what is odd, but no obstacle.
+
+    Raises:
+        ConfigError: something is wrong that the user can mend.
+        DataError: there is no data set where `data_uri` points.
+        StorageError: AWS refused, or cannot be reached.
+    """
+    check_wish(wish)
+    parts = outputs(wish.stack)
+    if wish.definition not in parts:
+        raise ConfigError(
+            f"the stack {wish.stack} is of an older version", mend="s4gan infra deploy"
+        )
+    data = open_store(wish.data_uri)
+    _check_place(wish, parts)
+    container = container_definition(parts[wish.definition])
+    _check_queue(parts[wish.queue], wish.needs(container), say)
+    _check_image(parts, container)
+    _check_data(data)
+    _check_nesting(wish)
+    points = [point for point in wish.points if _is_free(point, data, wish, say)]
+    if not points:
+        raise ConfigError(f"{wish.run_uri}: every run of the sweep is finished, or has a job")
+    _mention_the_network(wish, points, say)
+    return Checked(points, parts, container)
+
+
+def check_wish(wish: Wish) -> None:
+    """What is seen without asking anybody.
+
+    Raises:
+        ConfigError: the wish contradicts itself, or needs what only this machine has.
+    """
+    for flag, uri in (("--data", wish.data_uri), ("--run", wish.run_uri)):
+        if not uri.startswith("s3://"):
+            raise ConfigError(
+                f"{flag} {uri}: a job in the cloud reads and writes S3",
+                mend="give s3://BUCKET/..., or train here: s4gan train",
+            )
+    if wish.nodes > 1 and not wish.on_demand:
+        raise ConfigError(
+            f"--nodes {wish.nodes}: AWS Batch starts several machines for a job on demand only",
+            mend="say --on-demand too, or --gpus for several GPUs of one machine",
+        )
+    if wish.nodes > 1 and len(wish.points) > 1:
+        raise ConfigError(
+            f"--nodes {wish.nodes}: each run of a sweep is on one machine",
+            mend="submit the runs one by one, or leave out --nodes",
+        )
+    for point in wish.points:
+        check_gpus(point.config, wish.gpus, wish.nodes)
+        weights = point.config.model.weights
+        if weights not in ("imagenet", "none") and not weights.startswith("s3://"):
+            raise ConfigError(
+                f"model.weights {weights}: is a file of this machine, and the job runs on another",
+                mend="put it into the bucket, below data/, and give its s3:// address",
+            )
+    if wish.max_hours is not None and not 1 / 60 <= wish.max_hours <= MAX_HOURS:
+        raise ConfigError(f"--max-hours {wish.max_hours}: must be a minute (0.02) to {MAX_HOURS}")
+
+
+def _check_place(wish: Wish, parts: Mapping[str, str]) -> None:
+    """The job's role may write below runs/ of the stack's bucket, and nowhere else."""
+    bucket = parts["Bucket"]
+    if not wish.run_uri.rstrip("/").startswith(f"s3://{bucket}/runs/"):
+        raise ConfigError(
+            f"--run {wish.run_uri}: jobs of the stack {wish.stack} may not write there",
+            mend=f"choose a place below s3://{bucket}/runs/, for example s3://{bucket}/runs/first",
+        )
+    data_bucket, _, path = wish.data_uri.removeprefix("s3://").partition("/")
+    if data_bucket == bucket:
+        if not path.startswith("data/"):
+            raise ConfigError(
+                f"--data {wish.data_uri}: jobs of the stack {wish.stack} may not read there",
+                mend=f"put the data below s3://{bucket}/data/",
+            )
+        return
+    others = parameter(wish.stack, "DataBucketArns")
+    if not any(arn.strip().endswith(f":::{data_bucket}") for arn in others.split(",")):
+        arns = ",".join(filter(None, (others, f"arn:aws:s3:::{data_bucket}")))
+        raise ConfigError(
+            f"--data {wish.data_uri}: jobs of the stack {wish.stack} may not read that bucket",
+            mend=f"s4gan infra deploy --parameter DataBucketArns={arns}",
+        )
+
+
+def _check_queue(queue: str, needs: Needs, say: Callable[[str], None]) -> None:
+    with explained("look at the queue"):
+        found = client("batch").describe_job_queues(jobQueues=[queue])["jobQueues"]
+    if not found:
+        raise ConfigError(f"the queue {queue} is gone", mend="s4gan infra deploy")
+    state, status = found[0]["state"], found[0]["status"]
+    if state != "ENABLED" or status != "VALID":
+        why = found[0].get("statusReason", "")
+        raise ConfigError(
+            f"the queue {found[0]['jobQueueName']} takes no jobs: it is {state}, {status}"
+            + (f" ({why})" if why else ""),
+            mend="enable it in the console, or deploy the stack again: s4gan infra deploy",
+        )
+    machines = environments(queue)
+    obstacle = never(machines, needs)
+    if obstacle:
+        raise ConfigError(
+            f"the job could not run: {obstacle}",
+            mend="change the stack (s4gan infra deploy --parameter KEY=VALUE), or ask for less: of "
+            "a GPU's memory a smaller train.batch_size with more train.accumulate takes less",
+        )
+    small = too_small(machines, needs)
+    if small:
+        names = ", ".join(machine.name for machine in small)
+        say(
+            f"warning: the configuration takes {needs.gpu_bytes / 2**30:.0f} GiB of a GPU's memory "
+            f"or more, and the stack may give it a machine with less ({names}); a smaller "
+            "train.batch_size with more train.accumulate takes less"
+        )
+
+
+def container_definition(arn: str) -> Mapping[str, Any]:
+    """What the job definition says of the container.
+
+    Raises:
+        ConfigError: it is gone.
+    """
+    with explained("look at the job definition"):
+        found = client("batch").describe_job_definitions(jobDefinitions=[arn])["jobDefinitions"]
+    if not found:
+        raise ConfigError("the stack's job definition is gone", mend="s4gan infra deploy")
+    return container_of(found[0])
+
+
+def _check_image(parts: Mapping[str, str], definition: Mapping[str, Any]) -> None:
+    from botocore.exceptions import ClientError
+
+    image = definition["image"]
+    tag = image.rpartition(":")[2]
+    with explained("look for the image"):
+        try:
+            client("ecr").describe_images(
+                repositoryName=parts["RepositoryUri"].partition("/")[2],
+                imageIds=[{"imageTag": tag}],
+            )
+        except ClientError as error:
+            if code_of(error) not in ("ImageNotFoundException", "RepositoryNotFoundException"):
+                raise
+            raise ConfigError(
+                f"the image {image} was not pushed yet",
+                mend=f"make image, then s4gan infra push --tag {tag}",
+            ) from None
+
+
+def _check_data(data: ObjectStore) -> None:
+    """That there is one of the forms a data set has; the job itself looks at every file."""
+    if data.stat(DATASET) is not None or data.stat(INDEX) is not None:
+        return
+    keys = [info.key for info in data.list("")]
+    if not any(is_archive(key) for key in keys) and not is_archive(data.uri):
+        what = f"there are {len(keys)} objects, but no {DATASET}" if keys else "there is nothing"
+        raise DataError(
+            f"{data.uri}: {what}",
+            mend="README.md, Your own images, says what belongs there; "
+            "upload: aws s3 sync DATA URI, or s4gan data pack DATA URI",
+        )
+
+
+def _check_nesting(wish: Wish) -> None:
+    """A run and the place of a sweep may not be the same: every command would see only the run."""
+    place = open_store(wish.run_uri)
+    if len(wish.points) > 1:
+        if place.stat(run.IDENTITY) is not None:
+            raise ConfigError(
+                f"{place.uri}: is a run, and can be no place for several",
+                mend=f"choose another --run, for example {place.uri}-sweep",
+            )
+    elif any(info.key.endswith(run.POINTS) for info in place.list(run.JOBS)):
+        raise ConfigError(
+            f"{place.uri}: is the place of several runs, and can be no run",
+            mend="choose another --run, or say --seeds and --sweep as before",
+        )
+
+
+def _is_free(point: Point, data: ObjectStore, wish: Wish, say: Callable[[str], None]) -> bool:
+    """Whether a run is to be submitted; of several, those that are not are only told of.
+
+    Raises:
+        ConfigError: it has begun with another configuration; or it is the only one, and is
+            finished or has a job.
+    """
+    store = open_store(point.run_uri)
+    refuse_same_place(data, store)
+    refuse_other_config(config_of_run(store), point.config, store, wish.resume_anyway)
+    try:
+        if store.stat(run.SUMMARY) is not None and not wish.resume_anyway:
+            raise ConfigError(
+                f"{store.uri}: this run is finished",
+                mend=f"s4gan pull {store.uri} DIR; or choose another --run; or give it more "
+                "iterations and --resume-anyway",
+            )
+        record = active_job(store)
+        if record is not None:
+            raise ConfigError(
+                f"{store.uri}: the job {record.job_id} is training this run",
+                mend=f"follow it (s4gan logs {store.uri} --follow), or end it first "
+                f"(s4gan cancel {store.uri})",
+            )
+    except ConfigError as error:
+        if len(wish.points) == 1:
+            raise
+        say(f"left out: {error.message}")
+        return False
+    holding = look(store)
+    if holding is not None and holding.is_live:
+        # Maybe it was killed a moment ago; the job begins in minutes, and will see.
+        say(
+            f"warning: {store.uri}: process {holding.holder.pid} on "
+            f"{holding.holder.machine.partition('/')[0]} was training this run less than a minute "
+            "ago; if it goes on, the job ends with exit code 76"
+        )
+    return True
+
+
+def _mention_the_network(wish: Wish, points: Sequence[Point], say: Callable[[str], None]) -> None:
+    """What works without, but not as somebody may expect."""
+    if wish.nodes > 1 and not parameter(wish.stack, "VpcId"):
+        say(
+            "note: machines of a job on several have no way to the internet in the stack's own "
+            "network: W&B stays offline, and model.weights must be none or a file in S3; "
+            "infra/README.md, Several machines, says how to change that"
+        )
+    modes = {point.config.wandb.mode for point in points}
+    if modes & {"auto", "online"} and not parameter(wish.stack, "WandbSecretArn"):
+        say(
+            "note: the stack has no W&B key, so the run is kept offline in W&B's own files; "
+            "s4gan infra deploy --parameter WandbSecretArn=... (infra/README.md)"
+        )
