@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -386,8 +387,8 @@ def _print_submitted(submitted: list[SubmittedRun], place: str, as_json: bool) -
         print(f"job  {one.job_id}\nrun  {one.run_uri}")
         if one.wandb_url:
             print(f"W&B  {one.wandb_url}")
-    first = submitted[0].run_uri
-    place = first if len(submitted) == 1 else place
+    first = shlex.quote(submitted[0].run_uri)
+    place = first if len(submitted) == 1 else shlex.quote(place)
     print(f"\ns4gan status {place}\ns4gan logs {first} --follow")
     print(f"s4gan cancel {place}\ns4gan pull {first} DIR")
 

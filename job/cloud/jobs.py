@@ -78,7 +78,10 @@ def runs_at(uri: str) -> list[ObjectStore]:
         info.key.removesuffix(tail) for info in store.list("") if info.key.endswith(tail)
     )
     if not found:
-        raise ConfigError(f"{uri}: there is no run", mend="give the URI that --run had")
+        raise ConfigError(
+            f"{uri}: there is no run",
+            mend="give the URI that --run had; submitting (s4gan submit) and training make one",
+        )
     return [open_store(f"{store.uri}/{name}") for name in found]
 
 

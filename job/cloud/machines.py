@@ -185,10 +185,13 @@ def cost_guess(configs: Sequence[Config], needs: Needs) -> list[str]:
 
 
 def _span(low: float, high: float) -> str:
-    return f"{_number(low)} to {_number(high)}"
+    low_text, high_text = _number(low), _number(high)
+    return high_text if low_text == high_text else f"{low_text} to {high_text}"
 
 
 def _number(value: float) -> str:
+    if value < 0.01:
+        return "< 0.01"
     return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,12 +121,15 @@ def check_wish(wish: Wish) -> None:
     Raises:
         ConfigError: the wish contradicts itself, or needs what only this machine has.
     """
+    from job.storage.s3 import split_uri  # boto3 takes a while to import
+
     for flag, uri in (("--data", wish.data_uri), ("--run", wish.run_uri)):
         if not uri.startswith("s3://"):
             raise ConfigError(
                 f"{flag} {uri}: a job in the cloud reads and writes S3",
                 mend="give s3://BUCKET/..., or train here: s4gan train",
             )
+        split_uri(uri)
     if wish.nodes > 1 and not wish.on_demand:
         raise ConfigError(
             f"--nodes {wish.nodes}: AWS Batch starts several machines for a job on demand only",
@@ -275,21 +279,21 @@ def _is_free(point: Point, data: ObjectStore, wish: Wish, say: Callable[[str], N
             finished or has a job.
     """
     store = open_store(point.run_uri)
+    uri = shlex.quote(store.uri)
     refuse_same_place(data, store)
     refuse_other_config(config_of_run(store), point.config, store, wish.resume_anyway)
     try:
         if store.stat(run.SUMMARY) is not None and not wish.resume_anyway:
             raise ConfigError(
                 f"{store.uri}: this run is finished",
-                mend=f"s4gan pull {store.uri} DIR; or choose another --run; or give it more "
+                mend=f"s4gan pull {uri} DIR; or choose another --run; or give it more "
                 "iterations and --resume-anyway",
             )
         record = active_job(store)
         if record is not None:
             raise ConfigError(
                 f"{store.uri}: the job {record.job_id} is training this run",
-                mend=f"follow it (s4gan logs {store.uri} --follow), or end it first "
-                f"(s4gan cancel {store.uri})",
+                mend=f"follow it (s4gan logs {uri} --follow), or end it first (s4gan cancel {uri})",
             )
     except ConfigError as error:
         if len(wish.points) == 1:

@@ -203,3 +203,9 @@ def test_the_memory_foreseen_is_what_torch_keeps(backbone: str) -> None:
     activations = sum(one.nbytes() for start, one in kept.items() if start not in parameters)
     foreseen = gpu_bytes_at_least(config) - 12 * sum(p.numel() for p in generator.parameters())
     assert activations == pytest.approx(foreseen, rel=0.25)
+
+
+def test_a_small_run_costs_next_to_nothing_and_the_table_stays_one() -> None:
+    lines = cost_guess([load_config("demo")], Needs(1, 4, 14_000))
+    assert {len(line) for line in lines[2:]} == {len(lines[1])}
+    assert "< 0.01" in lines[2]

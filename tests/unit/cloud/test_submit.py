@@ -319,6 +319,8 @@ def test_a_dry_run_asks_nobody(account: None, monkeypatch: pytest.MonkeyPatch) -
     ("more", "message"),
     [
         ({"run_uri": "runs/first"}, "--run runs/first: a job in the cloud"),
+        ({"run_uri": "s3:///runs/first"}, "s3:///runs/first: names no bucket"),
+        ({"run_uri": "s3://b/runs//first"}, "has '//' or a dot"),
         ({"max_hours": 0.001}, "--max-hours 0.001"),
         ({"max_hours": float("nan")}, "--max-hours nan"),
         ({"max_hours": float("inf")}, "--max-hours inf"),
@@ -376,7 +378,7 @@ def test_without_a_stack(moto: None) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["s3://other/runs/first", "s3://{}/first", "s3://{}/data/first", "s3://{}/runs//"]
+    "place", ["s3://other/runs/first", "s3://{}/first", "s3://{}/data/first", "s3://{}/runs/"]
 )
 def test_a_run_where_jobs_may_not_write(parts: dict[str, str], data: str, place: str) -> None:
     error = refused(parts, wish(parts, data, run_uri=place.format(parts["Bucket"])))
