@@ -18,6 +18,8 @@ from job.storage import ObjectStore, open_store
 
 ACTIVE = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING")
 POLL_S = 5.0
+LAST_LOOKS = 2
+"""At the output of an attempt that has ended."""
 MAX_DESCRIBED = 100
 """Jobs that DescribeJobs takes at once."""
 
@@ -286,11 +288,13 @@ def run_lines(
 
 
 def _while_running(records: Sequence[Submission], stream: Stream, poll_s: float) -> Iterator[bool]:
-    """True as long as the attempt runs, and once more for what it wrote last."""
+    """True as long as the attempt runs, and a few times more: last lines arrive late."""
     while any(
         found.is_running and found.name == stream.name
         for found in streams(records, describe(records))
     ):
         time.sleep(poll_s)
         yield True
-    yield True
+    for _ in range(LAST_LOOKS):
+        time.sleep(poll_s)
+        yield True

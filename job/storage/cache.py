@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from job.errors import Preempted
+from job.heartbeat import beat
 from job.storage.digests import file_has
 from job.storage.large import JOURNAL, boot_id
 from job.storage.units import PART, explained_write, part_of
@@ -118,6 +119,7 @@ class DataCache:
                     told = True
                 if stopped():
                     raise Preempted("stopped while another process brought the data")
+                beat()  # to wait for who is at work is no stall
                 time.sleep(POLL_S)
             yield lock
         finally:

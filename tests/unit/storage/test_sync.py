@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from job import heartbeat
 from job.drill.proxy import CorruptReply, CutReply, Hold, Latency, Status, Throttle
 from job.errors import AccessDenied, ConfigError, DataError, ExitCode, Preempted, StorageError
 from job.storage import cache, sync
@@ -233,6 +234,8 @@ def test_two_processes_share_the_work(remote: Remote) -> None:
     assert held.reached.wait(30)
     threads[1].start()
     wait_until(lambda: any("waiting for another process" in text for text in logs[1].said))
+    before = heartbeat._beats
+    wait_until(lambda: heartbeat._beats > before)  # to wait for who is at work is no stall
     held.release()
     for thread in threads:
         thread.join(30)
