@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from job import run
@@ -18,10 +20,11 @@ from job.cloud.stack import outputs, parameter
 from job.cloud.sweep import Point
 from job.cloud.waiting import container_of, environments, needs_of, never, too_small
 from job.config import check_gpus
+from job.data.dataset import load_dataset_info
 from job.errors import ConfigError, DataError
 from job.storage import ObjectStore, open_store
 from job.storage.archives import is_archive
-from job.storage.packindex import INDEX
+from job.storage.packindex import INDEX, PackIndex
 
 DATASET = "dataset.yaml"
 MAX_HOURS = 24 * 365
@@ -242,17 +245,56 @@ def _check_image(parts: Mapping[str, str], definition: Mapping[str, Any]) -> Non
 
 
 def _check_data(data: ObjectStore) -> None:
-    """That there is one of the forms a data set has; the job itself looks at every file."""
-    if data.stat(DATASET) is not None or data.stat(INDEX) is not None:
-        return
-    keys = [info.key for info in data.list("")]
-    if not any(is_archive(key) for key in keys) and not is_archive(data.uri):
+    """What is seen without fetching images; the job itself looks at every file before it trains."""
+    if data.stat(INDEX) is not None:
+        _check_pack(data)
+    elif data.stat(DATASET) is not None:
+        _check_info(data)
+        _check_folders(data.uri, lambda prefix: any(True for _ in data.list(prefix)))
+    else:
+        keys = [info.key for info in data.list("")]
+        if any(is_archive(key) for key in keys) or is_archive(data.uri):
+            return  # what is in it only unpacking tells
         what = f"there are {len(keys)} objects, but no {DATASET}" if keys else "there is nothing"
         raise DataError(
             f"{data.uri}: {what}",
             mend="README.md, Your own images, says what belongs there; "
             "upload: aws s3 sync DATA URI, or s4gan data pack DATA URI",
         )
+
+
+def _check_pack(data: ObjectStore) -> None:
+    index = PackIndex.from_json(data.read(INDEX), called=f"{data.uri}/{INDEX}")
+    sizes = {info.key: info.size for info in data.list("") if info.key != INDEX}
+    for shard in index.shards:
+        if sizes.get(shard.name) != shard.size:
+            raise DataError(
+                f"{data.uri}/{shard.name}: is missing, or not of the size that {INDEX} says",
+                mend="make the pack again: s4gan data pack",
+            )
+    paths = [file.path for file in index.files]
+    _check_folders(data.uri, lambda prefix: any(path.startswith(prefix) for path in paths))
+
+
+def _check_info(data: ObjectStore) -> None:
+    with tempfile.TemporaryDirectory(prefix="s4gan-") as folder:
+        path = Path(folder) / DATASET
+        path.write_bytes(data.read(DATASET))
+        try:
+            load_dataset_info(path)
+        except DataError as error:
+            said = error.message.replace(str(path), f"{data.uri}/{DATASET}")
+            raise DataError(said, mend=error.mend) from None
+
+
+def _check_folders(uri: str, has: Callable[[str], bool]) -> None:
+    """That there are training images, and masks for some of them."""
+    for folder, what in (("train/images/", "no training images"), ("train/masks/", "no masks")):
+        if not has(folder):
+            raise DataError(
+                f"{uri}/{folder}: there are {what}",
+                mend="README.md, Your own images, says what belongs where",
+            )
 
 
 def _check_nesting(wish: Wish) -> None:

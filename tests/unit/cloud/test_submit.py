@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -29,6 +30,8 @@ from job.config import Config, WandbConfig, config_from_yaml, load_config
 from job.errors import AccessDenied, ConfigError, DataError, JobError, StorageError
 from job.run import RunIdentity
 from job.storage import open_store
+from job.storage.pack import pack
+from tests.conftest import write_data
 
 # moto makes no bucket policies, topic policies and budgets, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse:UserWarning")
@@ -50,8 +53,15 @@ def code(monkeypatch: pytest.MonkeyPatch) -> list[Revision | None]:
 def data(parts: dict[str, str]) -> str:
     """A data set as far as `submit` looks at it."""
     uri = f"s3://{parts['Bucket']}/data/cats"
-    open_store(uri).write("dataset.yaml", b"classes: [a, b]")
+    lay_data(uri)
     return uri
+
+
+def lay_data(uri: str, info: bytes = b"classes: [a, b]") -> None:
+    store = open_store(uri)
+    store.write("dataset.yaml", info)
+    for key in ("train/images/1.png", "train/masks/1.png"):
+        store.write(key, b"x")
 
 
 def wish(parts: dict[str, str], data: str, config: Config = CONFIG, **more: Any) -> Wish:
@@ -403,7 +413,7 @@ def test_data_in_a_bucket_that_the_stack_was_told_of(
     told = "arn:aws:s3:::more, arn:aws:s3:::others"
     monkeypatch.setattr(preflight, "parameter", lambda name, key: told)
     boto3.client("s3").create_bucket(Bucket="others")
-    open_store("s3://others/cats").write("dataset.yaml", b"x")
+    lay_data("s3://others/cats")
     assert len(submit(wish(parts, "s3://others/cats"), print)) == 1
 
 
@@ -414,6 +424,49 @@ def test_an_empty_place_is_no_data_set(parts: dict[str, str]) -> None:
     assert f"{uri}: there is nothing" in str(error)
     open_store(uri).write("train/images/1.png", b"x")
     assert "1 objects, but no dataset.yaml" in str(refused(parts, wish(parts, uri)))
+
+
+@pytest.mark.parametrize(
+    ("info", "said"),
+    [
+        (b"classes: [a", "cannot be read"),
+        (b"clases: [a, b]", "unknown key clases (did you mean classes?)"),
+        (b"classes: [a]", "classes must be a list of 2"),
+    ],
+)
+def test_a_broken_description_of_the_data(parts: dict[str, str], info: bytes, said: str) -> None:
+    uri = f"s3://{parts['Bucket']}/data/cats"
+    lay_data(uri, info)
+    error = refused(parts, wish(parts, uri))
+    assert isinstance(error, DataError)
+    assert error.message.startswith(f"{uri}/dataset.yaml: ")
+    assert said in str(error)
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"), [("images", "no training images"), ("masks", "no masks")]
+)
+def test_data_without_images_or_masks(
+    parts: dict[str, str], data: str, gone: str, said: str
+) -> None:
+    open_store(data).delete(f"train/{gone}/1.png")
+    error = refused(parts, wish(parts, data))
+    assert f"{data}/train/{gone}/: there are {said}" in str(error)
+
+
+def test_a_pack_is_looked_into_by_its_index(parts: dict[str, str], tmp_path: Path) -> None:
+    uri = f"s3://{parts['Bucket']}/data/packed"
+    pack(str(write_data(tmp_path / "data")), uri)
+    assert len(submit(wish(parts, uri), print)) == 1
+    store = open_store(uri)
+    (shard,) = (info.key for info in store.list("") if info.key.endswith(".tar"))
+    store.write(shard, b"cut off")
+    other = wish(parts, uri, run_uri=f"s3://{parts['Bucket']}/runs/other")
+    with pytest.raises(DataError, match=r"is missing, or not of the size that pack\.json says"):
+        submit(other, print)
+    store.write("pack.json", b"{}")
+    with pytest.raises(DataError, match=r"packed/pack\.json: is not the index of a pack"):
+        submit(other, print)
 
 
 @pytest.mark.parametrize("key", ["cats.tar", "parts/cats-0001.zip"])
