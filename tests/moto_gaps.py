@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
+import yaml
 from moto.batch.models import BatchBackend, JobDefinition
 from moto.cloudformation.models import CloudFormationBackend
 
-Replace = Callable[[type, str, Any], None]
+Replace = Callable[[Any, str, Any], None]
+
+
+_PARSED: dict[tuple[str, Any], Any] = {}
+"""Templates, over all tests of a process."""
 
 
 def fill(replace: Replace) -> None:
     """Put in what is missing.
 
     Args:
-        replace: sets an attribute of a class; `setattr`, or pytest's that takes it back.
+        replace: sets an attribute; `setattr`, or pytest's that takes it back.
     """
     execute = CloudFormationBackend.execute_change_set
     register, describe = BatchBackend.register_job_definition, JobDefinition.describe
@@ -37,6 +43,17 @@ def fill(replace: Replace) -> None:
         nodes = {"nodeProperties": self.node_properties} if self.node_properties else {}
         return {**describe(self), **nodes}
 
+    load = yaml.load
+
+    def load_once(text: Any, Loader: Any) -> Any:
+        """It parses a template five times for one deployment, which takes longer than all else."""
+        if not isinstance(text, str):
+            return load(text, Loader)
+        if (text, Loader) not in _PARSED:
+            _PARSED[text, Loader] = load(text, Loader)
+        return copy.deepcopy(_PARSED[text, Loader])
+
+    replace(yaml, "load", load_once)
     replace(CloudFormationBackend, "execute_change_set", execute_and_see)
     replace(BatchBackend, "register_job_definition", register_of_its_type)
     replace(JobDefinition, "describe", describe_nodes_too)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ import job.heartbeat, job.training.loop as loop
 job.heartbeat.LOOK_EVERY_S = 0.05
 step = loop.train_step
 def a_step_that_hangs(state, *rest):
-    if state.iteration == 20:
+    if state.iteration == 15:
         threading.Event().wait()
     return step(state, *rest)
 loop.train_step = a_step_that_hangs
@@ -46,33 +47,25 @@ def hang(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_it_ends_and_is_tried_again_but_not_for_ever(make_data: MakeData, tmp_path: Path) -> None:
-    arguments = command(make_data(), tmp_path / "run")
-    first = hang(arguments)
-    assert first.returncode == 75, first.stdout + first.stderr
-    assert "error: nothing was done for 0 minutes" in first.stdout
-    assert "in a_step_that_hangs" in first.stderr  # the stacks say where
-    (attempt,) = attempts_of(read_ledger(tmp_path / "run" / run.LEDGER))
-    assert attempt.exit_code == 75
-    assert attempt.fingerprint.startswith("Stalled: nothing was done")
-    assert not attempt.was_interrupted
-    assert attempt.saved_at is not None
-
-    # From its checkpoint on it hangs again, and again: somebody has to look.
+def test_it_ends_and_is_tried_again_but_not_for_ever(
+    start: Any, make_data: MakeData, tmp_path: Path
+) -> None:
+    arguments = command(make_data(), tmp_path / "run", checkpoint__every=1000)
     ends = [hang(arguments) for _ in range(3)]
-    assert [end.returncode for end in ends] == [75, 75, 93]
-    assert "several attempts in a row hung" in ends[-1].stdout
+    assert [end.returncode for end in ends] == [75, 75, 93], ends
+    assert "error: nothing was done for 0 minutes" in ends[0].stdout
+    assert "in a_step_that_hangs" in ends[0].stderr  # the stacks say where
+    assert "several attempts in a row hung" in ends[2].stdout
+    for attempt in attempts_of(read_ledger(tmp_path / "run" / run.LEDGER)):
+        assert attempt.exit_code == 75
+        assert attempt.fingerprint.startswith("Stalled: nothing was done")
+        assert not attempt.was_interrupted
 
     # Where it does not hang it goes on.
-    last = subprocess.run(
-        [sys.executable, "-m", "job", *arguments], capture_output=True, text=True, check=False
-    )
-    assert last.returncode == 0
-    iterations = [
-        json.loads(line).get("iteration")
-        for line in (tmp_path / "run" / run.LEDGER).read_text().splitlines()
-        if '"event": "train"' in line
-    ]
+    last = start(arguments)
+    assert last.finish() == 0, last.output
+    lines = (tmp_path / "run" / run.LEDGER).read_text().splitlines()
+    iterations = [json.loads(line)["iteration"] for line in lines if '"event": "train"' in line]
     assert iterations == list(range(1, 41))
 
 
