@@ -84,7 +84,7 @@ def runs_at(uri: str) -> list[ObjectStore]:
             f"{uri}: there is no run",
             mend="give the URI that --run had; submitting (s4gan submit) and training make one",
         )
-    return [open_store(f"{store.uri}/{name}") for name in found]
+    return [store.below(name) for name in found]
 
 
 def describe(records: Sequence[Submission]) -> dict[str, Mapping[str, Any]]:

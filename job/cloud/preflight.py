@@ -80,6 +80,10 @@ class Checked:
 
     points: Sequence[Point]
     """Runs to submit; of a sweep, those that are not finished and have no job."""
+    place: ObjectStore
+    """Of the run, or of all of them."""
+    stores: Mapping[str, ObjectStore]
+    """Of each run, by its URI."""
     parts: Mapping[str, str]
     """The stack's, by name."""
     container: Mapping[str, Any]
@@ -110,12 +114,22 @@ def check(wish: Wish, say: Callable[[str], None]) -> Checked:
     _check_queue(parts[wish.queue], wish.needs(container), say)
     _check_image(parts, container)
     _check_data(data)
-    _check_nesting(wish)
-    points = [point for point in wish.points if _is_free(point, data, wish, say)]
+    place = open_store(wish.run_uri)
+    _check_nesting(wish, place)
+    stores = {point.run_uri: _store_of(point, place) for point in wish.points}
+    points = [
+        point for point in wish.points if _is_free(point, stores[point.run_uri], data, wish, say)
+    ]
     if not points:
         raise ConfigError(f"{wish.run_uri}: every run of the sweep is finished, or has a job")
     _mention_the_network(wish, points, say)
-    return Checked(points, parts, container)
+    return Checked(points, place, stores, parts, container)
+
+
+def _store_of(point: Point, place: ObjectStore) -> ObjectStore:
+    """The place itself, or what is below it: runs of a sweep share the connections."""
+    path = point.run_uri.removeprefix(place.uri).strip("/")
+    return place.below(path) if path else place
 
 
 def check_wish(wish: Wish) -> None:
@@ -297,9 +311,8 @@ def _check_folders(uri: str, has: Callable[[str], bool]) -> None:
             )
 
 
-def _check_nesting(wish: Wish) -> None:
+def _check_nesting(wish: Wish, place: ObjectStore) -> None:
     """A run and the place of a sweep may not be the same: every command would see only the run."""
-    place = open_store(wish.run_uri)
     if len(wish.points) > 1:
         if place.stat(run.IDENTITY) is not None:
             raise ConfigError(
@@ -313,14 +326,19 @@ def _check_nesting(wish: Wish) -> None:
         )
 
 
-def _is_free(point: Point, data: ObjectStore, wish: Wish, say: Callable[[str], None]) -> bool:
+def _is_free(
+    point: Point,
+    store: ObjectStore,
+    data: ObjectStore,
+    wish: Wish,
+    say: Callable[[str], None],
+) -> bool:
     """Whether a run is to be submitted; of several, those that are not are only told of.
 
     Raises:
         ConfigError: it has begun with another configuration; or it is the only one, and is
             finished or has a job.
     """
-    store = open_store(point.run_uri)
     uri = shlex.quote(store.uri)
     refuse_same_place(data, store)
     refuse_other_config(config_of_run(store), point.config, store, wish.resume_anyway)

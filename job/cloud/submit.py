@@ -67,7 +67,7 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
         StorageError: AWS refused, or cannot be reached.
     """
     checked = check(wish, say)
-    points, parts = checked.points, checked.parts
+    points, stores, parts = checked.points, checked.stores, checked.parts
     code = revision()
     if code is not None and code.diff_sha256:
         say(
@@ -76,11 +76,11 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
         )
     now = datetime.datetime.now(datetime.UTC)
     name = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-    identities = [_identity(open_store(point.run_uri)) for point in points]
+    identities = [_identity(stores[point.run_uri]) for point in points]
     for point in points:
-        open_store(point.run_uri).write(run.job_config(name), point.config.to_yaml().encode())
+        stores[point.run_uri].write(run.job_config(name), point.config.to_yaml().encode())
     if len(points) > 1:
-        open_store(wish.run_uri).write(
+        checked.place.write(
             run.job_points(name),
             points_file(
                 [(point.run_uri, f"{point.run_uri}/{run.job_config(name)}") for point in points]
@@ -102,7 +102,7 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
             request=request,
         )
         try:
-            open_store(point.run_uri).write(run.job_record(name), record.to_json())
+            stores[point.run_uri].write(run.job_record(name), record.to_json())
         except StorageError as error:
             say(
                 f"warning: the job {record.job_id} is submitted, but could not be written down "

@@ -39,6 +39,10 @@ class LocalStore:
         """The folder, as it was named."""
         return self._uri
 
+    def below(self, path: str) -> LocalStore:
+        """See `ObjectStore`."""
+        return LocalStore(Path(self._uri) / path)
+
     def read(self, key: str) -> bytes:
         """See `ObjectStore.read`."""
         with self._explained("read", key):

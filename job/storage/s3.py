@@ -130,10 +130,10 @@ class S3Store:
     Conditional writes are S3's own (If-Match, If-None-Match), so they hold between any machines.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, client: Any = None) -> None:
         self.bucket, self.prefix = split_uri(uri)
         self._root = f"{self.prefix}/" if self.prefix else ""
-        self.client = make_client()
+        self.client = client or make_client()
         self._transfer = TransferConfig(
             multipart_threshold=PART_BYTES,
             multipart_chunksize=PART_BYTES,
@@ -144,6 +144,10 @@ class S3Store:
     def uri(self) -> str:
         """s3://bucket/prefix."""
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def below(self, path: str) -> S3Store:
+        """See `ObjectStore`. To make a client takes a tenth of a second of a core."""
+        return S3Store(f"{self.uri}/{path}", self.client)
 
     def read(self, key: str) -> bytes:
         """See `ObjectStore.read`."""

@@ -34,6 +34,9 @@ class ObjectStore(Protocol):
     def uri(self) -> str:
         """Where the keys live, as the user would write it."""
 
+    def below(self, path: str) -> ObjectStore:
+        """The store of a folder or prefix within this one, over the same connections."""
+
     def read(self, key: str) -> bytes:
         """Content of a small object."""
 

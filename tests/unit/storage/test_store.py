@@ -429,3 +429,11 @@ def test_an_unknown_scheme_is_the_users_error():
     with pytest.raises(ConfigError, match="gs://") as caught:
         open_store("gs://bucket/run")
     assert caught.value.exit_code == 78
+
+
+def test_a_store_below_another_has_its_objects(store: ObjectStore) -> None:
+    below = store.below("deep/er")
+    below.write("a.txt", b"1")
+    assert below.uri == f"{store.uri}/deep/er"
+    assert store.read("deep/er/a.txt") == b"1"
+    assert [info.key for info in below.list("")] == ["a.txt"]
