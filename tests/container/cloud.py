@@ -27,6 +27,8 @@ from tests import moto_gaps
 
 GRACE_S = 110
 """As the stack's machines give."""
+LABEL = "s4gan-story"
+"""Of each container, with the number of the process that started it: an engine has many users."""
 
 
 def make_like_batch(environment: Path) -> None:
@@ -56,6 +58,7 @@ def make_like_batch(environment: Path) -> None:
             read_only=True,
             init=True,
             shm_size="1g",
+            labels={LABEL: str(os.getpid())},
             **options,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,14 +21,18 @@ import pytest
 
 from job import run
 from job.drill.seaweed import REGION, Identity, SeaweedServer
+from job.errors import ExitCode
 from tests.conftest import write_data
+from tests.container.cloud import LABEL
 from tests.container.conftest import Docker
 from tests.integration.conftest import SMALL
 
 pytestmark = pytest.mark.timeout(1800)
 
-STACK = "story"
-ITERATIONS = 400
+STACK = f"story-{os.getpid()}"
+"""Names the image too, and an engine has many users."""
+ENDLESS = 100_000
+"""Iterations of a run that no machine is so quick, and no test so slow, as to see the end of."""
 PATIENCE_S = 300.0
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
 
@@ -110,15 +115,15 @@ def aws(
         try:
             yield {**outside, "AWS_ENDPOINT_URL": endpoint}, later
         finally:
-            server.terminate()
-            _forget_containers(docker)
+            server.kill()  # it has nothing to save
+            server.wait()  # it starts no container any more
+            _forget_containers(docker, server.pid)
 
 
-def _forget_containers(docker: Docker) -> None:
-    """Of jobs that were still running, because the test failed."""
-    for name in docker("ps", "--all", "--format", "{{.Names}}").split():
-        if name.startswith("s4gan-story-"):
-            docker("rm", "--force", "--volumes", name, check=False)
+def _forget_containers(docker: Docker, pid: int) -> None:
+    """Of a server's jobs that were still running, because the test failed."""
+    for name in docker("ps", "--all", "--quiet", "--filter", f"label={LABEL}={pid}").split():
+        docker("rm", "--force", "--volumes", name, check=False)
 
 
 def client(environment: dict[str, str], service: str) -> Any:
@@ -150,21 +155,33 @@ def deploy(user: User) -> dict[str, str]:
     return {line[0]: line[1] for line in lines if len(line) == 2}
 
 
-def push(docker: Docker, image: str, user: User, parts: dict[str, str]) -> None:
+@contextlib.contextmanager
+def pushed(docker: Docker, image: str, user: User, parts: dict[str, str]) -> Iterator[None]:
     """As `infra push`, but into a repository that moto only keeps the books of."""
-    docker("tag", image, f"{parts['RepositoryUri']}:latest")
+    name = f"{parts['RepositoryUri']}:latest"
+    docker("tag", image, name)
     client(user.environment, "ecr").put_image(
         repositoryName=parts["RepositoryUri"].partition("/")[2],
         imageManifest='{"schemaVersion": 2}',
         imageManifestMediaType="application/vnd.oci.image.manifest.v1+json",
         imageTag="latest",
     )
+    try:
+        yield
+    finally:
+        # The name only; by force, as the container of a test that failed may still be there.
+        docker("rmi", "--force", name, check=False)
 
 
 def job_of(bucket: str) -> Identity:
     """With the rights of the stack's job role."""
-    rights = ("Read:{}/data/*", "List:{}/data/*", "Read:{}/runs/*", "Write:{}/runs/*")
-    rights += ("List:{}/runs/*",)
+    rights = (
+        "Read:{}/data/*",
+        "List:{}/data/*",
+        "Read:{}/runs/*",
+        "Write:{}/runs/*",
+        "List:{}/runs/*",
+    )
     return Identity("job", "jobkey", "jobsecret", tuple(right.format(bucket) for right in rights))
 
 
@@ -180,15 +197,16 @@ def account(
     identity = job_of(bucket)
     write_data(tmp_path / "data")
     with SeaweedServer(tmp_path / "s3", buckets=(bucket,), identities=(identity,)) as s3:
-        later.write_text(json.dumps(s3.environment(identity)))
+        # One thread each, as the tests have: with more they wait for each other on a busy machine.
+        later.write_text(json.dumps({**s3.environment(identity), "OMP_NUM_THREADS": "1"}))
         user.environment |= {key: s3.environment()[key] for key in KEYS}
         user.environment["AWS_ENDPOINT_URL_S3"] = s3.endpoint
         user("data", "pack", str(tmp_path / "data"), f"s3://{bucket}/data/shapes")
         assert "was not pushed yet" in user.refused(
             *("submit", "--data", f"s3://{bucket}/data/shapes", "--run", f"s3://{bucket}/runs/x")
         )
-        push(docker, image, user, parts)
-        yield user, bucket
+        with pushed(docker, image, user, parts):
+            yield user, bucket
 
 
 def ended(found: dict[str, Any]) -> bool:
@@ -200,26 +218,29 @@ def test_from_deploying_to_the_model(
 ) -> None:
     with account(docker, image, aws, tmp_path) as (user, bucket):
         data, uri = f"s3://{bucket}/data/shapes", f"s3://{bucket}/runs/story-1"
-        settings = {**SMALL, "train.iterations": ITERATIONS, "train.eval_every": 100}
-        changes = [f"--set={key}={value}" for key, value in settings.items()]
-        submit = ("submit", "--data", data, "--run", uri, *changes)
+        submit = (
+            *("submit", "--config", "demo", "--data", data, "--run", uri),
+            *(f"--set={key}={value}" for key, value in SMALL.items()),
+        )
+        endless = (*submit, f"--set=train.iterations={ENDLESS}")
 
         # The first job trains, and its machine is taken away.
-        said = user(*submit)
+        said = user(*endless)
         assert f"run  {uri}" in said
         first = said.split()[1]
         found = user.wait(uri, lambda found: bool(found["iteration"] > 20))
         assert (found["state"], found["job_id"]) == ("training", first)
-        assert found["iterations"] == ITERATIONS
-        assert f"the job {first} is training this run" in user.refused(*submit)
+        assert found["iterations"] == ENDLESS
+        assert f"the job {first} is training this run" in user.refused(*endless)
         docker("stop", "--time", "60", container(docker, first))
         found = user.wait(uri, lambda found: bool(found["state"] == "stopped"))
-        assert 20 < found["iteration"] < ITERATIONS
+        assert 20 < found["iteration"] < ENDLESS
         assert found["attempts"][0]["ended"].startswith("Stopped by SIGTERM")
+        assert exit_code(user, first) == ExitCode.PREEMPTED
         interrupted_at = found["iteration"]
         output = user("logs", uri)
         assert output.startswith(f"---- job {first}, attempt 1\n")
-        assert f"Iter 20/{ITERATIONS}" in output
+        assert f"Iter 20/{ENDLESS}" in output
         assert f"saved after iteration {interrupted_at}" in output
 
         # The second goes on, and is cancelled.
@@ -229,26 +250,25 @@ def test_from_deploying_to_the_model(
         assert f"asked job {second} to save and end" in user("cancel", uri)
         found = user.wait(uri, lambda found: bool(found["state"] == "stopped"))
         assert "cancelled by s4gan cancel" in found["detail"]
+        assert exit_code(user, second) == ExitCode.PREEMPTED
         cancelled_at = found["iteration"]
-        assert interrupted_at + 20 < cancelled_at < ITERATIONS
+        assert interrupted_at + 20 < cancelled_at < ENDLESS
         assert "nothing trains this run" in user.refused("cancel", uri)
 
-        # The third finishes; nothing was trained twice.
-        user(*submit)
-        found = user.wait(
-            uri,
-            lambda found: bool(
-                found["state"] not in ("starting", "training", "waiting", "stopped")
-            ),
-        )
-        assert (found["state"], found["iteration"]) == ("finished", ITERATIONS)
-        output = user("logs", uri)
-        for iteration in range(1, ITERATIONS + 1):
-            assert output.count(f"Iter {iteration}/{ITERATIONS} ") == 1
+        # The third is to come to an end, which is another configuration. Nothing is trained twice.
+        last = cancelled_at + 40
+        to_the_end = (*submit, f"--set=train.iterations={last}")
+        assert "began with another configuration" in user.refused(*to_the_end)
+        third = json.loads(user(*to_the_end, "--resume-anyway", "--json"))[0]["job_id"]
+        found = user.wait(uri, lambda found: ended(found) and found["job_id"] == third)
+        assert (found["state"], found["iteration"]) == ("finished", last)
+        assert exit_code(user, third) == ExitCode.OK
+        trained = re.findall(r"^Iter (\d+)/", user("logs", uri), re.MULTILINE)
+        assert [int(iteration) for iteration in trained] == list(range(1, last + 1))
         assert f"run            {uri}" in user("status")  # of all runs of the stack
         costs = json.loads(user("cost", uri, "--json"))[0]
         assert len(costs["attempts"]) == 3
-        assert "this run is finished" in user.refused(*submit)
+        assert "this run is finished" in user.refused(*to_the_end)
 
         user("pull", uri, str(tmp_path / "pulled"))
         model = str(tmp_path / "pulled" / run.BEST_MODEL)
@@ -272,6 +292,12 @@ def test_a_sweep_is_one_command(
         assert [one["state"] for one in found] == ["finished", "finished"]
         assert found[0]["val_miou"] != found[1]["val_miou"]
         assert "every run of the sweep is finished" in user.refused(*submit)
+
+
+def exit_code(user: User, job_id: str) -> int:
+    """What Batch has seen of a job's end, and decides by whether to try it again."""
+    (job,) = client(user.environment, "batch").describe_jobs(jobs=[job_id])["jobs"]
+    return int(job["attempts"][-1]["container"]["exitCode"])
 
 
 def container(docker: Docker, job_id: str) -> str:
