@@ -102,7 +102,7 @@ def train(
         JobError: with the exit code of what went wrong; the run's checkpoints stay good.
     """
     # 1. Resolve the run.
-    stall_minutes()
+    patience_minutes = stall_minutes()
     store = open_store(run_uri)
     refuse_same_place(open_store(data_uri), store)
     changed = refuse_other_config(config_of_run(store), config, store, resume_anyway)
@@ -118,7 +118,7 @@ def train(
         _scratch(store, lease) as scratch,
         _recorded(store, lease, scratch, console, config, gpus, node) as record,
         watch_spot(stop, record.tell),
-        watch_stall(stall_minutes(), record.ledger.path, record.tell, record.mirror.publish),
+        watch_stall(patience_minutes, record.ledger.path, record.tell, record.mirror.publish),
         crew(gpus, node, device, record.tell) as others,
         # 3. Bring the data, look at it, split it as the run began.
         data_folder(

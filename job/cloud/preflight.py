@@ -16,17 +16,16 @@ from job.cloud.aws import client, code_of, explained
 from job.cloud.jobs import active_job
 from job.cloud.machines import Needs, gpu_bytes_at_least
 from job.cloud.payload import MEMORY_MIB, VCPUS
-from job.cloud.stack import outputs, parameter
+from job.cloud.stack import Deployed, deployed
 from job.cloud.sweep import Point
-from job.cloud.waiting import container_of, environments, needs_of, never, too_small
+from job.cloud.waiting import container_of, environments, needs_of, never, queue_of, too_small
 from job.config import check_gpus
 from job.data.dataset import load_dataset_info
 from job.errors import ConfigError, DataError
 from job.storage import ObjectStore, open_store
-from job.storage.archives import is_archive
+from job.storage.archives import MARK, is_archive
 from job.storage.packindex import INDEX, PackIndex
 
-DATASET = "dataset.yaml"
 MAX_HOURS = 24 * 365
 
 
@@ -103,13 +102,14 @@ def check(wish: Wish, say: Callable[[str], None]) -> Checked:
         StorageError: AWS refused, or cannot be reached.
     """
     check_wish(wish)
-    parts = outputs(wish.stack)
+    stack = deployed(wish.stack)
+    parts = stack.outputs
     if wish.definition not in parts:
         raise ConfigError(
             f"the stack {wish.stack} is of an older version", mend="s4gan infra deploy"
         )
     data = open_store(wish.data_uri)
-    _check_place(wish, parts)
+    _check_place(wish, stack)
     container = container_definition(parts[wish.definition])
     _check_queue(parts[wish.queue], wish.needs(container), say)
     _check_image(parts, container)
@@ -122,7 +122,7 @@ def check(wish: Wish, say: Callable[[str], None]) -> Checked:
     ]
     if not points:
         raise ConfigError(f"{wish.run_uri}: every run of the sweep is finished, or has a job")
-    _mention_the_network(wish, points, say)
+    _mention_the_network(wish, points, stack, say)
     return Checked(points, place, stores, parts, container)
 
 
@@ -169,9 +169,9 @@ def check_wish(wish: Wish) -> None:
         raise ConfigError(f"--max-hours {wish.max_hours}: must be a minute (0.02) to {MAX_HOURS}")
 
 
-def _check_place(wish: Wish, parts: Mapping[str, str]) -> None:
+def _check_place(wish: Wish, stack: Deployed) -> None:
     """The job's role may write below runs/ of the stack's bucket, and nowhere else."""
-    bucket = parts["Bucket"]
+    bucket = stack.outputs["Bucket"]
     if not wish.run_uri.rstrip("/").startswith(f"s3://{bucket}/runs/"):
         raise ConfigError(
             f"--run {wish.run_uri}: jobs of the stack {wish.stack} may not write there",
@@ -185,7 +185,7 @@ def _check_place(wish: Wish, parts: Mapping[str, str]) -> None:
                 mend=f"put the data below s3://{bucket}/data/",
             )
         return
-    others = parameter(wish.stack, "DataBucketArns")
+    others = stack.parameters.get("DataBucketArns", "")
     if not any(arn.strip().endswith(f":::{data_bucket}") for arn in others.split(",")):
         arns = ",".join(filter(None, (others, f"arn:aws:s3:::{data_bucket}")))
         raise ConfigError(
@@ -194,16 +194,15 @@ def _check_place(wish: Wish, parts: Mapping[str, str]) -> None:
         )
 
 
-def _check_queue(queue: str, needs: Needs, say: Callable[[str], None]) -> None:
-    with explained("look at the queue"):
-        found = client("batch").describe_job_queues(jobQueues=[queue])["jobQueues"]
-    if not found:
-        raise ConfigError(f"the queue {queue} is gone", mend="s4gan infra deploy")
-    state, status = found[0]["state"], found[0]["status"]
+def _check_queue(arn: str, needs: Needs, say: Callable[[str], None]) -> None:
+    queue = queue_of(arn)
+    if queue is None:
+        raise ConfigError(f"the queue {arn} is gone", mend="s4gan infra deploy")
+    state, status = queue["state"], queue["status"]
     if state != "ENABLED" or status != "VALID":
-        why = found[0].get("statusReason", "")
+        why = queue.get("statusReason", "")
         raise ConfigError(
-            f"the queue {found[0]['jobQueueName']} takes no jobs: it is {state}, {status}"
+            f"the queue {queue['jobQueueName']} takes no jobs: it is {state}, {status}"
             + (f" ({why})" if why else ""),
             mend="enable it in the console, or deploy the stack again: s4gan infra deploy",
         )
@@ -262,14 +261,14 @@ def _check_data(data: ObjectStore) -> None:
     """What is seen without fetching images; the job itself looks at every file before it trains."""
     if data.stat(INDEX) is not None:
         _check_pack(data)
-    elif data.stat(DATASET) is not None:
+    elif data.stat(MARK) is not None:
         _check_info(data)
         _check_folders(data.uri, lambda prefix: any(True for _ in data.list(prefix)))
     else:
         keys = [info.key for info in data.list("")]
         if any(is_archive(key) for key in keys) or is_archive(data.uri):
             return  # what is in it only unpacking tells
-        what = f"there are {len(keys)} objects, but no {DATASET}" if keys else "there is nothing"
+        what = f"there are {len(keys)} objects, but no {MARK}" if keys else "there is nothing"
         raise DataError(
             f"{data.uri}: {what}",
             mend="README.md, Your own images, says what belongs there; "
@@ -292,12 +291,11 @@ def _check_pack(data: ObjectStore) -> None:
 
 def _check_info(data: ObjectStore) -> None:
     with tempfile.TemporaryDirectory(prefix="s4gan-") as folder:
-        path = Path(folder) / DATASET
-        path.write_bytes(data.read(DATASET))
+        path = data.fetch(MARK, Path(folder))
         try:
             load_dataset_info(path)
         except DataError as error:
-            said = error.message.replace(str(path), f"{data.uri}/{DATASET}")
+            said = error.message.replace(str(path), f"{data.uri}/{MARK}")
             raise DataError(said, mend=error.mend) from None
 
 
@@ -371,16 +369,18 @@ def _is_free(
     return True
 
 
-def _mention_the_network(wish: Wish, points: Sequence[Point], say: Callable[[str], None]) -> None:
+def _mention_the_network(
+    wish: Wish, points: Sequence[Point], stack: Deployed, say: Callable[[str], None]
+) -> None:
     """What works without, but not as somebody may expect."""
-    if wish.nodes > 1 and not parameter(wish.stack, "VpcId"):
+    if wish.nodes > 1 and not stack.parameters.get("VpcId"):
         say(
             "note: machines of a job on several have no way to the internet in the stack's own "
             "network: W&B stays offline, and model.weights must be none or a file in S3; "
             "infra/README.md, Several machines, says how to change that"
         )
     modes = {point.config.wandb.mode for point in points}
-    if modes & {"auto", "online"} and not parameter(wish.stack, "WandbSecretArn"):
+    if modes & {"auto", "online"} and not stack.parameters.get("WandbSecretArn"):
         say(
             "note: the stack has no W&B key, so the run is kept offline in W&B's own files; "
             "s4gan infra deploy --parameter WandbSecretArn=... (infra/README.md)"

@@ -150,26 +150,21 @@ def deploy(
     return outputs(name)
 
 
-def outputs(name: str) -> dict[str, str]:
-    """What the stack calls its parts.
+@dataclass(frozen=True)
+class Deployed:
+    """A stack that is there."""
+
+    outputs: Mapping[str, str]
+    """What it calls its parts."""
+    parameters: Mapping[str, str]
+
+
+def deployed(name: str) -> Deployed:
+    """What the stack says of itself.
 
     Raises:
         ConfigError: there is no such stack in this account and region.
     """
-    return {item["OutputKey"]: item["OutputValue"] for item in _deployed(name).get("Outputs", ())}
-
-
-def parameter(name: str, key: str) -> str:
-    """A parameter of a stack; empty if it has none of that name.
-
-    Raises:
-        ConfigError: there is no such stack in this account and region.
-    """
-    given = _deployed(name).get("Parameters", ())
-    return next((str(one["ParameterValue"]) for one in given if one["ParameterKey"] == key), "")
-
-
-def _deployed(name: str) -> Any:
     found = _stack(client("cloudformation"), name)
     if found is None:
         from job.storage.s3 import aws_session
@@ -179,7 +174,19 @@ def _deployed(name: str) -> Any:
             f"there is no stack {name} in {region}",
             mend="deploy it (s4gan infra deploy), set AWS_REGION to where it is, or say --stack",
         )
-    return found
+    return Deployed(
+        {item["OutputKey"]: item["OutputValue"] for item in found.get("Outputs", ())},
+        {one["ParameterKey"]: str(one["ParameterValue"]) for one in found.get("Parameters", ())},
+    )
+
+
+def outputs(name: str) -> dict[str, str]:
+    """What the stack calls its parts.
+
+    Raises:
+        ConfigError: there is no such stack in this account and region.
+    """
+    return dict(deployed(name).outputs)
 
 
 def _propose(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from job import run
@@ -19,7 +17,7 @@ from job.cloud.waiting import why_waiting
 from job.config import Config, config_from_yaml
 from job.errors import AccessDenied, ExitCode, JobError, ObjectNotFound, StorageError
 from job.monitor.attempts import Attempt, attempts_of
-from job.monitor.ledger import read_ledger
+from job.monitor.ledger import parse_ledger
 from job.storage import ObjectStore
 
 TOGETHER = 8
@@ -280,31 +278,30 @@ def _seconds_left(tries: Sequence[Attempt], config: Config | None) -> float | No
 
 
 def _ledger(store: ObjectStore) -> list[dict[str, Any]]:
-    local = store.local_path(run.LEDGER)
-    if local is not None:
-        return read_ledger(local)
-    with tempfile.TemporaryDirectory(prefix="s4gan-") as folder:
-        path = Path(folder) / run.LEDGER
-        with contextlib.suppress(ObjectNotFound):
-            path.write_bytes(store.read(run.LEDGER))
-        return read_ledger(path, f"{store.uri}/{run.LEDGER}")
+    try:
+        text = store.read(run.LEDGER)
+    except ObjectNotFound:
+        return []
+    return parse_ledger(text, str(store.local_path(run.LEDGER) or f"{store.uri}/{run.LEDGER}"))
 
 
 def _config(store: ObjectStore) -> Config | None:
     """What the run is trained with, or will be; None if that cannot be read."""
-    keys = [run.CONFIG]
-    if store.local_path("") is None:
-        keys += sorted(
-            (info.key for info in store.list(run.JOBS) if info.key.endswith(f"/{run.CONFIG}")),
-            reverse=True,
-        )
-    for key in keys:
+    for key in _config_keys(store):
         with contextlib.suppress(ObjectNotFound):
             text = store.read(key).decode(errors="replace")
             with contextlib.suppress(JobError):
                 return config_from_yaml(text, source=key)
             return None
     return None
+
+
+def _config_keys(store: ObjectStore) -> Iterator[str]:
+    """Where it may be; listed only as far as it is asked for."""
+    yield run.CONFIG
+    if store.local_path("") is None:
+        keys = (info.key for info in store.list(run.JOBS))
+        yield from sorted((key for key in keys if key.endswith(f"/{run.CONFIG}")), reverse=True)
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

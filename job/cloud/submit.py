@@ -18,10 +18,10 @@ from job.cloud.preflight import (
     check,
     check_wish,
 )
-from job.cloud.revision import revision
 from job.cloud.sweep import Point, points_file
 from job.config import Config, config_from_yaml
 from job.errors import ConfigError, PreconditionFailed, StorageError
+from job.revision import Revision, revision
 from job.run import RunIdentity
 from job.storage import ABSENT, ObjectStore, open_store
 
@@ -47,7 +47,7 @@ def dry_run(wish: Wish) -> tuple[dict[str, Any], list[str]]:
     check_wish(wish)
     names = (wish.queue, wish.definition)
     parts = {key: f"<{key} of the stack {wish.stack}>" for key in names}
-    request = submit_request(_job(wish, wish.points, parts, "<time>", {}))
+    request = submit_request(_job(wish, wish.points, parts, "<time>", {}, revision()))
     configs = [point.config for point in wish.points]
     return request, cost_guess(configs, wish.needs({}))
 
@@ -86,7 +86,7 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
                 [(point.run_uri, f"{point.run_uri}/{run.job_config(name)}") for point in points]
             ),
         )
-    request = submit_request(_job(wish, points, parts, name, checked.container))
+    request = submit_request(_job(wish, points, parts, name, checked.container, code))
     with explained("submit the job"):
         job_id = client("batch").submit_job(**request)["jobId"]
     submitted = []
@@ -161,6 +161,7 @@ def _job(
     parts: Mapping[str, str],
     name: str,
     container: Mapping[str, Any],
+    code: Revision | None,
 ) -> Job:
     """As `payload` wants it.
 
@@ -170,6 +171,7 @@ def _job(
         parts: the stack's.
         name: of the submission.
         container: what the job definition says of it; empty if it is not known.
+        code: that submits.
     """
     one = len(points) == 1
     place = points[0].run_uri if one else wish.run_uri.rstrip("/")
@@ -188,7 +190,7 @@ def _job(
         memory_mib=needs.memory_mib,
         max_hours=wish.max_hours,
         resume_anyway=wish.resume_anyway,
-        revision=str(revision() or ""),
+        revision=str(code or ""),
     )
 
 

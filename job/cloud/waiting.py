@@ -22,17 +22,23 @@ _BATCH_SAYS = {
 """Source: AWS Batch User Guide, "Jobs stuck in a RUNNABLE status"."""
 
 
-def environments(queue: str) -> list[Mapping[str, Any]]:
-    """The compute environments of a queue, in its order."""
-    batch = client("batch")
+def queue_of(arn: str) -> Mapping[str, Any] | None:
+    """As Batch describes a queue; None if it is gone."""
     with explained("look at the queue"):
-        found = batch.describe_job_queues(jobQueues=[queue])["jobQueues"]
-    if not found:
-        return []
-    order = sorted(found[0]["computeEnvironmentOrder"], key=lambda item: int(item["order"]))
+        found = client("batch").describe_job_queues(jobQueues=[arn])["jobQueues"]
+    return dict(found[0]) if found else None
+
+
+def environments(queue: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The compute environments of a queue, in its order.
+
+    Args:
+        queue: `queue_of`.
+    """
+    order = sorted(queue["computeEnvironmentOrder"], key=lambda item: int(item["order"]))
     names = [item["computeEnvironment"] for item in order]
     with explained("look at the queue's machines"):
-        reply = batch.describe_compute_environments(computeEnvironments=names)
+        reply = client("batch").describe_compute_environments(computeEnvironments=names)
     by_arn = {item["computeEnvironmentArn"]: item for item in reply["computeEnvironments"]}
     return [by_arn[name] for name in names if name in by_arn]
 
@@ -74,14 +80,12 @@ def why_waiting(job: Mapping[str, Any]) -> str:
             return sentence
     if said:
         return said
-    batch = client("batch")
-    with explained("look at the queue"):
-        queues = batch.describe_job_queues(jobQueues=[job["jobQueue"]])["jobQueues"]
-    if not queues:
+    queue = queue_of(job["jobQueue"])
+    if queue is None:
         return "its queue is gone: cancel it"
-    if queues[0]["state"] != "ENABLED":
+    if queue["state"] != "ENABLED":
         return "its queue is disabled"
-    found = environments(job["jobQueue"])
+    found = environments(queue)
     needs = needs_of(container_of(job), job.get("nodeProperties", {}).get("numNodes", 1))
     reason = never(found, needs)
     if reason:

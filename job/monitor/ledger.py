@@ -42,11 +42,17 @@ def read_ledger(path: Path, shown: str = "") -> list[dict[str, Any]]:
         StorageError: any other line is broken.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        text = path.read_bytes()
     except FileNotFoundError:
         return []
     except OSError as error:
         raise StorageError.from_os("read", path, error) from error
+    return parse_ledger(text, shown or str(path))
+
+
+def parse_ledger(text: bytes, shown: str) -> list[dict[str, Any]]:
+    """All lines of a ledger's content; see `read_ledger`."""
+    lines = text.split(b"\n")
     lines.pop()  # empty, or a line whose end was never written
     events = []
     for number, line in enumerate(lines, start=1):
@@ -56,7 +62,7 @@ def read_ledger(path: Path, shown: str = "") -> list[dict[str, Any]]:
             event = None
         if not isinstance(event, dict) or "event" not in event:
             raise StorageError(
-                f"{shown or path}: line {number} is no event",
+                f"{shown}: line {number} is no event",
                 mend="the file was changed from outside: remove that line",
             )
         events.append(event)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 
 import job
+from job.revision import git
 from job.run import RunIdentity
 
 MAX_GAP = 0.15
@@ -140,17 +139,5 @@ def _git_revision() -> str | None:
     """Revision the image was built from, or of the checkout the program runs from."""
     if revision := os.environ.get("S4GAN_GIT_SHA"):
         return revision
-    folder = Path(job.__file__).parent.parent
-    if not (folder / ".git").exists():
-        return None
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() or None
+    said = git("describe", "--always", "--dirty", "--abbrev=12") or b""
+    return said.decode().strip() or None

@@ -23,11 +23,11 @@ from job.cloud import submit as submit_module
 from job.cloud.jobs import submissions
 from job.cloud.payload import container_overrides
 from job.cloud.preflight import Wish, container_definition
-from job.cloud.revision import Revision
 from job.cloud.submit import dry_run, resubmit, submit
 from job.cloud.sweep import sweep_points
 from job.config import Config, WandbConfig, config_from_yaml, load_config
 from job.errors import AccessDenied, ConfigError, DataError, JobError, StorageError
+from job.revision import Revision
 from job.run import RunIdentity
 from job.storage import open_store
 from job.storage.pack import pack
@@ -70,6 +70,13 @@ def wish(parts: dict[str, str], data: str, config: Config = CONFIG, **more: Any)
         config, run_uri, seeds=more.pop("seeds", None), sweeps=more.pop("sweeps", ())
     )
     return Wish(points=points, run_uri=run_uri, data_uri=data, stack="s4gan", **more)
+
+
+def told_of(monkeypatch: pytest.MonkeyPatch, **parameters: str) -> None:
+    """The stack has other parameters than it was deployed with."""
+    found = preflight.deployed("s4gan")
+    changed = dataclasses.replace(found, parameters={**found.parameters, **parameters})
+    monkeypatch.setattr(preflight, "deployed", lambda name: changed)
 
 
 def sent(job_id: str) -> Any:
@@ -200,7 +207,7 @@ def test_without_a_key_the_user_is_told_that_wandb_stays_offline(
     submit(wish(parts, data, config), said.append)
     assert len(said) == 1
     assert "the stack has no W&B key" in said[0]
-    monkeypatch.setattr(preflight, "parameter", lambda name, key: "arn:aws:x")
+    told_of(monkeypatch, WandbSecretArn="arn:aws:x")
     said.clear()
     submit(wish(parts, data, config), said.append)
     assert said == []
@@ -411,7 +418,7 @@ def test_data_in_a_bucket_that_the_stack_was_told_of(
     parts: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = "arn:aws:s3:::more, arn:aws:s3:::others"
-    monkeypatch.setattr(preflight, "parameter", lambda name, key: told)
+    told_of(monkeypatch, DataBucketArns=told)
     boto3.client("s3").create_bucket(Bucket="others")
     lay_data("s3://others/cats")
     assert len(submit(wish(parts, "s3://others/cats"), print)) == 1

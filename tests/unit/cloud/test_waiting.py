@@ -10,7 +10,7 @@ import pytest
 from botocore.stub import Stubber
 
 from job.cloud.machines import Needs
-from job.cloud.waiting import environments, needs_of, never, too_small, why_waiting
+from job.cloud.waiting import environments, needs_of, never, queue_of, too_small, why_waiting
 
 Stub = Callable[[str], Stubber]
 QUEUE = "arn:aws:batch:us-east-1:123456789012:job-queue/s4gan"
@@ -69,7 +69,6 @@ def job(status: str = "RUNNABLE", reason: str = "", gpus: int = 1, vcpus: int = 
 def with_environments(stub: Stub, *found: dict[str, Any]) -> None:
     batch = stub("batch")
     batch.add_response("describe_job_queues", queue(), {"jobQueues": [QUEUE]})
-    batch.add_response("describe_job_queues", queue(), {"jobQueues": [QUEUE]})
     batch.add_response(
         "describe_compute_environments",
         {"computeEnvironments": list(found)},
@@ -79,18 +78,20 @@ def with_environments(stub: Stub, *found: dict[str, Any]) -> None:
 
 def test_environments_come_in_the_order_of_the_queue(stub: Stub) -> None:
     batch = stub("batch")
-    batch.add_response("describe_job_queues", queue())
+    batch.add_response("describe_job_queues", queue(), {"jobQueues": [QUEUE]})
     batch.add_response(
         "describe_compute_environments",
         {"computeEnvironments": [environment("on-demand"), environment("spot")]},
     )
-    names = [found["computeEnvironmentName"] for found in environments(QUEUE)]
+    found = queue_of(QUEUE)
+    assert found is not None
+    names = [one["computeEnvironmentName"] for one in environments(found)]
     assert names == ["spot", "on-demand"]
 
 
-def test_a_queue_that_is_gone_has_no_environments(stub: Stub) -> None:
+def test_a_queue_that_is_gone_is_none(stub: Stub) -> None:
     stub("batch").add_response("describe_job_queues", {"jobQueues": []})
-    assert environments(QUEUE) == []
+    assert queue_of(QUEUE) is None
 
 
 @pytest.mark.parametrize("needs", [(1, 4, 14_000), (4, 16, 56_000), (1, 48, 170_000)])

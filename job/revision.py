@@ -1,4 +1,4 @@
-"""Which code a job was submitted from."""
+"""Which code this is, as git tells."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class Revision:
 
 def revision() -> Revision | None:
     """None if the program is not in a git checkout, or git is not there."""
-    folder = Path(job.__file__).parent.parent
-    if not (folder / ".git").exists():
-        return None
-    commit = _git(folder, "rev-parse", "HEAD")
-    diff = _git(folder, "diff", "HEAD")
+    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD")
     if commit is None or diff is None:
         return None
     dirty = hashlib.sha256(diff).hexdigest() if diff else ""
     return Revision(commit.decode().strip(), dirty)
 
 
-def _git(folder: Path, *arguments: str) -> bytes | None:
+def git(*arguments: str) -> bytes | None:
+    """What git says of the checkout that this program runs from; None as for `revision`."""
+    folder = Path(job.__file__).parent.parent
+    if not (folder / ".git").exists():
+        return None
     try:
         return subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, timeout=30, check=True
