@@ -48,7 +48,7 @@ submit: setup ## train on AWS Batch: make submit CONFIG=guide DATA=s3://... RUN=
 	$(BIN)/s4gan submit --config "$(or $(CONFIG),guide)" --data "$(DATA)" --run "$(RUN)" $(ARGS)
 
 status: setup ## how runs are: make status [RUN=s3://...]
-	$(BIN)/s4gan status $(RUN) $(ARGS)
+	$(BIN)/s4gan status $(if $(RUN),"$(RUN)") $(ARGS)
 
 logs: setup ## a run's output, as it is written: make logs RUN=s3://...
 	@test -n "$(RUN)" || { echo "error: say which: make logs RUN=s3://BUCKET/runs/NAME"; exit 2; }

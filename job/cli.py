@@ -48,6 +48,8 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.addLevelName(logging.WARNING, "warning")
     logging.addLevelName(logging.ERROR, "error")
+    # It logs a traceback of what it raises, too, and that is said in our words.
+    logging.getLogger("botocore.credentials").setLevel(logging.CRITICAL)
     # Until the run has its own handlers, seconds of imports away, nothing is there to be saved.
     signal.signal(signal.SIGTERM, _stopped_early)
     signal.signal(signal.SIGINT, _stopped_early)
@@ -473,18 +475,24 @@ def cancel(
     from job.cloud.jobs import cancel as cancel_run
     from job.cloud.jobs import runs_at
 
+    if not reason.strip():
+        raise ConfigError("--reason is empty", mend="say why, or leave it out")
     stores = runs_at(run)
-    stopped = 0
+    stopped, failed = 0, ExitCode.OK
     for store in stores:
         try:
             print(f"{store.uri}: asked {cancel_run(store, reason)} to save and end")
             stopped += 1
-        except ConfigError as error:
+        except JobError as error:
             if len(stores) == 1:
                 raise
-            print(error.message, file=sys.stderr)
-    if not stopped:
-        raise typer.Exit(ExitCode.BAD_CONFIG)
+            print(
+                error if error.exit_code != ExitCode.BAD_CONFIG else error.message, file=sys.stderr
+            )
+            if error.exit_code != ExitCode.BAD_CONFIG:  # that one may go on, and cost
+                failed = error.exit_code
+    if failed or not stopped:
+        raise typer.Exit(failed or ExitCode.BAD_CONFIG)
 
 
 @app.command()

@@ -137,7 +137,11 @@ class Holding:
     attempt: int
     holder: Holder
     is_live: bool
-    """It has not given the run back, and was heard of within the lease time."""
+    """It has not given the run back, and was heard of within the lease time or is seen here."""
+    renewed_at: float
+    """Seconds since 1970, by its own clock."""
+    silent_s: float
+    """Since then, by the storage's clock."""
 
 
 def look(store: ObjectStore) -> Holding | None:
@@ -153,12 +157,11 @@ def look(store: ObjectStore) -> Holding | None:
         return None
     if current is None:
         return None
-    live = (
-        not current.released
-        and silent_s < LEASE_TIME_S
-        and not current.holder.is_known_dead(Holder.this_process())
-    )
-    return Holding(current.attempt, current.holder, live)
+    here = Holder.this_process()
+    gone = current.released or current.holder.is_known_dead(here)
+    # A process that was stopped (SIGSTOP) renews nothing, and yet goes on some day.
+    live = not gone and (silent_s < LEASE_TIME_S or current.holder.machine == here.machine)
+    return Holding(current.attempt, current.holder, live, current.renewed_at, silent_s)
 
 
 class Lease:

@@ -71,22 +71,30 @@ def explained(action: str) -> Iterator[None]:
         action: what is done there: "submit the job".
     """
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     try:
         yield
-    except (ClientError, BotoCoreError) as error:
+    except (ClientError, BotoCoreError, ResponseParserError) as error:
         raise explain(error, action) from error
 
 
 def explain(error: Exception, action: str) -> JobError:
     """What boto3 raised, as our error with a mend."""
     from botocore import exceptions as aws
+    from botocore.parsers import ResponseParserError
 
+    from job.storage.s3 import NO_CREDENTIALS
+
+    if isinstance(error, ResponseParserError):
+        endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+        return StorageError(
+            f"cannot {action}: what answered is not AWS" + (f" ({endpoint})" if endpoint else ""),
+            mend="check AWS_ENDPOINT_URL if it is set, and the network's proxy",
+        )
     if isinstance(error, aws.NoRegionError):
         return ConfigError("no AWS region is chosen", mend="set AWS_REGION to the stack's region")
-    if isinstance(
-        error, (aws.NoCredentialsError, aws.PartialCredentialsError, aws.ProfileNotFound)
-    ):
+    if isinstance(error, NO_CREDENTIALS):
         return ConfigError(
             f"no usable AWS credentials ({reason(error)})",
             mend="log in (for example: aws sso login), or set AWS_PROFILE or the keys",
@@ -116,6 +124,12 @@ def explain(error: Exception, action: str) -> JobError:
         f"cannot {action}: {reason(error)}",
         mend="check the network, AWS_REGION, and AWS_ENDPOINT_URL if it is set",
     )
+
+
+def region_of(arn: str) -> str | None:
+    """The region that an ARN names; None if it is none. What a run's records name is there."""
+    parts = arn.split(":")
+    return parts[3] or None if parts[0] == "arn" and len(parts) > 5 else None
 
 
 def code_of(error: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 
 from job import run
 from job.checkpoint.lease import look
-from job.cloud.aws import client, code_of, explained
+from job.cloud.aws import client, code_of, explained, region_of
 from job.errors import ConfigError, ObjectNotFound, StorageError
 from job.storage import ObjectStore, open_store
 
@@ -38,6 +39,11 @@ class Submission:
     revision: str
     on_demand: bool
     request: Mapping[str, Any]
+
+    @property
+    def region(self) -> str | None:
+        """Where its job is, whatever the user's own region is now; None if it is not known."""
+        return region_of(self.request.get("jobQueue", ""))
 
     def to_json(self) -> bytes:
         """Content of the file."""
@@ -93,10 +99,16 @@ def describe(records: Sequence[Submission]) -> dict[str, Mapping[str, Any]]:
     A child of an array job that Batch has not made yet is as its parent. A job on several machines
     has the output of its main one.
     """
-    ids = [record.job_id for record in records]
-    known = _describe(ids)
+    known: dict[str, Mapping[str, Any]] = {}
+    for region in dict.fromkeys(record.region for record in records):
+        known |= _describe_in(region, [one.job_id for one in records if one.region == region])
+    return known
+
+
+def _describe_in(region: str | None, ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    known = _describe(ids, region)
     unborn = [job_id for job_id in ids if job_id not in known and ":" in job_id]
-    parents = _describe(sorted({job_id.partition(":")[0] for job_id in unborn}))
+    parents = _describe(sorted({job_id.partition(":")[0] for job_id in unborn}), region)
     for job_id in unborn:
         parent = parents.get(job_id.partition(":")[0])
         if parent is not None:
@@ -106,7 +118,7 @@ def describe(records: Sequence[Submission]) -> dict[str, Mapping[str, Any]]:
         for job_id, job in known.items()
         if "nodeProperties" in job
     }
-    nodes = _describe(sorted(main.values()))
+    nodes = _describe(sorted(main.values()), region)
     for job_id, node_id in main.items():
         node = nodes.get(node_id, {})
         of_node = {key: node[key] for key in ("container", "attempts") if key in node}
@@ -114,10 +126,10 @@ def describe(records: Sequence[Submission]) -> dict[str, Mapping[str, Any]]:
     return known
 
 
-def _describe(ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+def _describe(ids: Sequence[str], region: str | None) -> dict[str, Mapping[str, Any]]:
     if not ids:
         return {}
-    batch = client("batch")
+    batch = client("batch", region)
     known = {}
     for first in range(0, len(ids), MAX_DESCRIBED):
         with explained("look at the run's jobs"):
@@ -128,12 +140,14 @@ def _describe(ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
 
 def active_job(store: ObjectStore) -> Submission | None:
     """The run's newest job that has not ended; None if all have."""
+    return next(iter(reversed(_active_jobs(store))), None)
+
+
+def _active_jobs(store: ObjectStore) -> list[Submission]:
+    """More than one if two people have submitted the same run in the same second."""
     records = submissions(store)
     known = describe(records)
-    for record in reversed(records):
-        if known.get(record.job_id, {}).get("status") in ACTIVE:
-            return record
-    return None
+    return [one for one in records if known.get(one.job_id, {}).get("status") in ACTIVE]
 
 
 def cancel(store: ObjectStore, reason: str) -> str:
@@ -149,12 +163,13 @@ def cancel(store: ObjectStore, reason: str) -> str:
     Raises:
         ConfigError: nothing that could be stopped from here trains it.
     """
-    record = None if store.local_path("") is not None else active_job(store)
-    if record is not None:
+    records = [] if store.local_path("") is not None else _active_jobs(store)
+    for record in records:
         # Not CancelJob: that does nothing to a job that has started, and does not say so.
         with explained(f"end the job {record.job_id}"):
-            client("batch").terminate_job(jobId=record.job_id, reason=reason)
-        return f"job {record.job_id}"
+            client("batch", record.region).terminate_job(jobId=record.job_id, reason=reason)
+    if records:
+        return "job " + " and ".join(record.job_id for record in records)
     holding = look(store)
     if holding is None or not holding.is_live:
         raise ConfigError(f"{store.uri}: nothing trains this run")
@@ -205,17 +220,20 @@ def streams(records: Sequence[Submission], known: Mapping[str, Mapping[str, Any]
     return found
 
 
-def lines(group: str, stream: str, *, follow: Iterator[bool]) -> Iterator[str]:
+def lines(
+    group: str, stream: str, *, follow: Iterator[bool], region: str | None = None
+) -> Iterator[str]:
     """The lines of an attempt's output.
 
     Args:
         group: log group.
         stream: log stream.
         follow: asked when there is nothing more for now: whether more may come.
+        region: where the log is; None: the user's.
     """
     from botocore.exceptions import ClientError
 
-    logs = client("logs")
+    logs = client("logs", region)
     token: str | None = None
     while True:
         options = {"nextToken": token} if token else {}
@@ -258,8 +276,16 @@ def run_lines(
         )
     records = submissions(store)
     if not records:
+        below: list[ObjectStore] = []
+        with contextlib.suppress(ConfigError):
+            below = runs_at(store.uri)
+        if below and below[0].uri != store.uri:
+            raise ConfigError(
+                f"{store.uri}: is the place of {len(below)} runs",
+                mend=f"say which, for example: s4gan logs {below[0].uri}",
+            )
         raise ConfigError(f"{store.uri}: no job was submitted for this run")
-    groups = {record.job_id: record.log_group for record in records}
+    by_id = {record.job_id: record for record in records}
     shown: set[str] = set()
     while True:
         known = describe(records)
@@ -273,7 +299,8 @@ def run_lines(
             shown.add(stream.name)
             yield f"---- job {stream.job_id}, attempt {stream.attempt}"
             more = _while_running(records, stream, poll_s) if follow else iter(())
-            yield from lines(groups[stream.job_id], stream.name, follow=more)
+            record = by_id[stream.job_id]
+            yield from lines(record.log_group, stream.name, follow=more, region=record.region)
         is_over = all(job["status"] not in ACTIVE for job in known.values())
         if not follow or is_over:
             break

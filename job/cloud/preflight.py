@@ -114,6 +114,7 @@ def check(wish: Wish, say: Callable[[str], None]) -> Checked:
     _check_queue(parts[wish.queue], wish.needs(container), say)
     _check_image(parts, container)
     _check_data(data)
+    _check_weights(wish, stack)
     place = open_store(wish.run_uri)
     _check_nesting(wish, place)
     stores = {point.run_uri: _store_of(point, place) for point in wish.points}
@@ -309,9 +310,22 @@ def _check_folders(uri: str, has: Callable[[str], bool]) -> None:
             )
 
 
+def _check_weights(wish: Wish, stack: Deployed) -> None:
+    """Machines of a job on several have no public address, so nothing is downloaded there."""
+    alone = wish.nodes > 1 and not stack.parameters.get("VpcId")
+    if alone and any(point.config.model.weights == "imagenet" for point in wish.points):
+        raise ConfigError(
+            "model.weights imagenet: machines of a job on several have no way to the internet in "
+            "the stack's own network",
+            mend="put the weights into the bucket, below data/, and say --set "
+            "model.weights=s3://..., or none; or deploy the stack in a network of your own "
+            "(infra/README.md, Several machines)",
+        )
+
+
 def _check_nesting(wish: Wish, place: ObjectStore) -> None:
     """A run and the place of a sweep may not be the same: every command would see only the run."""
-    if len(wish.points) > 1:
+    if any(point.run_uri != place.uri for point in wish.points):
         if place.stat(run.IDENTITY) is not None:
             raise ConfigError(
                 f"{place.uri}: is a run, and can be no place for several",
@@ -339,9 +353,12 @@ def _is_free(
     """
     uri = shlex.quote(store.uri)
     refuse_same_place(data, store)
-    refuse_other_config(config_of_run(store), point.config, store, wish.resume_anyway)
+    before = config_of_run(store)
+    changed = refuse_other_config(before, point.config, store, wish.resume_anyway)
+    # Without anything that has changed a machine would start, see that all is done, and end.
+    goes_on = wish.resume_anyway and (changed or before is None)
     try:
-        if store.stat(run.SUMMARY) is not None and not wish.resume_anyway:
+        if store.stat(run.SUMMARY) is not None and not goes_on:
             raise ConfigError(
                 f"{store.uri}: this run is finished",
                 mend=f"s4gan pull {uri} DIR; or choose another --run; or give it more "
@@ -376,8 +393,8 @@ def _mention_the_network(
     if wish.nodes > 1 and not stack.parameters.get("VpcId"):
         say(
             "note: machines of a job on several have no way to the internet in the stack's own "
-            "network: W&B stays offline, and model.weights must be none or a file in S3; "
-            "infra/README.md, Several machines, says how to change that"
+            "network, so W&B stays offline; infra/README.md, Several machines, says how to change "
+            "that"
         )
     modes = {point.config.wandb.mode for point in points}
     if modes & {"auto", "online"} and not stack.parameters.get("WandbSecretArn"):

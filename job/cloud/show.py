@@ -31,7 +31,7 @@ def print_runs(runs: Sequence[RunStatus], place: str, prices: Prices) -> None:
             _decimal(run.images_per_s, 1),
             str(len(run.attempts)),
             _duration(run.seconds_left),
-            _usd(run.usd, run.on_demand_usd),
+            _run_usd(run),
             _saved(run),
         )
     console = _console()
@@ -82,7 +82,9 @@ def print_cost(runs: Sequence[RunStatus], prices: Prices) -> None:
             console.print(f"cost {_cost(run)}")
     known = [run for run in runs if run.usd is not None]
     if len(runs) > 1 and known:
-        console.print(f"together {_usd(sum(run.usd or 0 for run in known))}")
+        complete = all(run.usd is not None and run.usd_is_complete for run in runs)
+        bound = "" if complete else "at least "
+        console.print(f"together {bound}{_usd(sum(run.usd or 0 for run in known))}")
     _notes(prices, console)
 
 
@@ -102,6 +104,7 @@ def cost_of(run: RunStatus) -> dict[str, Any]:
         **hours,
         "goodput": run.goodput,
         "usd": run.usd,
+        "usd_is_complete": run.usd_is_complete,
         "on_demand_usd": run.on_demand_usd,
         "attempts": [vars(one) for one in run.attempts],
     }
@@ -164,15 +167,21 @@ def _usd(value: float | None, at_most: float | None = None) -> str:
 
 
 def _cost(run: RunStatus) -> str:
-    cost = _usd(run.usd, run.on_demand_usd)
+    cost = _run_usd(run)
     return cost if run.usd is None else f"{cost}, saved against on demand {_saved(run)}"
 
 
+def _run_usd(run: RunStatus) -> str:
+    if run.usd is not None and not run.usd_is_complete:
+        return f"at least {_usd(run.usd)}"
+    return _usd(run.usd, run.on_demand_usd)
+
+
 def _saved(run: RunStatus) -> str:
-    if run.usd is None or not run.on_demand_usd:
+    if run.usd is None or run.saved_usd is None:
         return "-"
-    saved = run.on_demand_usd - run.usd
-    return f"${saved:.2f} ({saved / run.on_demand_usd:.0%})"
+    of_known = run.usd + run.saved_usd
+    return f"${run.saved_usd:.2f} ({run.saved_usd / of_known:.0%})" if of_known else "-"
 
 
 def _duration(seconds: float | None) -> str:

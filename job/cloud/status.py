@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from job import run
-from job.checkpoint.lease import look
-from job.cloud.jobs import describe, runs_at, submissions
+from job.checkpoint.lease import Holding, look
+from job.cloud.jobs import ACTIVE, describe, runs_at, submissions
 from job.cloud.machines import Prices
 from job.cloud.waiting import why_waiting
 from job.config import Config, config_from_yaml
-from job.errors import AccessDenied, ExitCode, JobError, ObjectNotFound, StorageError
-from job.monitor.attempts import Attempt, attempts_of
+from job.errors import AccessDenied, ExitCode, JobError, ObjectNotFound
+from job.monitor.attempts import Attempt, attempts_of, kept_iteration
 from job.monitor.ledger import parse_ledger
 from job.storage import ObjectStore
 
@@ -36,7 +35,7 @@ class AttemptStatus:
     useful_s: float
     """On iterations that count."""
     redone_s: float
-    """On iterations that were trained again."""
+    """On iterations that were lost, so that they are trained again."""
     idle_s: float
     """The rest: data, loading, the last upload."""
     nodes: int
@@ -59,13 +58,14 @@ class RunStatus:
 
     run: str
     state: str
-    """submitted, waiting, starting, training, finished, stopped, interrupted, failed; of several
-    also unreadable."""
+    """new, submitted, waiting, starting, training, finished, stopped, interrupted, failed; of
+    several also unreadable."""
     detail: str
     """Why it waits or has ended; may be empty."""
     job_id: str
-    """Of its newest job; empty if it has none."""
+    """Of the job that is to train it, else of its newest; empty if it has none."""
     iteration: int
+    """Of a run that nothing trains, the one that it would go on from."""
     iterations: int | None
     """None if the configuration cannot be read."""
     val_miou: float | None
@@ -77,24 +77,42 @@ class RunStatus:
 
     @property
     def usd(self) -> float | None:
-        """Of all attempts; None if one's is not known."""
-        return _sum([attempt.usd for attempt in self.attempts])
+        """Of all attempts whose cost is known; None if no one's is."""
+        known = [attempt.usd for attempt in self.attempts if attempt.usd is not None]
+        return sum(known) if known else None
+
+    @property
+    def usd_is_complete(self) -> bool:
+        """Whether every attempt's cost is known."""
+        return all(attempt.usd is not None for attempt in self.attempts)
 
     @property
     def on_demand_usd(self) -> float | None:
-        """The same time on demand."""
-        return _sum([attempt.on_demand_usd for attempt in self.attempts])
+        """The same time on demand; None if it is not known of all attempts."""
+        known = [attempt.on_demand_usd for attempt in self.attempts]
+        return None if None in known or not known else sum(usd or 0 for usd in known)
+
+    @property
+    def saved_usd(self) -> float | None:
+        """Against on demand, of those attempts where both are known; None if of no one."""
+        saved = [
+            attempt.on_demand_usd - attempt.usd
+            for attempt in self.attempts
+            if attempt.usd is not None and attempt.on_demand_usd is not None
+        ]
+        return sum(saved) if saved else None
 
     @property
     def goodput(self) -> float | None:
-        """Share of all attempts' time spent on iterations that count; None before there is any."""
-        busy = sum(attempt.seconds for attempt in self.attempts)
-        useful = sum(attempt.useful_s for attempt in self.attempts)
+        """Share of all GPUs' time spent on iterations that count; None before there is any."""
+        busy = sum(attempt.gpus * attempt.seconds for attempt in self.attempts)
+        useful = sum(attempt.gpus * attempt.useful_s for attempt in self.attempts)
         return useful / busy if busy else None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        sums = {key: getattr(self, key) for key in ("usd", "on_demand_usd", "goodput")}
+        names = ("usd", "usd_is_complete", "on_demand_usd", "saved_usd", "goodput")
+        sums = {name: getattr(self, name) for name in names}
         return {**vars(self), **sums, "attempts": [vars(attempt) for attempt in self.attempts]}
 
 
@@ -112,7 +130,7 @@ def statuses_at(uri: str, prices: Prices) -> list[RunStatus]:
             return status_of(store, prices)
         except AccessDenied:
             raise
-        except StorageError as error:
+        except JobError as error:
             if len(stores) == 1:
                 raise
             return RunStatus(
@@ -149,25 +167,32 @@ def status_of(store: ObjectStore, prices: Prices) -> RunStatus:
     tries = attempts_of(events)
     holding = look(store)
     live = holding is not None and holding.is_live
-    newest = known.get(jobs[-1].job_id) if jobs else None
-    state, detail = _state(store, newest, tries, live)
-    current = holding.attempt if holding is not None and live else None
+    # Of two jobs that were submitted at the same moment the older one may be what trains.
+    active = [one for one in jobs if known.get(one.job_id, {}).get("status") in ACTIVE]
+    job = next(reversed(active or jobs), None)
+    state, detail = _state(
+        store, known.get(job.job_id) if job else None, tries, live=live, had_job=bool(jobs)
+    )
     trained = [event for event in events if event["event"] == "train"]
     evaluations = [event["val_miou"] for event in events if event["event"] == "eval"]
-    iteration = max((event.get("iteration", 0) for event in events), default=0)
-    iteration = max([iteration, *(attempt.saved_at or 0 for attempt in tries)])
+    iteration = kept_iteration(tries)
+    if tries and (live or state == "finished"):
+        iteration = max(iteration, tries[-1].reached or 0)
     return RunStatus(
         run=store.uri,
         state=state,
         detail=detail,
-        job_id=jobs[-1].job_id if jobs else "",
+        job_id=job.job_id if job else "",
         iteration=iteration,
         iterations=config.train.iterations if config is not None else None,
         val_miou=max(evaluations, default=None),
         images_per_s=trained[-1]["images_per_s"] if trained else None,
         seconds_left=_seconds_left(tries, config) if state == "training" else None,
         attempts=tuple(
-            _attempt(one, known, prices, is_live=one.number == current) for one in tries
+            _attempt(
+                one, known, prices, holding if holding and holding.attempt == one.number else None
+            )
+            for one in tries
         ),
     )
 
@@ -176,7 +201,12 @@ def status_of(store: ObjectStore, prices: Prices) -> RunStatus:
 
 
 def _state(
-    store: ObjectStore, job: Mapping[str, Any] | None, tries: Sequence[Attempt], live: bool
+    store: ObjectStore,
+    job: Mapping[str, Any] | None,
+    tries: Sequence[Attempt],
+    *,
+    live: bool,
+    had_job: bool,
 ) -> tuple[str, str]:
     """State and detail of a run."""
     batch = job["status"] if job is not None else ""
@@ -189,12 +219,14 @@ def _state(
         return "training", ""
     if batch == "RUNNING":
         return "starting", "the container runs, and has not begun with the run yet"
+    if last is not None and last.exit_code == ExitCode.OK and store.stat(run.SUMMARY) is not None:
+        return "finished", ""
     if job is not None and batch == "FAILED" and all(one.job != job["jobId"] for one in tries):
         return "failed", _job_end(job)  # it never came to the run
     if last is None:
+        if not had_job:
+            return "new", "nothing has trained it yet, and no job is to"
         return "submitted", "but AWS no longer knows its job" if job is None else ""
-    if store.stat(run.SUMMARY) is not None and last.exit_code == ExitCode.OK:
-        return "finished", ""
     if last.exit_code is None:
         return "interrupted", _job_end(job) or "its process was killed"
     if last.exit_code in _STOPPED:
@@ -215,11 +247,23 @@ def _job_end(job: Mapping[str, Any] | None) -> str:
 
 
 def _attempt(
-    attempt: Attempt, known: Mapping[str, Mapping[str, Any]], prices: Prices, *, is_live: bool
+    attempt: Attempt,
+    known: Mapping[str, Mapping[str, Any]],
+    prices: Prices,
+    holding: Holding | None,
 ) -> AttemptStatus:
-    seconds = time.time() - attempt.started if is_live else attempt.busy_s
+    """An attempt as its own ledger, its lease (if it was the last to have it) and Batch tell."""
+    is_live = holding is not None and holding.is_live
+    if holding is not None:
+        # The lease is renewed more often than the ledger is published. Both times are by the
+        # attempt's clock, never by ours.
+        silent_s = holding.silent_s if is_live else 0.0
+        attempt.last_seen = max(attempt.last_seen, holding.renewed_at + silent_s)
+    seconds = attempt.busy_s
     usd, on_demand_usd = _cost(attempt, seconds, prices)
-    useful_s, redone_s = attempt.useful_s, 0.0 if is_live else attempt.redone_s
+    # All that a living one has trained counts so far.
+    useful_s = seconds - attempt.startup_s if is_live else attempt.useful_s
+    redone_s = 0.0 if is_live else attempt.redone_s
     return AttemptStatus(
         number=attempt.number,
         started=attempt.started,
@@ -273,7 +317,8 @@ def _seconds_left(tries: Sequence[Attempt], config: Config | None) -> float | No
     last = tries[-1]
     if last.reached is None or last.resumed_at is None or last.reached <= last.resumed_at:
         return None
-    pace_s = last.useful_s / (last.reached - last.resumed_at)
+    began, (reached, at) = last.training_since, last.marks[-1]
+    pace_s = max(0.0, at - (began or at)) / (reached - last.resumed_at)
     return max(0, config.train.iterations - last.reached) * pace_s
 
 
@@ -302,8 +347,3 @@ def _config_keys(store: ObjectStore) -> Iterator[str]:
     if store.local_path("") is None:
         keys = (info.key for info in store.list(run.JOBS))
         yield from sorted((key for key in keys if key.endswith(f"/{run.CONFIG}")), reverse=True)
-
-
-def _sum(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if values and len(known) == len(values) else None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +27,9 @@ from job.errors import ConfigError, PreconditionFailed, StorageError
 from job.revision import Revision, revision
 from job.run import RunIdentity
 from job.storage import ABSENT, ObjectStore, open_store
+
+TOGETHER = 16
+"""Runs that are written down at the same time."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,8 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
             ),
         )
     request = submit_request(_job(wish, points, parts, name, checked.container, code))
-    with explained("submit the job"):
-        job_id = client("batch").submit_job(**request)["jobId"]
-    submitted = []
-    for number, (point, identity) in enumerate(zip(points, identities, strict=True)):
+
+    def write_down(number: int, point: Point) -> str:
         record = Submission(
             name=name,
             job_id=f"{job_id}:{number}" if len(points) > 1 else job_id,
@@ -108,9 +112,35 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
                 f"warning: the job {record.job_id} is submitted, but could not be written down "
                 f"({error.message}); s4gan status, logs and cancel will not find it"
             )
-        url = _wandb_url(point.config, identity)
-        submitted.append(SubmittedRun(point.run_uri, record.job_id, url))
-    return submitted
+        return record.job_id
+
+    # A job that no run knows of could neither be watched nor cancelled.
+    with _held_back(say), ThreadPoolExecutor(TOGETHER) as pool:
+        with explained("submit the job"):
+            job_id = client("batch").submit_job(**request)["jobId"]
+        job_ids = list(pool.map(write_down, range(len(points)), points))
+    return [
+        SubmittedRun(point.run_uri, one, _wandb_url(point.config, identity))
+        for point, one, identity in zip(points, job_ids, identities, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def _held_back(say: Callable[[str], None]) -> Iterator[None]:
+    """A signal to stop that comes within the block does not: what it would stop is done by then."""
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        name = signal.Signals(came[0]).name
+        say(f"{name} came when it was submitted already; s4gan cancel ends it")
 
 
 def resubmit(

@@ -67,7 +67,21 @@ def sweep_points(
                 "/".join([place, *parts]), config_from_yaml(text, source="sweep", overrides=chosen)
             )
         )
+    _refuse_twice(points)
     return points
+
+
+def _refuse_twice(points: Sequence[Point]) -> None:
+    """Two children of a job in one run would wait for each other; two alike are paid for twice."""
+    seen: set[str] = set()
+    for point in points:
+        for text in (point.run_uri, point.config.model_dump_json()):
+            if text in seen:
+                raise ConfigError(
+                    f"{point.run_uri}: the sweep has this run twice",
+                    mend="give each value once, and only values that differ in a name, too",
+                )
+            seen.add(text)
 
 
 def points_file(points: Sequence[tuple[str, str]]) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from job.cloud.aws import client, explained
+from job.cloud.aws import client, explained, region_of
 from job.cloud.machines import Machine, Needs, machines
 
 _BATCH_SAYS = {
@@ -25,7 +25,8 @@ _BATCH_SAYS = {
 def queue_of(arn: str) -> Mapping[str, Any] | None:
     """As Batch describes a queue; None if it is gone."""
     with explained("look at the queue"):
-        found = client("batch").describe_job_queues(jobQueues=[arn])["jobQueues"]
+        batch = client("batch", region_of(arn))
+        found = batch.describe_job_queues(jobQueues=[arn])["jobQueues"]
     return dict(found[0]) if found else None
 
 
@@ -38,7 +39,8 @@ def environments(queue: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     order = sorted(queue["computeEnvironmentOrder"], key=lambda item: int(item["order"]))
     names = [item["computeEnvironment"] for item in order]
     with explained("look at the queue's machines"):
-        reply = client("batch").describe_compute_environments(computeEnvironments=names)
+        batch = client("batch", region_of(queue["jobQueueArn"]))
+        reply = batch.describe_compute_environments(computeEnvironments=names)
     by_arn = {item["computeEnvironmentArn"]: item for item in reply["computeEnvironments"]}
     return [by_arn[name] for name in names if name in by_arn]
 

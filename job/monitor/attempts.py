@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,10 +41,12 @@ class Attempt:
     """Seconds since 1970."""
     reached: int | None = None
     """Last iteration in the ledger that was not rolled back."""
+    marks: list[tuple[int, float]] = field(default_factory=list)
+    """(iteration, seconds since 1970) of its ledger lines."""
     saves: dict[int, float] = field(default_factory=dict)
     """When each of its checkpoints was durable, by iteration."""
     counts_until: float | None = None
-    """Seconds since 1970; what was trained later was trained again. As close as ledger lines and
+    """Seconds since 1970; what was trained later was lost. As close as ledger lines and
     checkpoints tell."""
     job: str = ""
     """The scheduler's id of the job; empty outside of one."""
@@ -68,14 +70,14 @@ class Attempt:
 
     @property
     def useful_s(self) -> float:
-        """Of those, spent on iterations that were not trained again."""
+        """Of those, spent on iterations that count."""
         if self.training_since is None or self.counts_until is None:
             return 0.0
         return max(0.0, self.counts_until - self.training_since)
 
     @property
     def redone_s(self) -> float:
-        """Of those, spent on iterations that were trained again."""
+        """Of those, spent on iterations that were lost, so that they are trained again."""
         if self.training_since is None or self.exit_code == ExitCode.OK:
             return 0.0
         return self.busy_s - self.startup_s - self.useful_s
@@ -121,7 +123,8 @@ def attempts_of(events: Iterable[Mapping[str, Any]]) -> list[Attempt]:
             continue
         attempt.last_seen = max(attempt.last_seen, event["time"])
         if "iteration" in event:
-            attempt.reached, attempt.counts_until = event["iteration"], event["time"]
+            attempt.reached = event["iteration"]
+            attempt.marks.append((event["iteration"], event["time"]))
         if event["event"] == "training_started":
             attempt.resumed_at = event["resumed_at"]
             attempt.training_since = event["time"]
@@ -138,11 +141,41 @@ def attempts_of(events: Iterable[Mapping[str, Any]]) -> list[Attempt]:
             attempt.fingerprint = event.get("fingerprint", "")
     ordered = [found[number] for number in sorted(found)]
     for number, attempt in enumerate(ordered):
-        going_on = (after.resumed_at for after in ordered[number + 1 :])
-        resumed_at = next((it for it in going_on if it is not None), attempt.saved_at)
-        saved = attempt.saves.get(resumed_at) if resumed_at is not None else None
-        attempt.counts_until = max(filter(None, (attempt.counts_until, saved)), default=None)
+        later = [after.resumed_at for after in ordered[number + 1 :]]
+        attempt.counts_until = _counts_until(attempt, [at for at in later if at is not None])
     return ordered
+
+
+def kept_iteration(attempts: Sequence[Attempt]) -> int:
+    """The iteration that a next attempt would go on from.
+
+    Args:
+        attempts: `attempts_of`.
+    """
+    for attempt in reversed(attempts):
+        if attempt.saved_at is not None:
+            return attempt.saved_at
+        if attempt.resumed_at is not None:
+            return attempt.resumed_at
+    return 0
+
+
+def _counts_until(attempt: Attempt, gone_on_from: Sequence[int]) -> float | None:
+    """When it had done the last of what counts.
+
+    That is nothing after the earliest iteration that a later attempt went on from; and if none has
+    yet, nothing after its newest checkpoint, unless it came to the end.
+    """
+    kept = min(gone_on_from, default=attempt.saved_at)
+    if not gone_on_from and attempt.exit_code == ExitCode.OK:
+        kept = attempt.reached
+    if kept is None:
+        return None
+    done = max((at for iteration, at in attempt.marks if iteration <= kept), default=None)
+    lost = min((at for iteration, at in attempt.marks if iteration > kept), default=None)
+    # A checkpoint tells more exactly than the lines, but is durable only some time later.
+    saved = min(filter(None, (attempt.saves.get(kept), lost)), default=None)
+    return max(filter(None, (done, saved if kept in attempt.saves else None)), default=None)
 
 
 def interruption_history(events: Iterable[Mapping[str, Any]], current: int) -> InterruptionHistory:

@@ -65,7 +65,7 @@ _WRONG_KEYS = {
 }
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "301"}
-_NO_CREDENTIALS = (
+NO_CREDENTIALS = (
     aws.NoCredentialsError,
     aws.PartialCredentialsError,
     aws.CredentialRetrievalError,
@@ -75,6 +75,7 @@ _NO_CREDENTIALS = (
     aws.UnauthorizedSSOTokenError,
     aws.SSOTokenLoadError,
 )
+"""What botocore raises where nobody is logged in, or not any more."""
 _Result = TypeVar("_Result")
 
 
@@ -379,7 +380,7 @@ def explain(error: Exception, verb: str, url: str) -> JobError:
     if isinstance(cause, aws.ClientError):
         return _explain_reply(cause, verb, url)
     bucket = url.removeprefix("s3://").partition("/")[0]
-    if isinstance(cause, _NO_CREDENTIALS):
+    if isinstance(cause, NO_CREDENTIALS):
         return _no_client(cause)
     if isinstance(cause, aws.FlexibleChecksumError):
         return Corrupted(

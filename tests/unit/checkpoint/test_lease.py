@@ -482,6 +482,14 @@ def test_who_looks_sees_that_the_holder_is_dead(store):
     assert seen.holder.process_here() is None
 
 
+def test_who_looks_sees_that_a_silent_holder_is_still_there(store, monkeypatch):
+    """A process that was stopped, not killed (SIGSTOP), renews nothing and goes on some day."""
+    lease = take(store)
+    monkeypatch.setattr(lease_module, "LEASE_TIME_S", 0.0)
+    assert look(store).is_live
+    lease.release()
+
+
 def test_who_looks_sees_a_holder_elsewhere_until_it_falls_silent(store, monkeypatch):
     take(store).release()
     rewrite(store, released=False, holder={"machine": "elsewhere/boot/pid"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,13 +13,14 @@ from typing import Any
 
 import boto3
 import pytest
+import typer
 from botocore.stub import Stubber
 
-from job import run
+from job import cli, run
 from job.checkpoint.lease import acquire
 from job.cloud import jobs
 from job.cloud.jobs import Submission, active_job, cancel, run_lines, runs_at, submissions
-from job.errors import ConfigError, StorageError
+from job.errors import ConfigError, ExitCode, StorageError
 from job.storage import ObjectStore, open_store
 
 Stub = Callable[[str], Stubber]
@@ -174,6 +176,41 @@ def test_cancelling_terminates_the_job(store: ObjectStore, stub: Stub) -> None:
     assert cancel(store, "too dear") == "job job-1"
 
 
+def test_every_job_that_has_not_ended_is_cancelled(store: ObjectStore, stub: Stub) -> None:
+    """Else the one that is left goes on, and costs."""
+    for number in (1, 2, 3):
+        submitted(store, f"job-{number}", number)
+    states = ("RUNNING", "FAILED", "RUNNABLE")
+    describes(stub, [job(f"job-{n}", state) for n, state in enumerate(states, 1)])
+    for job_id in ("job-1", "job-3"):
+        stub("batch").add_response("terminate_job", {}, {"jobId": job_id, "reason": "x"})
+    assert cancel(store, "x") == "job job-1 and job-3"
+
+
+def test_a_job_is_looked_for_where_it_is(
+    store: ObjectStore, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever AWS_REGION is by now."""
+    record = dataclasses.replace(
+        submitted(store, "job-1"), request={"jobQueue": QUEUE.replace("us-east-1", "eu-west-1")}
+    )
+    store.write(run.job_record(record.name), record.to_json())
+    describes(stub, [job("job-1", "RUNNING", ("a",))], [job("job-1", "RUNNING", ("a",))])
+    stub("batch").add_response("terminate_job", {}, {"jobId": "job-1", "reason": "x"})
+    writes(stub, "a", (None, "f/1", ["one"]), ("f/1", "f/1", []))
+    asked: list[Any] = []
+    client = jobs.client
+
+    def asking(service: str, region: str | None = None) -> Any:
+        asked.append(region)
+        return client(service, region)
+
+    monkeypatch.setattr(jobs, "client", asking)
+    assert list(run_lines(store))[1] == "one"
+    cancel(store, "x")
+    assert asked == ["eu-west-1"] * 4
+
+
 def test_there_is_nothing_to_cancel(store: ObjectStore, stub: Stub) -> None:
     submitted(store, "job-1")
     describes(stub, [job("job-1", "SUCCEEDED")])
@@ -313,6 +350,13 @@ def test_a_run_that_was_never_submitted(store: ObjectStore, tmp_path: Path) -> N
         list(run_lines(open_store(str(tmp_path))))
 
 
+def test_the_place_of_several_runs_has_no_output_of_its_own(store: ObjectStore) -> None:
+    store.write(run.IDENTITY, b"{}")
+    with pytest.raises(ConfigError, match="runs: is the place of 1 runs") as caught:
+        list(run_lines(open_store("s3://bucket/runs")))
+    assert caught.value.mend == "say which, for example: s4gan logs s3://bucket/runs/first"
+
+
 def test_many_jobs_are_looked_at_in_several_requests(
     account: None, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,4 +365,33 @@ def test_many_jobs_are_looked_at_in_several_requests(
     for ids in (["1", "2"], ["3"]):
         reply = {"jobs": [job(one, "RUNNING") for one in ids]}
         batch.add_response("describe_jobs", reply, {"jobs": ids})
-    assert set(jobs._describe(["1", "2", "3"])) == {"1", "2", "3"}
+    assert set(jobs._describe(["1", "2", "3"], None)) == {"1", "2", "3"}
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_cancelling_several_goes_on_after_one_that_fails(
+    store: ObjectStore, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others would train on, and cost."""
+    for name in "abc":
+        one = store.below(name)
+        one.write(run.IDENTITY, b"{}")
+        submitted(one, name)
+    stub("batch").add_response("describe_jobs", {"jobs": [job("a", "RUNNING")]})
+    stub("batch").add_client_error("terminate_job", "AccessDeniedException", "not you")
+    describes(stub, [job("b", "SUCCEEDED")], [job("c", "RUNNING")])
+    stub("batch").add_response("terminate_job", {}, {"jobId": "c", "reason": "cancelled by x"})
+    with pytest.raises(typer.Exit) as ended:
+        cli.cancel(store.uri, reason="cancelled by x")
+    assert ended.value.exit_code == ExitCode.IO_ERROR
+    told = capsys.readouterr()
+    assert told.out == f"{store.uri}/c: asked job c to save and end\n"
+    assert "cannot end the job a: access denied to TerminateJob (not you)" in told.err
+    assert f"{store.uri}/b: nothing trains this run" in told.err
+
+
+def test_a_reason_must_be_one(store: ObjectStore) -> None:
+    with pytest.raises(ConfigError, match="--reason is empty"):
+        cli.cancel(store.uri, reason=" ")

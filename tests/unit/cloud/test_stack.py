@@ -13,10 +13,12 @@ from typing import Any
 import boto3
 import pytest
 import yaml
+from botocore.exceptions import CredentialRetrievalError, UnauthorizedSSOTokenError
+from botocore.parsers import ResponseParserError
 from botocore.stub import Stubber
 
 from job.cloud import stack
-from job.cloud.aws import stack_name
+from job.cloud.aws import explained, stack_name
 from job.cloud.image import push
 from job.cloud.stack import TEMPLATE, Change, deploy, destroy, outputs, parameters_from, validate
 from job.errors import AccessDenied, ConfigError, JobError, StorageError
@@ -356,6 +358,23 @@ def test_what_aws_refuses(stub: Stub, code: str, kind: type[JobError], said: str
     with pytest.raises(kind, match=said) as caught:
         outputs(NAME)
     assert caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (CredentialRetrievalError(provider="sso", error_msg="expired"), "no usable AWS cred"),
+        (UnauthorizedSSOTokenError(), "no usable AWS credentials"),
+        (ResponseParserError("<html>"), "what answered is not AWS (http://proxy)"),
+    ],
+)
+def test_what_is_no_answer_of_aws(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://proxy")
+    with pytest.raises(JobError) as caught, explained("look at the queue"):
+        raise error
+    assert said in caught.value.message
 
 
 def test_without_credentials(account: None, monkeypatch: pytest.MonkeyPatch) -> None:

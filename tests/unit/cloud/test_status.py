@@ -75,6 +75,7 @@ def attempt(
             "time": start + 3060,
             "val_miou": until / 1e4,
         },
+        {"event": "checkpoint", **head, "time": start + 3060, "saved_at": until},
         {"event": "note", **head, "time": start + 3600},
     ]
     if code is not None:
@@ -131,7 +132,7 @@ def test_how_it_ended(
 def test_a_run_that_has_not_begun(local: ObjectStore) -> None:
     local.write(run.IDENTITY, b"{}")
     found = looked(local)
-    assert (found.state, found.iteration, found.iterations) == ("submitted", 0, None)
+    assert (found.state, found.iteration, found.iterations) == ("new", 0, None)
     assert found.attempts == ()
     assert (found.usd, found.goodput) == (None, None)
 
@@ -174,7 +175,9 @@ def test_time_and_dollars_of_all_attempts(local: ObjectStore) -> None:
     assert costs["useful"] + costs["redone"] + costs["idle"] == pytest.approx(6)
 
 
-def test_what_is_not_known_is_not_guessed(local: ObjectStore) -> None:
+def test_what_is_not_known_is_not_guessed(
+    local: ObjectStore, capsys: pytest.CaptureFixture[str]
+) -> None:
     lay(
         local,
         attempt(1, began=2, resumed_at=0, until=500, code=75),
@@ -182,8 +185,10 @@ def test_what_is_not_known_is_not_guessed(local: ObjectStore) -> None:
     )
     found = looked(local)
     assert found.attempts[0].usd == pytest.approx(0.3)
-    assert found.usd is None
-    assert cost_of(found)["usd"] is None
+    assert (found.usd, found.usd_is_complete) == (pytest.approx(0.3), False)
+    assert cost_of(found)["usd_is_complete"] is False
+    print_cost([found], Prices())
+    assert "cost at least $0.30, saved against on demand $0.70 (70%)" in capsys.readouterr().out
 
 
 def test_a_ledger_that_cannot_be_read_is_named(store: ObjectStore) -> None:
@@ -282,6 +287,62 @@ def test_a_new_job_that_fails_before_the_run_is_not_hidden_by_the_old_ones_end(
     describes(stub, [job("job-1", "FAILED"), failed])
     found = looked(store)
     assert (found.state, found.detail) == ("failed", "Task failed to start")
+
+
+def test_a_job_that_came_too_late_does_not_hide_the_finished_run(
+    store: ObjectStore, stub: Stub
+) -> None:
+    """Two were submitted at the same moment; the lease let one train."""
+    submitted(store, "job-1", 1)
+    submitted(store, "job-2", 2)
+    lay(store, attempt(1, began=2, resumed_at=0, until=1200, code=0, job="job-1"))
+    store.write(run.SUMMARY, b"{}")
+    describes(stub, [job("job-1", "SUCCEEDED"), job("job-2", "FAILED", statusReason="x")])
+    found = looked(store)
+    assert (found.state, found.detail) == ("finished", "")
+
+
+def test_the_job_that_has_not_ended_is_the_one_that_counts(store: ObjectStore, stub: Stub) -> None:
+    submitted(store, "job-1", 1)
+    submitted(store, "job-2", 2)
+    lay(store, attempt(1, began=2, resumed_at=0, until=600, job="job-1"))
+    describes(stub, [job("job-1", "STARTING"), job("job-2", "FAILED")])
+    found = looked(store)
+    assert (found.state, found.job_id) == ("starting", "job-1")
+
+
+def test_a_killed_run_is_where_it_would_go_on(local: ObjectStore) -> None:
+    lines = attempt(1, began=2, resumed_at=0, until=600)
+    lost = {**lines[3], "iteration": 700, "time": lines[3]["time"] + 500}
+    lay(local, [*lines, lost])
+    found = looked(local)
+    assert (found.state, found.iteration) == ("interrupted", 600)
+
+
+def test_goodput_is_of_gpus_not_of_attempts(local: ObjectStore) -> None:
+    lay(
+        local,
+        attempt(1, began=2, resumed_at=0, until=600, code=75, gpus=3),
+        [
+            {"event": "attempt_started", "attempt": 2, "time": NOW - 3600},
+            {"event": "note", "attempt": 2, "time": NOW},
+        ],
+    )
+    found = looked(local)
+    costs = cost_of(found)
+    assert found.goodput == pytest.approx(costs["useful"] / costs["gpu_hours"], abs=1e-6)
+    assert found.goodput == pytest.approx(3 * 3000 / (4 * 3600), abs=1e-3)
+
+
+def test_a_living_attempt_is_measured_by_its_own_clock(local: ObjectStore) -> None:
+    """Its machine's is two hours ahead of ours."""
+    lease = acquire(local, on_lost=lambda: None)
+    lay(local, attempt(1, began=-2, resumed_at=0, until=600))
+    (one,) = looked(local).attempts
+    lease.release()
+    assert one.seconds == pytest.approx(3600)
+    assert one.usd == pytest.approx(0.3)
+    assert (one.useful_s, one.idle_s) == pytest.approx((3540, 60))
 
 
 # ---------------------------------------------------------------- what is printed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -319,6 +320,29 @@ def test_a_record_that_cannot_be_written_is_said(
     assert f"the job {one.job_id} is submitted, but could not be written down (no room)" in said[0]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_job_is_submitted_leaves_no_job_that_nobody_knows_of(
+    parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def interrupted(self: Any, name: str, arguments: Any) -> Any:
+        if name == "SubmitJob":
+            os.kill(os.getpid(), number)
+        return call(self, name, arguments)
+
+    from botocore.client import BaseClient
+
+    call = BaseClient._make_api_call
+    monkeypatch.setattr(BaseClient, "_make_api_call", interrupted)
+    before = signal.getsignal(number)
+    said: list[str] = []
+    place = f"s3://{parts['Bucket']}/runs/cats"
+    submitted = submit(wish(parts, data, run_uri=place, seeds=3), said.append)
+    for one in submitted:
+        assert [record.job_id for record in submissions(open_store(one.run_uri))] == [one.job_id]
+    assert said == [f"{number.name} came when it was submitted already; s4gan cancel ends it"]
+    assert signal.getsignal(number) == before
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -531,6 +555,37 @@ def test_a_run_that_is_finished(parts: dict[str, str], data: str) -> None:
     open_store(one.run_uri).write(run.SUMMARY, b"{}")
     assert "this run is finished" in str(refused(parts, one))
     assert len(submit(dataclasses.replace(one, resume_anyway=True), print)) == 1
+
+
+def test_a_finished_run_that_nothing_has_changed_of_is_not_gone_on_with(
+    parts: dict[str, str], data: str
+) -> None:
+    """A machine would start, see that all is done, and end."""
+    one = wish(parts, data, resume_anyway=True)
+    store = open_store(one.run_uri)
+    store.write(run.CONFIG, CONFIG.to_yaml().encode())
+    store.write(run.CHECKPOINTS + "000000001-a0001-abcdef/state.pth", b"x")
+    store.write(run.SUMMARY, b"{}")
+    assert "this run is finished" in str(refused(parts, one))
+    longer = config_from_yaml(CONFIG.to_yaml(), source="x", overrides={"train.iterations": 2000})
+    assert len(submit(wish(parts, data, longer, resume_anyway=True), print)) == 1
+
+
+def test_one_seed_is_below_its_place_too(parts: dict[str, str], data: str) -> None:
+    submit(wish(parts, data), print)
+    with pytest.raises(ConfigError, match="is a run, and can be no place for several"):
+        submit(wish(parts, data, seeds=1), print)
+
+
+def test_weights_that_several_machines_could_not_download(
+    parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"train.accumulate": 2, "model.weights": "imagenet"}
+    config = config_from_yaml(CONFIG.to_yaml(), source="x", overrides=changes)
+    one = wish(parts, data, config, nodes=2, on_demand=True)
+    assert "model.weights imagenet: machines of a job on several" in str(refused(parts, one))
+    told_of(monkeypatch, VpcId="vpc-1")
+    assert len(submit(one, print)) == 1
 
 
 def test_a_run_of_another_configuration(parts: dict[str, str], data: str) -> None:

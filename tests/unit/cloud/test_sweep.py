@@ -97,3 +97,13 @@ def test_a_child_that_finds_nothing_says_why(
         (tmp_path / "points.json").write_bytes(text)
     with pytest.raises(ConfigError, match=message):
         own_point(str(tmp_path / "points.json"))
+
+
+def test_two_values_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"wandb\.project=a-b: the sweep has this run twice"):
+        sweep_points(CONFIG, PLACE, sweeps=["wandb.project=a/b,a-b"])
+
+
+def test_one_value_written_in_two_ways_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the sweep has this run twice"):
+        sweep_points(CONFIG, PLACE, sweeps=['loss.threshold_st=0.1,"0.1"'])

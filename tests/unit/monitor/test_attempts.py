@@ -14,6 +14,7 @@ from job.monitor.attempts import (
     crash_loop,
     fingerprint,
     interruption_history,
+    kept_iteration,
 )
 
 Events = list[dict[str, Any]]
@@ -239,7 +240,7 @@ def test_time_is_split_into_start_use_and_what_was_trained_again():
     )
     first, second = attempts_of(events)
     assert split(first) == (10.0, 50.0, 40.0)
-    assert split(second) == (10.0, 40.0, 10.0)
+    assert split(second) == (10.0, 0.0, 50.0)  # killed, and nothing of it was saved
 
 
 def test_a_checkpoint_between_two_lines_counts():
@@ -293,3 +294,33 @@ def test_where_an_attempt_ran_and_for_which_job():
         "spot",
         "us-east-1a",
     )
+
+
+def test_of_a_killed_attempt_that_nobody_went_on_from_only_what_was_saved_counts():
+    events = row(
+        trained(1, start=0.0, resumed_at=0, until=50, seconds=100.0), saved(1, time=43.0, at=30)
+    )
+    found = attempts_of(events)
+    # Iteration 31 and what came later is lost; line 40 came at 50 s, so before that.
+    assert split(found[0]) == (10.0, 33.0, 57.0)
+    assert kept_iteration(found) == 30
+
+
+def test_after_two_fall_backs_what_the_earliest_left_counts():
+    events = row(
+        trained(1, start=0.0, resumed_at=0, until=20, seconds=120.0),
+        saved(1, time=31.0, at=20),
+        saved(1, time=61.0, at=50),
+        saved(1, time=91.0, at=80),
+        trained(2, start=200.0, resumed_at=80, until=70, seconds=60.0),
+        trained(3, start=300.0, resumed_at=50, until=40, seconds=60.0),
+        trained(4, start=400.0, resumed_at=20, until=30, seconds=60.0),
+    )
+    found = attempts_of(events)
+    assert split(found[0]) == (10.0, 21.0, 89.0)
+    assert [one.useful_s for one in found[1:3]] == [0.0, 0.0]
+    assert kept_iteration(found) == 20
+
+
+def test_nothing_is_kept_of_a_run_that_nobody_trained():
+    assert kept_iteration([]) == 0
