@@ -26,6 +26,7 @@ SUMMARY = "summary.json"
 
 JOBS = "jobs/"
 POINTS = "points.json"
+CLAIM = "jobs/claim.json"
 CHECKPOINTS = "checkpoints/"
 LATEST_POINTER = "checkpoints/latest.json"
 QUARANTINE = "checkpoints/quarantine/"

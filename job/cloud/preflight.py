@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,6 @@ class Wish:
 class Checked:
     """What the checks have found, and submitting needs."""
 
-    points: Sequence[Point]
-    """Runs to submit; of a sweep, those that are not finished and have no job."""
     place: ObjectStore
     """Of the run, or of all of them."""
     stores: Mapping[str, ObjectStore]
@@ -87,10 +86,15 @@ class Checked:
     """The stack's, by name."""
     container: Mapping[str, Any]
     """What the job definition says of it."""
+    stack: Deployed
+
+
+TOGETHER = 16
+"""Runs of a sweep that are looked at at the same time."""
 
 
 def check(wish: Wish, say: Callable[[str], None]) -> Checked:
-    """Look at everything that a job would stumble over.
+    """Look at everything that a job would stumble over, but for the runs themselves.
 
     Args:
         wish: what is to be trained.
@@ -118,13 +122,38 @@ def check(wish: Wish, say: Callable[[str], None]) -> Checked:
     place = open_store(wish.run_uri)
     _check_nesting(wish, place)
     stores = {point.run_uri: _store_of(point, place) for point in wish.points}
-    points = [
-        point for point in wish.points if _is_free(point, stores[point.run_uri], data, wish, say)
-    ]
+    return Checked(place, stores, parts, container, stack)
+
+
+def free_runs(wish: Wish, checked: Checked, say: Callable[[str], None]) -> list[Point]:
+    """Those that can be submitted; of a sweep, that are not finished and have no job.
+
+    Args:
+        wish: what is to be trained.
+        checked: `check`.
+        say: as there.
+
+    Raises:
+        ConfigError: there is none; or one has begun with another configuration.
+        StorageError: the storage failed, or AWS did not answer.
+    """
+    data = open_store(wish.data_uri)
+
+    def look_at(point: Point) -> tuple[Point, bool, list[str]]:
+        said: list[str] = []
+        return point, _is_free(point, checked.stores[point.run_uri], data, wish, said.append), said
+
+    points = []
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        for point, is_free, said in pool.map(look_at, wish.points):
+            for line in said:
+                say(line)
+            if is_free:
+                points.append(point)
     if not points:
         raise ConfigError(f"{wish.run_uri}: every run of the sweep is finished, or has a job")
-    _mention_the_network(wish, points, stack, say)
-    return Checked(points, place, stores, parts, container)
+    _mention_the_network(wish, points, checked.stack, say)
+    return points
 
 
 def _store_of(point: Point, place: ObjectStore) -> ObjectStore:

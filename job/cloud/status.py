@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from job.cloud.waiting import why_waiting
 from job.config import Config, config_from_yaml
 from job.errors import AccessDenied, ExitCode, JobError, ObjectNotFound
 from job.monitor.attempts import Attempt, attempts_of, kept_iteration
-from job.monitor.ledger import parse_ledger
+from job.monitor.ledger import check_numbers, parse_ledger
 from job.storage import ObjectStore
 
 TOGETHER = 8
@@ -174,7 +175,7 @@ def status_of(store: ObjectStore, prices: Prices) -> RunStatus:
         store, known.get(job.job_id) if job else None, tries, live=live, had_job=bool(jobs)
     )
     trained = [event for event in events if event["event"] == "train"]
-    evaluations = [event["val_miou"] for event in events if event["event"] == "eval"]
+    scores = [event["val_miou"] for event in events if event["event"] == "eval"]
     iteration = kept_iteration(tries)
     if tries and (live or state == "finished"):
         iteration = max(iteration, tries[-1].reached or 0)
@@ -185,7 +186,7 @@ def status_of(store: ObjectStore, prices: Prices) -> RunStatus:
         job_id=job.job_id if job else "",
         iteration=iteration,
         iterations=config.train.iterations if config is not None else None,
-        val_miou=max(evaluations, default=None),
+        val_miou=max(filter(math.isfinite, scores), default=None),
         images_per_s=trained[-1]["images_per_s"] if trained else None,
         seconds_left=_seconds_left(tries, config) if state == "training" else None,
         attempts=tuple(
@@ -327,7 +328,10 @@ def _ledger(store: ObjectStore) -> list[dict[str, Any]]:
         text = store.read(run.LEDGER)
     except ObjectNotFound:
         return []
-    return parse_ledger(text, str(store.local_path(run.LEDGER) or f"{store.uri}/{run.LEDGER}"))
+    shown = str(store.local_path(run.LEDGER) or f"{store.uri}/{run.LEDGER}")
+    events = parse_ledger(text, shown)
+    check_numbers(events, shown)
+    return events
 
 
 def _config(store: ObjectStore) -> Config | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import secrets
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,20 +17,19 @@ from job.cloud.aws import client, explained
 from job.cloud.jobs import Submission, submissions
 from job.cloud.machines import cost_guess
 from job.cloud.payload import Job, container_overrides, submit_request
-from job.cloud.preflight import (
-    Wish,
-    check,
-    check_wish,
-)
+from job.cloud.preflight import Checked, Wish, check, check_wish, free_runs
 from job.cloud.sweep import Point, points_file
 from job.config import Config, config_from_yaml
-from job.errors import ConfigError, PreconditionFailed, StorageError
+from job.errors import STORAGE_FAILURES, ConfigError, PreconditionFailed, StorageError
 from job.revision import Revision, revision
 from job.run import RunIdentity
 from job.storage import ABSENT, ObjectStore, open_store
 
 TOGETHER = 16
 """Runs that are written down at the same time."""
+CLAIM_S = 180.0
+"""Longer than it takes to look at the runs of a large sweep and to submit them."""
+_NO_CLAIM = b"{}"
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,37 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
         StorageError: AWS refused, or cannot be reached.
     """
     checked = check(wish, say)
-    points, stores, parts = checked.points, checked.stores, checked.parts
     code = revision()
     if code is not None and code.diff_sha256:
         say(
             "warning: this checkout has changes that are not committed; the job's image has its "
             f"own code, and the record says {code}"
         )
+    with _claimed(checked.place):
+        points = free_runs(wish, checked, say)
+        return _submit(wish, points, checked, code, say)
+
+
+def _submit(
+    wish: Wish,
+    points: Sequence[Point],
+    checked: Checked,
+    code: Revision | None,
+    say: Callable[[str], None],
+) -> list[SubmittedRun]:
+    """Write down, submit, and write down as which job."""
+    stores, parts = checked.stores, checked.parts
     now = datetime.datetime.now(datetime.UTC)
     name = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-    identities = [_identity(stores[point.run_uri]) for point in points]
-    for point in points:
-        stores[point.run_uri].write(run.job_config(name), point.config.to_yaml().encode())
+
+    def prepare(point: Point) -> RunIdentity:
+        store = stores[point.run_uri]
+        identity = _identity(store)
+        store.write(run.job_config(name), point.config.to_yaml().encode())
+        return identity
+
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        identities = list(pool.map(prepare, points))
     if len(points) > 1:
         checked.place.write(
             run.job_points(name),
@@ -105,24 +124,51 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
             on_demand=wish.on_demand,
             request=request,
         )
-        try:
-            stores[point.run_uri].write(run.job_record(name), record.to_json())
-        except StorageError as error:
-            say(
-                f"warning: the job {record.job_id} is submitted, but could not be written down "
-                f"({error.message}); s4gan status, logs and cancel will not find it"
-            )
+        stores[point.run_uri].write(run.job_record(name), record.to_json())
         return record.job_id
 
     # A job that no run knows of could neither be watched nor cancelled.
     with _held_back(say), ThreadPoolExecutor(TOGETHER) as pool:
         with explained("submit the job"):
             job_id = client("batch").submit_job(**request)["jobId"]
-        job_ids = list(pool.map(write_down, range(len(points)), points))
+        try:
+            job_ids = list(pool.map(write_down, range(len(points)), points))
+        except STORAGE_FAILURES as error:
+            what = f"the job {job_id} is submitted, but could not be written down ({error.message})"
+            with explained(f"end it again: {what}"):
+                client("batch").terminate_job(jobId=job_id, reason="could not be written down")
+            raise StorageError(f"{what}; it was ended again", mend=error.mend) from None
     return [
         SubmittedRun(point.run_uri, one, _wandb_url(point.config, identity))
         for point, one, identity in zip(points, job_ids, identities, strict=True)
     ]
+
+
+@contextlib.contextmanager
+def _claimed(place: ObjectStore) -> Iterator[None]:
+    """Of two people who submit the same at the same moment, one is told to wait."""
+    text, version = place.read_versioned(run.CLAIM)
+    claim = {"by": secrets.token_hex(8)}
+    if text and text != _NO_CLAIM and place.age_s(run.CLAIM) < CLAIM_S:
+        raise _claimed_by_another(place)
+    try:
+        version = place.write(run.CLAIM, json.dumps(claim).encode(), expected=version)
+    except PreconditionFailed:
+        raise _claimed_by_another(place) from None
+    try:
+        yield
+    finally:
+        # Not deleted: whoever submits may delete nothing. If it took too long, it is another's.
+        with contextlib.suppress(PreconditionFailed):
+            place.write(run.CLAIM, _NO_CLAIM, expected=version)
+
+
+def _claimed_by_another(place: ObjectStore) -> ConfigError:
+    return ConfigError(
+        f"{place.uri}: is being submitted by another command",
+        mend=f"look again in a moment (s4gan status {place.uri}); if that command was killed, "
+        f"submitting works again {CLAIM_S / 60:.0f} minutes after it",
+    )
 
 
 @contextlib.contextmanager

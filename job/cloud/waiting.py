@@ -94,10 +94,12 @@ def why_waiting(job: Mapping[str, Any]) -> str:
         return f"it will never begin: {reason}"
     if all(_is_full(environment, needs.vcpus) for environment in found):
         return "other jobs use all vCPUs that the stack may start (its parameter MaxvCpus)"
-    return (
-        "no machine has come up yet; that takes a few minutes, and longer when spot machines are "
-        "short (--on-demand does not wait for those)"
-    )
+    if any(one["computeResources"].get("type") == "SPOT" for one in found):
+        return (
+            "no machine has come up yet; that takes a few minutes, and longer when spot machines "
+            "are short (--on-demand does not wait for those)"
+        )
+    return "no machine has come up yet; that takes a few minutes"
 
 
 def container_of(described: Mapping[str, Any]) -> Mapping[str, Any]:

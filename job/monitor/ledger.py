@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,16 @@ log = logging.getLogger(__name__)
 
 MIRROR_EVERY_S = 30.0
 """Between two uploads of a ledger that has grown."""
+
+
+_NUMBERS = {
+    "train": ("iteration", "images_per_s"),
+    "eval": ("iteration", "val_miou"),
+    "training_started": ("resumed_at",),
+    "checkpoint": ("saved_at",),
+    "attempt_ended": ("exit_code",),
+}
+"""By kind of line."""
 
 
 def read_ledger(path: Path, shown: str = "") -> list[dict[str, Any]]:
@@ -67,6 +77,27 @@ def parse_ledger(text: bytes, shown: str) -> list[dict[str, Any]]:
             )
         events.append(event)
     return events
+
+
+def check_numbers(events: Sequence[Mapping[str, Any]], shown: str) -> None:
+    """That each line has what every reader of the ledger counts with.
+
+    Args:
+        events: `parse_ledger`.
+        shown: what to call the ledger in an error.
+
+    Raises:
+        StorageError: a number is missing, or is none.
+    """
+    for number, event in enumerate(events, start=1):
+        names = {"time", "attempt", *_NUMBERS.get(event["event"], ())}
+        for name in sorted(names | ({"iteration"} & event.keys())):
+            value = event.get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise StorageError(
+                    f"{shown}: line {number}: {name} is {value!r}, not a number",
+                    mend="the file was changed from outside: remove that line",
+                )
 
 
 class Ledger:

@@ -197,6 +197,29 @@ def test_a_ledger_that_cannot_be_read_is_named(store: ObjectStore) -> None:
         looked(store)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"event": "train", "iteration": 1}, "images_per_s is None, not a number"),
+        ({"event": "eval", "iteration": None, "val_miou": 0.5}, "iteration is None, not a number"),
+        ({"event": "note", "attempt": "one"}, "attempt is 'one', not a number"),
+        ({"event": "note", "time": None}, "time is None, not a number"),
+    ],
+)
+def test_a_line_without_its_numbers_is_named(
+    local: ObjectStore, line: dict[str, Any], said: str
+) -> None:
+    lay(local, [{"attempt": 1, "time": NOW, **line}])
+    with pytest.raises(StorageError, match=rf"metrics\.jsonl: line 1: {said}"):
+        looked(local)
+
+
+def test_a_score_that_is_no_number_is_no_best_one(local: ObjectStore) -> None:
+    lines = attempt(1, began=2, resumed_at=0, until=600)
+    lay(local, [*lines, {**lines[4], "val_miou": float("nan")}])
+    assert looked(local).val_miou == 0.06
+
+
 # ---------------------------------------------------------------- by its jobs
 
 

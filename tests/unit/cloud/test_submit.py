@@ -16,6 +16,7 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 from botocore.stub import Stubber
+from moto.batch.models import BatchBackend
 
 from job import run
 from job.checkpoint.lease import acquire
@@ -304,7 +305,7 @@ def test_changes_that_are_not_committed_are_said_and_written_down(
     assert record.revision == f"{COMMIT}-dirty-abababababab"
 
 
-def test_a_record_that_cannot_be_written_is_said(
+def test_a_job_that_cannot_be_written_down_is_ended_again(
     parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: Any, key: str, *rest: Any, **more: Any) -> str:
@@ -312,12 +313,55 @@ def test_a_record_that_cannot_be_written_is_said(
             raise StorageError("no room")
         return write(self, key, *rest, **more)
 
+    def end(self: Any, job_id: str, reason: str) -> None:
+        terminated.append(job_id)
+
+    terminated: list[str] = []
+    monkeypatch.setattr(BatchBackend, "terminate_job", end)
     kind = type(open_store(data))
     write = kind.write
     monkeypatch.setattr(kind, "write", full)
-    said: list[str] = []
-    (one,) = submit(wish(parts, data), said.append)
-    assert f"the job {one.job_id} is submitted, but could not be written down (no room)" in said[0]
+    with pytest.raises(StorageError, match=r"could not be written down \(no room\); it was ended"):
+        submit(wish(parts, data), print)
+    (job,) = jobs_of(parts)
+    assert terminated == [job["jobId"]]
+
+
+def test_of_two_who_submit_the_same_at_once_one_is_told_to_wait(
+    parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = wish(parts, data)
+    store = open_store(one.run_uri)
+    monkeypatch.setattr(type(store), "age_s", lambda self, key: age)  # moto's replies have no date
+    age = 1.0
+    store.write(run.CLAIM, b'{"by": "another"}')
+    assert "is being submitted by another command" in str(refused(parts, one))
+    assert store.read(run.CLAIM) == b'{"by": "another"}'
+    age = 1000.0  # that one was killed
+    submit(one, print)
+    age = 1.0  # it is given back
+    submit(one, print)
+
+
+def test_two_threads_submit_once(
+    parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other is told to wait, or sees the job."""
+    one = wish(parts, data)
+    free = preflight.free_runs
+    meanwhile: list[str] = []
+
+    def slow(*arguments: Any) -> Any:
+        if not meanwhile:
+            meanwhile.append("")
+            with pytest.raises(ConfigError, match="is being submitted by another command"):
+                submit(one, print)
+        return free(*arguments)
+
+    monkeypatch.setattr(type(open_store(data)), "age_s", lambda self, key: 1.0)
+    monkeypatch.setattr(submit_module, "free_runs", slow)
+    submit(one, print)
+    assert len(jobs_of(parts)) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
