@@ -470,6 +470,7 @@ def cancel(
     reason: Annotated[str, typer.Option(help="Shown in the job's history.")] = (
         "cancelled by s4gan cancel"
     ),
+    as_json: options.AsJson = False,
 ) -> None:
     """Stop what trains a run: it saves first, and submitting or training it again goes on."""
     from job.cloud.jobs import cancel as cancel_run
@@ -478,11 +479,13 @@ def cancel(
     if not reason.strip():
         raise ConfigError("--reason is empty", mend="say why, or leave it out")
     stores = runs_at(run)
-    stopped, failed = 0, ExitCode.OK
+    stopped, failed = [], ExitCode.OK
     for store in stores:
         try:
-            print(f"{store.uri}: asked {cancel_run(store, reason)} to save and end")
-            stopped += 1
+            what = cancel_run(store, reason)
+            stopped.append({"run": store.uri, "stopped": what})
+            if not as_json:
+                print(f"{store.uri}: asked {what} to save and end")
         except JobError as error:
             if len(stores) == 1:
                 raise
@@ -491,6 +494,8 @@ def cancel(
             )
             if error.exit_code != ExitCode.BAD_CONFIG:  # that one may go on, and cost
                 failed = error.exit_code
+    if as_json:
+        print(json.dumps(stopped, indent=1))
     if failed or not stopped:
         raise typer.Exit(failed or ExitCode.BAD_CONFIG)
 

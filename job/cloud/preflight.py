@@ -14,6 +14,7 @@ from job import run
 from job.checkpoint.lease import look
 from job.checkpoint.resumable import config_of_run, refuse_other_config, refuse_same_place
 from job.cloud.aws import client, code_of, explained
+from job.cloud.image import COMMIT_TAG
 from job.cloud.jobs import active_job
 from job.cloud.machines import Needs, gpu_bytes_at_least
 from job.cloud.payload import MEMORY_MIB, VCPUS
@@ -87,6 +88,8 @@ class Checked:
     container: Mapping[str, Any]
     """What the job definition says of it."""
     stack: Deployed
+    built_from: Sequence[str]
+    """Commits of the image that the job runs; none if `infra push` did not know."""
 
 
 TOGETHER = 16
@@ -116,13 +119,13 @@ def check(wish: Wish, say: Callable[[str], None]) -> Checked:
     _check_place(wish, stack)
     container = container_definition(parts[wish.definition])
     _check_queue(parts[wish.queue], wish.needs(container), say)
-    _check_image(parts, container)
+    built_from = _check_image(parts, container)
     _check_data(data)
     _check_weights(wish, stack)
     place = open_store(wish.run_uri)
     _check_nesting(wish, place)
     stores = {point.run_uri: _store_of(point, place) for point in wish.points}
-    return Checked(place, stores, parts, container, stack)
+    return Checked(place, stores, parts, container, stack, built_from)
 
 
 def free_runs(wish: Wish, checked: Checked, say: Callable[[str], None]) -> list[Point]:
@@ -267,14 +270,15 @@ def container_definition(arn: str) -> Mapping[str, Any]:
     return container_of(found[0])
 
 
-def _check_image(parts: Mapping[str, str], definition: Mapping[str, Any]) -> None:
+def _check_image(parts: Mapping[str, str], definition: Mapping[str, Any]) -> list[str]:
+    """That the image is there; the commits that its other tags tell."""
     from botocore.exceptions import ClientError
 
     image = definition["image"]
     tag = image.rpartition(":")[2]
     with explained("look for the image"):
         try:
-            client("ecr").describe_images(
+            reply = client("ecr").describe_images(
                 repositoryName=parts["RepositoryUri"].partition("/")[2],
                 imageIds=[{"imageTag": tag}],
             )
@@ -285,6 +289,8 @@ def _check_image(parts: Mapping[str, str], definition: Mapping[str, Any]) -> Non
                 f"the image {image} was not pushed yet",
                 mend=f"make image, then s4gan infra push --tag {tag}",
             ) from None
+    tags = [str(tag) for image in reply["imageDetails"] for tag in image.get("imageTags", ())]
+    return [tag.removeprefix(COMMIT_TAG) for tag in tags if tag.startswith(COMMIT_TAG)]
 
 
 def _check_data(data: ObjectStore) -> None:

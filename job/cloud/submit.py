@@ -79,6 +79,11 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
             "warning: this checkout has changes that are not committed; the job's image has its "
             f"own code, and the record says {code}"
         )
+    if code is not None and checked.built_from and code.commit not in checked.built_from:
+        say(
+            f"warning: the image that the job runs was built from {checked.built_from[0]}, and "
+            f"this checkout is at {code.commit}; make image && s4gan infra push brings it there"
+        )
     with _claimed(checked.place):
         points = free_runs(wish, checked, say)
         return _submit(wish, points, checked, code, say)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -390,6 +391,18 @@ def test_cancelling_several_goes_on_after_one_that_fails(
     assert told.out == f"{store.uri}/c: asked job c to save and end\n"
     assert "cannot end the job a: access denied to TerminateJob (not you)" in told.err
     assert f"{store.uri}/b: nothing trains this run" in told.err
+
+
+def test_what_was_cancelled_is_json(
+    store: ObjectStore, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.write(run.IDENTITY, b"{}")
+    submitted(store, "job-1")
+    describes(stub, [job("job-1", "RUNNING")])
+    stub("batch").add_response("terminate_job", {}, {"jobId": "job-1", "reason": "x"})
+    cli.cancel(store.uri, reason="x", as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told == [{"run": store.uri, "stopped": "job job-1"}]
 
 
 def test_a_reason_must_be_one(store: ObjectStore) -> None:

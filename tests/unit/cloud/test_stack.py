@@ -463,6 +463,32 @@ def ready(stub: Stub) -> None:
     )
 
 
+REVISION_LABEL = '{{index .Config.Labels "org.opencontainers.image.revision"}}'
+
+
+def test_an_image_that_knows_its_commit_gets_it_as_a_tag(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready(stub)
+    token = base64.b64encode(b"AWS:secret").decode()
+    stub("ecr").add_response(
+        "get_authorization_token", {"authorizationData": [{"authorizationToken": token}]}, {}
+    )
+    ran: list[tuple[str, ...]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(tuple(command[1:]))
+        said = f"{'a' * 40}-dirty\n" if command[1] == "inspect" else ""
+        return subprocess.CompletedProcess(command, 0, said, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    push("s4gan:latest", "v1", NAME)
+    repository = "123456789012.dkr.ecr.us-east-1.amazonaws.com/s4gan"
+    names = [f"{repository}:v1", f"{repository}:git-{'a' * 40}-dirty"]
+    assert [one[1:] for one in ran if one[0] == "push"] == [(name,) for name in names]
+    assert [one[2] for one in ran if one[0] == "tag"] == names
+
+
 def test_the_image_is_pushed_with_a_key_that_is_not_shown(stub: Stub, tmp_path: Path) -> None:
     ready(stub)
     token = base64.b64encode(b"AWS:secret").decode()
@@ -474,6 +500,7 @@ def test_the_image_is_pushed_with_a_key_that_is_not_shown(stub: Stub, tmp_path: 
     assert push("s4gan:latest", "v1", NAME, docker) == target
     assert log.read_text().splitlines() == [
         f"tag s4gan:latest {target}",
+        f"inspect --format {REVISION_LABEL} s4gan:latest",
         f"login --username AWS --password-stdin {target.partition('/')[0]}",
         f"secretpush {target}",
     ]

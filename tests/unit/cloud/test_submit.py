@@ -305,6 +305,26 @@ def test_changes_that_are_not_committed_are_said_and_written_down(
     assert record.revision == f"{COMMIT}-dirty-abababababab"
 
 
+def test_an_image_of_another_commit_is_said(
+    parts: dict[str, str], data: str, code: list[Revision | None]
+) -> None:
+    ecr, name = boto3.client("ecr"), parts["RepositoryUri"].partition("/")[2]
+    (image,) = ecr.batch_get_image(repositoryName=name, imageIds=[{"imageTag": "latest"}])["images"]
+    ecr.put_image(
+        repositoryName=name,
+        imageManifest=image["imageManifest"],
+        imageManifestMediaType="application/vnd.oci.image.manifest.v1+json",
+        imageTag=f"git-{COMMIT}",
+    )
+    said: list[str] = []
+    submit(wish(parts, data), said.append)
+    assert said == []
+    code[0] = Revision("f" * 40)
+    submit(wish(parts, data), said.append)
+    assert len(said) == 1
+    assert f"was built from {COMMIT}, and this checkout is at {'f' * 40}" in said[0]
+
+
 def test_a_job_that_cannot_be_written_down_is_ended_again(
     parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
