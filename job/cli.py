@@ -489,10 +489,10 @@ def cancel(
         except JobError as error:
             if len(stores) == 1:
                 raise
-            print(
-                error if error.exit_code != ExitCode.BAD_CONFIG else error.message, file=sys.stderr
-            )
-            if error.exit_code != ExitCode.BAD_CONFIG:  # that one may go on, and cost
+            if error.exit_code == ExitCode.BAD_CONFIG:
+                print(error.message, file=sys.stderr)
+            else:  # that one may go on, and cost
+                print(error, file=sys.stderr)
                 failed = error.exit_code
     if as_json:
         print(json.dumps(stopped, indent=1))

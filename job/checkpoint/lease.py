@@ -160,7 +160,7 @@ def look(store: ObjectStore) -> Holding | None:
     here = Holder.this_process()
     gone = current.released or current.holder.is_known_dead(here)
     # A process that was stopped (SIGSTOP) renews nothing, and yet goes on some day.
-    live = not gone and (silent_s < LEASE_TIME_S or current.holder.machine == here.machine)
+    live = not gone and (silent_s < LEASE_TIME_S or current.holder.is_known_alive(here))
     return Holding(current.attempt, current.holder, live, current.renewed_at, silent_s)
 
 

@@ -146,7 +146,18 @@ def active_job(store: ObjectStore) -> Submission | None:
 def _active_jobs(store: ObjectStore) -> list[Submission]:
     """More than one if two people have submitted the same run in the same second."""
     records = submissions(store)
-    known = describe(records)
+    return not_ended(records, describe(records))
+
+
+def not_ended(
+    records: Sequence[Submission], known: Mapping[str, Mapping[str, Any]]
+) -> list[Submission]:
+    """Those jobs that train, or are to.
+
+    Args:
+        records: `submissions`.
+        known: `describe`.
+    """
     return [one for one in records if known.get(one.job_id, {}).get("status") in ACTIVE]
 
 

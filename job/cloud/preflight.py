@@ -29,6 +29,8 @@ from job.storage.archives import MARK, is_archive
 from job.storage.packindex import INDEX, PackIndex
 
 MAX_HOURS = 24 * 365
+TOGETHER = 16
+"""Runs of a sweep that are looked at, or written down, at the same time."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,12 @@ class Checked:
     """Of the run, or of all of them."""
     stores: Mapping[str, ObjectStore]
     """Of each run, by its URI."""
-    parts: Mapping[str, str]
-    """The stack's, by name."""
+    data: ObjectStore
     container: Mapping[str, Any]
     """What the job definition says of it."""
     stack: Deployed
     built_from: Sequence[str]
     """Commits of the image that the job runs; none if `infra push` did not know."""
-
-
-TOGETHER = 16
-"""Runs of a sweep that are looked at at the same time."""
 
 
 def check(wish: Wish, say: Callable[[str], None]) -> Checked:
@@ -125,7 +122,7 @@ def check(wish: Wish, say: Callable[[str], None]) -> Checked:
     place = open_store(wish.run_uri)
     _check_nesting(wish, place)
     stores = {point.run_uri: _store_of(point, place) for point in wish.points}
-    return Checked(place, stores, parts, container, stack, built_from)
+    return Checked(place, stores, data, container, stack, built_from)
 
 
 def free_runs(wish: Wish, checked: Checked, say: Callable[[str], None]) -> list[Point]:
@@ -140,15 +137,16 @@ def free_runs(wish: Wish, checked: Checked, say: Callable[[str], None]) -> list[
         ConfigError: there is none; or one has begun with another configuration.
         StorageError: the storage failed, or AWS did not answer.
     """
-    data = open_store(wish.data_uri)
 
-    def look_at(point: Point) -> tuple[Point, bool, list[str]]:
+    def look_at(point: Point) -> tuple[bool, list[str]]:
         said: list[str] = []
-        return point, _is_free(point, checked.stores[point.run_uri], data, wish, said.append), said
+        store = checked.stores[point.run_uri]
+        return _is_free(point, store, checked.data, wish, said.append), said
 
     points = []
     with ThreadPoolExecutor(TOGETHER) as pool:
-        for point, is_free, said in pool.map(look_at, wish.points):
+        looked_at = zip(wish.points, pool.map(look_at, wish.points), strict=True)
+        for point, (is_free, said) in looked_at:
             for line in said:
                 say(line)
             if is_free:
@@ -345,10 +343,16 @@ def _check_folders(uri: str, has: Callable[[str], bool]) -> None:
             )
 
 
+def _is_cut_off(wish: Wish, stack: Deployed) -> bool:
+    """Machines of a job on several have no public address in the stack's own network."""
+    return wish.nodes > 1 and not stack.parameters.get("VpcId")
+
+
 def _check_weights(wish: Wish, stack: Deployed) -> None:
-    """Machines of a job on several have no public address, so nothing is downloaded there."""
-    alone = wish.nodes > 1 and not stack.parameters.get("VpcId")
-    if alone and any(point.config.model.weights == "imagenet" for point in wish.points):
+    """What would have to be downloaded has to be within reach."""
+    if _is_cut_off(wish, stack) and any(
+        point.config.model.weights == "imagenet" for point in wish.points
+    ):
         raise ConfigError(
             "model.weights imagenet: machines of a job on several have no way to the internet in "
             "the stack's own network",
@@ -425,7 +429,7 @@ def _mention_the_network(
     wish: Wish, points: Sequence[Point], stack: Deployed, say: Callable[[str], None]
 ) -> None:
     """What works without, but not as somebody may expect."""
-    if wish.nodes > 1 and not stack.parameters.get("VpcId"):
+    if _is_cut_off(wish, stack):
         say(
             "note: machines of a job on several have no way to the internet in the stack's own "
             "network, so W&B stays offline; infra/README.md, Several machines, says how to change "

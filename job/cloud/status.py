@@ -11,7 +11,7 @@ from typing import Any
 
 from job import run
 from job.checkpoint.lease import Holding, look
-from job.cloud.jobs import ACTIVE, describe, runs_at, submissions
+from job.cloud.jobs import describe, not_ended, runs_at, submissions
 from job.cloud.machines import Prices
 from job.cloud.waiting import why_waiting
 from job.config import Config, config_from_yaml
@@ -169,8 +169,7 @@ def status_of(store: ObjectStore, prices: Prices) -> RunStatus:
     holding = look(store)
     live = holding is not None and holding.is_live
     # Of two jobs that were submitted at the same moment the older one may be what trains.
-    active = [one for one in jobs if known.get(one.job_id, {}).get("status") in ACTIVE]
-    job = next(reversed(active or jobs), None)
+    job = next(reversed(not_ended(jobs, known) or jobs), None)
     state, detail = _state(
         store, known.get(job.job_id) if job else None, tries, live=live, had_job=bool(jobs)
     )

@@ -17,7 +17,7 @@ from job.cloud.aws import client, explained
 from job.cloud.jobs import Submission, submissions
 from job.cloud.machines import cost_guess
 from job.cloud.payload import Job, container_overrides, submit_request
-from job.cloud.preflight import Checked, Wish, check, check_wish, free_runs
+from job.cloud.preflight import TOGETHER, Checked, Wish, check, check_wish, free_runs
 from job.cloud.sweep import Point, points_file
 from job.config import Config, config_from_yaml
 from job.errors import STORAGE_FAILURES, ConfigError, PreconditionFailed, StorageError
@@ -25,8 +25,6 @@ from job.revision import Revision, revision
 from job.run import RunIdentity
 from job.storage import ABSENT, ObjectStore, open_store
 
-TOGETHER = 16
-"""Runs that are written down at the same time."""
 CLAIM_S = 180.0
 """Longer than it takes to look at the runs of a large sweep and to submit them."""
 _NO_CLAIM = b"{}"
@@ -97,7 +95,7 @@ def _submit(
     say: Callable[[str], None],
 ) -> list[SubmittedRun]:
     """Write down, submit, and write down as which job."""
-    stores, parts = checked.stores, checked.parts
+    stores, parts = checked.stores, checked.stack.outputs
     now = datetime.datetime.now(datetime.UTC)
     name = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
@@ -164,7 +162,8 @@ def _claimed(place: ObjectStore) -> Iterator[None]:
         yield
     finally:
         # Not deleted: whoever submits may delete nothing. If it took too long, it is another's.
-        with contextlib.suppress(PreconditionFailed):
+        # If it cannot be given back it ends by itself, and what was submitted is told all the same.
+        with contextlib.suppress(*STORAGE_FAILURES):
             place.write(run.CLAIM, _NO_CLAIM, expected=version)
 
 

@@ -39,10 +39,8 @@ class Attempt:
     """Iteration it went on from; None: it did not come to train."""
     training_since: float | None = None
     """Seconds since 1970."""
-    reached: int | None = None
-    """Last iteration in the ledger that was not rolled back."""
     marks: list[tuple[int, float]] = field(default_factory=list)
-    """(iteration, seconds since 1970) of its ledger lines."""
+    """(iteration, seconds since 1970) of its ledger lines that were not rolled back."""
     saves: dict[int, float] = field(default_factory=dict)
     """When each of its checkpoints was durable, by iteration."""
     counts_until: float | None = None
@@ -62,6 +60,11 @@ class Attempt:
     """`spot` or `on-demand`; empty outside of EC2."""
     zone: str = ""
     """Availability zone; empty outside of EC2."""
+
+    @property
+    def reached(self) -> int | None:
+        """Last iteration in the ledger that was not rolled back."""
+        return self.marks[-1][0] if self.marks else None
 
     @property
     def busy_s(self) -> float:
@@ -123,7 +126,6 @@ def attempts_of(events: Iterable[Mapping[str, Any]]) -> list[Attempt]:
             continue
         attempt.last_seen = max(attempt.last_seen, event["time"])
         if "iteration" in event:
-            attempt.reached = event["iteration"]
             attempt.marks.append((event["iteration"], event["time"]))
         if event["event"] == "training_started":
             attempt.resumed_at = event["resumed_at"]
@@ -174,8 +176,10 @@ def _counts_until(attempt: Attempt, gone_on_from: Sequence[int]) -> float | None
     done = max((at for iteration, at in attempt.marks if iteration <= kept), default=None)
     lost = min((at for iteration, at in attempt.marks if iteration > kept), default=None)
     # A checkpoint tells more exactly than the lines, but is durable only some time later.
-    saved = min(filter(None, (attempt.saves.get(kept), lost)), default=None)
-    return max(filter(None, (done, saved if kept in attempt.saves else None)), default=None)
+    saved = attempt.saves.get(kept)
+    if saved is not None and lost is not None:
+        saved = min(saved, lost)
+    return max((at for at in (done, saved) if at is not None), default=None)
 
 
 def interruption_history(events: Iterable[Mapping[str, Any]], current: int) -> InterruptionHistory:

@@ -37,6 +37,7 @@ _NUMBERS = {
     "attempt_ended": ("exit_code",),
 }
 """By kind of line."""
+_CHANGED = "the file was changed from outside: remove that line"
 
 
 def read_ledger(path: Path, shown: str = "") -> list[dict[str, Any]]:
@@ -73,7 +74,7 @@ def parse_ledger(text: bytes, shown: str) -> list[dict[str, Any]]:
         if not isinstance(event, dict) or "event" not in event:
             raise StorageError(
                 f"{shown}: line {number} is no event",
-                mend="the file was changed from outside: remove that line",
+                mend=_CHANGED,
             )
         events.append(event)
     return events
@@ -96,7 +97,7 @@ def check_numbers(events: Sequence[Mapping[str, Any]], shown: str) -> None:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise StorageError(
                     f"{shown}: line {number}: {name} is {value!r}, not a number",
-                    mend="the file was changed from outside: remove that line",
+                    mend=_CHANGED,
                 )
 
 

@@ -463,6 +463,13 @@ def ready(stub: Stub) -> None:
     )
 
 
+def logs_in(stub: Stub) -> None:
+    token = base64.b64encode(b"AWS:secret").decode()
+    stub("ecr").add_response(
+        "get_authorization_token", {"authorizationData": [{"authorizationToken": token}]}, {}
+    )
+
+
 REVISION_LABEL = '{{index .Config.Labels "org.opencontainers.image.revision"}}'
 
 
@@ -470,10 +477,7 @@ def test_an_image_that_knows_its_commit_gets_it_as_a_tag(
     stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready(stub)
-    token = base64.b64encode(b"AWS:secret").decode()
-    stub("ecr").add_response(
-        "get_authorization_token", {"authorizationData": [{"authorizationToken": token}]}, {}
-    )
+    logs_in(stub)
     ran: list[tuple[str, ...]] = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -491,10 +495,7 @@ def test_an_image_that_knows_its_commit_gets_it_as_a_tag(
 
 def test_the_image_is_pushed_with_a_key_that_is_not_shown(stub: Stub, tmp_path: Path) -> None:
     ready(stub)
-    token = base64.b64encode(b"AWS:secret").decode()
-    stub("ecr").add_response(
-        "get_authorization_token", {"authorizationData": [{"authorizationToken": token}]}, {}
-    )
+    logs_in(stub)
     docker, log = fake_docker(tmp_path)
     target = "123456789012.dkr.ecr.us-east-1.amazonaws.com/s4gan:v1"
     assert push("s4gan:latest", "v1", NAME, docker) == target

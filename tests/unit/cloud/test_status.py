@@ -300,14 +300,19 @@ def test_a_job_that_was_cancelled_says_so(store: ObjectStore, stub: Stub) -> Non
     assert (found.state, found.detail) == ("stopped", "Stopped by SIGTERM (too dear)")
 
 
+def with_two_jobs(store: ObjectStore, stub: Stub, first: Any, second: Any) -> None:
+    """A run that was submitted twice, as Batch describes its job-1 and job-2."""
+    submitted(store, "job-1", 1)
+    submitted(store, "job-2", 2)
+    describes(stub, [first, second])
+
+
 def test_a_new_job_that_fails_before_the_run_is_not_hidden_by_the_old_ones_end(
     store: ObjectStore, stub: Stub
 ) -> None:
-    submitted(store, "job-1", 1)
-    submitted(store, "job-2", 2)
-    lay(store, attempt(1, began=2, resumed_at=0, until=600, code=75, job="job-1"))
     failed = job("job-2", "FAILED", statusReason="Task failed to start")
-    describes(stub, [job("job-1", "FAILED"), failed])
+    with_two_jobs(store, stub, job("job-1", "FAILED"), failed)
+    lay(store, attempt(1, began=2, resumed_at=0, until=600, code=75, job="job-1"))
     found = looked(store)
     assert (found.state, found.detail) == ("failed", "Task failed to start")
 
@@ -316,20 +321,17 @@ def test_a_job_that_came_too_late_does_not_hide_the_finished_run(
     store: ObjectStore, stub: Stub
 ) -> None:
     """Two were submitted at the same moment; the lease let one train."""
-    submitted(store, "job-1", 1)
-    submitted(store, "job-2", 2)
+    late = job("job-2", "FAILED", statusReason="x")
+    with_two_jobs(store, stub, job("job-1", "SUCCEEDED"), late)
     lay(store, attempt(1, began=2, resumed_at=0, until=1200, code=0, job="job-1"))
     store.write(run.SUMMARY, b"{}")
-    describes(stub, [job("job-1", "SUCCEEDED"), job("job-2", "FAILED", statusReason="x")])
     found = looked(store)
     assert (found.state, found.detail) == ("finished", "")
 
 
 def test_the_job_that_has_not_ended_is_the_one_that_counts(store: ObjectStore, stub: Stub) -> None:
-    submitted(store, "job-1", 1)
-    submitted(store, "job-2", 2)
+    with_two_jobs(store, stub, job("job-1", "STARTING"), job("job-2", "FAILED"))
     lay(store, attempt(1, began=2, resumed_at=0, until=600, job="job-1"))
-    describes(stub, [job("job-1", "STARTING"), job("job-2", "FAILED")])
     found = looked(store)
     assert (found.state, found.job_id) == ("starting", "job-1")
 
