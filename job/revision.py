@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +29,20 @@ def revision() -> Revision | None:
     commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD")
     if commit is None or diff is None:
         return None
+    diff += _untracked()
     dirty = hashlib.sha256(diff).hexdigest() if diff else ""
     return Revision(commit.decode().strip(), dirty)
+
+
+def _untracked() -> bytes:
+    """Names and contents of files that git does not know yet, but that the image would hold."""
+    package = Path(job.__file__).parent
+    listed = git("ls-files", "-z", "--others", "--exclude-standard", "--", package.name) or b""
+    found = b""
+    for name in filter(None, listed.split(b"\0")):
+        with contextlib.suppress(OSError):
+            found += name + b"\0" + (package.parent / os.fsdecode(name)).read_bytes()
+    return found
 
 
 def git(*arguments: str) -> bytes | None:

@@ -16,14 +16,26 @@ def refuse_same_place(data: ObjectStore, store: ObjectStore) -> None:
     """
     data_folder, run_folder = data.local_path(""), store.local_path("")
     if data_folder is not None and run_folder is not None:
-        same = data_folder.resolve() == run_folder.resolve()
+        if data_folder.resolve() == run_folder.resolve():
+            raise _run_in_data(store.uri, data.uri)
     else:
-        # Everything below an s3:// prefix is data, so a run below it would become data too.
-        same = f"{store.uri}/".startswith(f"{data.uri}/")
-    if same:
-        raise ConfigError(
-            f"--run {store.uri} lies in --data {data.uri}", mend="choose another place for --run"
-        )
+        refuse_run_in_data(store.uri, data.uri)
+
+
+def refuse_run_in_data(run_uri: str, data_uri: str) -> None:
+    """As `refuse_same_place`, by the names alone: everything below an s3:// prefix is data.
+
+    Raises:
+        ConfigError: the run would become data too.
+    """
+    if f"{run_uri}/".startswith(f"{data_uri}/"):
+        raise _run_in_data(run_uri, data_uri)
+
+
+def _run_in_data(run_uri: str, data_uri: str) -> ConfigError:
+    return ConfigError(
+        f"--run {run_uri} lies in --data {data_uri}", mend="choose another place for --run"
+    )
 
 
 def config_of_run(store: ObjectStore) -> Config | None:

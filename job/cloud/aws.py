@@ -84,7 +84,7 @@ def explain(error: Exception, action: str) -> JobError:
     from botocore import exceptions as aws
     from botocore.parsers import ResponseParserError
 
-    from job.storage.s3 import NO_CREDENTIALS
+    from job.storage.s3 import EXPIRED, NO_CREDENTIALS, WRONG_KEYS
 
     if isinstance(error, ResponseParserError):
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
@@ -102,12 +102,12 @@ def explain(error: Exception, action: str) -> JobError:
     if isinstance(error, aws.ClientError):
         code = code_of(error)
         text = str(error.response.get("Error", {}).get("Message", "")) or code
-        if code in ("ExpiredToken", "ExpiredTokenException", "RequestExpired"):
-            return ConfigError(
+        if code in EXPIRED:
+            return StorageError(
                 f"cannot {action}: the AWS credentials have expired",
                 mend="renew them (for example: aws sso login)",
             )
-        if code in ("UnrecognizedClientException", "InvalidClientTokenId", "SignatureDoesNotMatch"):
+        if code in WRONG_KEYS:
             return ConfigError(
                 f"cannot {action}: the AWS credentials are not valid ({code})",
                 mend="check AWS_PROFILE or the keys",

@@ -176,14 +176,16 @@ def cancel(store: ObjectStore, reason: str) -> str:
     """
     records = [] if store.local_path("") is not None else _active_jobs(store)
     for record in records:
-        # Not CancelJob: that does nothing to a job that has started, and does not say so.
-        with explained(f"end the job {record.job_id}"):
-            client("batch", record.region).terminate_job(jobId=record.job_id, reason=reason)
+        _terminate(record.job_id, record.region, reason)
     if records:
         return "job " + " and ".join(record.job_id for record in records)
     holding = look(store)
     if holding is None or not holding.is_live:
         raise ConfigError(f"{store.uri}: nothing trains this run")
+    if holding.holder.job and store.local_path("") is None:
+        # Whoever submitted it was killed before the job was written down, or deleted the record.
+        _terminate(holding.holder.job, None, reason)
+        return f"job {holding.holder.job}"
     process = holding.holder.process_here()
     if process is None:
         machine = holding.holder.machine.partition("/")[0]
@@ -194,6 +196,12 @@ def cancel(store: ObjectStore, reason: str) -> str:
         )
     os.kill(process, signal.SIGTERM)
     return f"process {process}"
+
+
+def _terminate(job_id: str, region: str | None, reason: str) -> None:
+    # Not CancelJob: that does nothing to a job that has started, and does not say so.
+    with explained(f"end the job {job_id}"):
+        client("batch", region).terminate_job(jobId=job_id, reason=reason)
 
 
 # ---------------------------------------------------------------- output

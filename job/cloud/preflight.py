@@ -12,7 +12,12 @@ from typing import Any
 
 from job import run
 from job.checkpoint.lease import look
-from job.checkpoint.resumable import config_of_run, refuse_other_config, refuse_same_place
+from job.checkpoint.resumable import (
+    config_of_run,
+    refuse_other_config,
+    refuse_run_in_data,
+    refuse_same_place,
+)
 from job.cloud.aws import client, code_of, explained
 from job.cloud.image import COMMIT_TAG
 from job.cloud.jobs import active_job
@@ -178,6 +183,7 @@ def check_wish(wish: Wish) -> None:
                 mend="give s3://BUCKET/..., or train here: s4gan train",
             )
         split_uri(uri)
+    refuse_run_in_data(wish.run_uri.rstrip("/"), wish.data_uri.rstrip("/"))
     if wish.nodes > 1 and not wish.on_demand:
         raise ConfigError(
             f"--nodes {wish.nodes}: AWS Batch starts several machines for a job on demand only",
@@ -406,7 +412,7 @@ def _is_free(
         record = active_job(store)
         if record is not None:
             raise ConfigError(
-                f"{store.uri}: the job {record.job_id} is training this run",
+                f"{store.uri}: has the job {record.job_id} already",
                 mend=f"follow it (s4gan logs {uri} --follow), or end it first (s4gan cancel {uri})",
             )
     except ConfigError as error:

@@ -62,6 +62,7 @@ def print_run(run: RunStatus, prices: Prices) -> None:
             console.print(f"{name:<14} {value}")
     if run.attempts:
         console.print(_attempts(run.attempts))
+    _print_unrecorded(run, console)
     _notes(prices, console)
 
 
@@ -80,6 +81,7 @@ def print_cost(runs: Sequence[RunStatus], prices: Prices) -> None:
         )
         if _cost(run) != "-":
             console.print(f"cost {_cost(run)}")
+        _print_unrecorded(run, console)
     known = [run for run in runs if run.usd is not None]
     if len(runs) > 1 and known:
         complete = all(run.usd is not None and run.usd_is_complete for run in runs)
@@ -107,6 +109,7 @@ def cost_of(run: RunStatus) -> dict[str, Any]:
         "usd_is_complete": run.usd_is_complete,
         "on_demand_usd": run.on_demand_usd,
         "attempts": [vars(one) for one in run.attempts],
+        "unrecorded": vars(run.unrecorded) if run.unrecorded else None,
     }
 
 
@@ -126,6 +129,15 @@ def _attempts(attempts: Sequence[AttemptStatus]) -> Table:
             one.ended or "goes on",
         )
     return table
+
+
+def _print_unrecorded(run: RunStatus, console: Console) -> None:
+    if run.unrecorded is not None:
+        one = run.unrecorded
+        console.print(
+            f"not counted: {one.tries} tries of its jobs that never came to the run, "
+            f"{_duration(one.seconds)} together" + (f"; the last: {one.ended}" if one.ended else "")
+        )
 
 
 def _console() -> Console:

@@ -54,6 +54,18 @@ class AttemptStatus:
 
 
 @dataclass(frozen=True)
+class Unrecorded:
+    """Time of the run's jobs that its ledger knows nothing of."""
+
+    tries: int
+    """Of jobs, that had a machine."""
+    seconds: float
+    """Of their containers, together; counted in no cost."""
+    ended: str
+    """Why the newest of them ended, as Batch says it."""
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """A run, at one moment."""
 
@@ -75,6 +87,8 @@ class RunStatus:
     seconds_left: float | None
     """Of training, at the newest attempt's speed; None unless it is training."""
     attempts: tuple[AttemptStatus, ...]
+    unrecorded: Unrecorded | None = None
+    """None if there is no such time, or Batch has forgotten it."""
 
     @property
     def usd(self) -> float | None:
@@ -114,7 +128,12 @@ class RunStatus:
         """For JSON."""
         names = ("usd", "usd_is_complete", "on_demand_usd", "saved_usd", "goodput")
         sums = {name: getattr(self, name) for name in names}
-        return {**vars(self), **sums, "attempts": [vars(attempt) for attempt in self.attempts]}
+        return {
+            **vars(self),
+            **sums,
+            "attempts": [vars(attempt) for attempt in self.attempts],
+            "unrecorded": vars(self.unrecorded) if self.unrecorded else None,
+        }
 
 
 def statuses_at(uri: str, prices: Prices) -> list[RunStatus]:
@@ -194,6 +213,7 @@ def status_of(store: ObjectStore, prices: Prices) -> RunStatus:
             )
             for one in tries
         ),
+        unrecorded=_unrecorded([known[one.job_id] for one in jobs if one.job_id in known], tries),
     )
 
 
@@ -244,6 +264,33 @@ def _job_end(job: Mapping[str, Any] | None) -> str:
     if container.get("exitCode"):
         said.append(f"exit code {container['exitCode']}; s4gan logs says more")
     return "; ".join(dict.fromkeys(text for text in said if text))
+
+
+def _unrecorded(jobs: Sequence[Mapping[str, Any]], tries: Sequence[Attempt]) -> Unrecorded | None:
+    """What Batch has tried without an attempt at the run: no image, no lease, killed too early.
+
+    Args:
+        jobs: of the run, oldest first, as Batch describes them.
+        tries: at the run.
+    """
+    recorded = {(one.job, one.job_attempt) for one in tries}
+    found = [
+        one
+        for job in jobs
+        for number, one in enumerate(job.get("attempts", ()), start=1)
+        if (job["jobId"], number) not in recorded
+    ]
+    if not found:
+        return None
+    return Unrecorded(
+        tries=len(found),
+        seconds=sum(
+            max(0, one["stoppedAt"] - one["startedAt"]) / 1000
+            for one in found
+            if "startedAt" in one and "stoppedAt" in one
+        ),
+        ended=_job_end(found[-1]),
+    )
 
 
 def _attempt(

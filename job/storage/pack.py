@@ -20,7 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NoReturn, cast
 
-from job.errors import ConfigError, DataError, PreconditionFailed, Preempted, StorageError
+from job.errors import (
+    AccessDenied,
+    ConfigError,
+    DataError,
+    PreconditionFailed,
+    Preempted,
+    StorageError,
+)
 from job.storage import open_store
 from job.storage.archives import is_archive
 from job.storage.digests import file_digest
@@ -52,6 +59,8 @@ class Packed:
     shards: int
     uploaded: int
     """Shards that were not there yet."""
+    left: int = 0
+    """Shards of an earlier pack that could not be deleted, for want of the right."""
 
 
 def pack(
@@ -125,9 +134,15 @@ def pack(
                 f"{target_uri}: somebody else made a pack there at the same time",
                 mend="run it again if theirs is not of the same data",
             ) from None
-    for key in there.keys() - {INDEX} - {shard.name for shard in shards}:
-        store.delete(key)  # of an earlier pack, or of one that was killed
-    return Packed(len(files), size, len(shards), uploaded)
+    old = sorted(there.keys() - {INDEX} - {shard.name for shard in shards})
+    left = 0
+    for number, key in enumerate(old):  # of an earlier pack, or of one that was killed
+        try:
+            store.delete(key)
+        except AccessDenied:
+            left = len(old) - number  # they only take space
+            break
+    return Packed(len(files), size, len(shards), uploaded, left)
 
 
 # ---------------------------------------------------------------- sources
@@ -327,4 +342,10 @@ def describe(packed: Packed) -> str:
     return (
         f"{packed.files} files, {megabytes(packed.size)}, in {packed.shards} shards; "
         f"{packed.uploaded} of them written, {packed.shards - packed.uploaded} were there"
+        + (
+            f"\nnote: {packed.left} shards of an earlier pack stay, as they may not be deleted "
+            "(s3:DeleteObject); nobody reads them, and they only take space"
+            if packed.left
+            else ""
+        )
     )

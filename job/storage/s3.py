@@ -8,6 +8,7 @@ folder is `job.storage.sync`'s. Endpoint, region and credentials come from where
 from __future__ import annotations
 
 import contextlib
+import datetime
 import email.utils
 import os
 import random
@@ -56,14 +57,14 @@ _PERMISSIONS = {
     "copy": "s3:GetObject and s3:PutObject",
     "delete": "s3:DeleteObject",
 }
-_WRONG_KEYS = {
+WRONG_KEYS = {
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
     "InvalidToken",
     "InvalidClientTokenId",
     "UnrecognizedClientException",
 }
-_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "301"}
 NO_CREDENTIALS = (
     aws.NoCredentialsError,
@@ -222,8 +223,11 @@ class S3Store:
         """See `ObjectStore.age_s`; both times are the server's, to the second."""
         with self.explained("read", key):
             head = self._head(key)
-        date = head["ResponseMetadata"]["HTTPHeaders"]["date"]
-        now = email.utils.parsedate_to_datetime(date)
+        date = head["ResponseMetadata"]["HTTPHeaders"].get("date")
+        # A server without a clock may leave it out (RFC 9110, 6.6.1); then ours has to do.
+        now = (
+            email.utils.parsedate_to_datetime(date) if date else datetime.datetime.now(datetime.UTC)
+        )
         return float((now - head["LastModified"]).total_seconds())
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -406,13 +410,13 @@ def _explain_reply(error: aws.ClientError, verb: str, url: str) -> JobError:
         )
     if status == 404 and code != "NoSuchUpload":
         return ObjectNotFound(f"{url}: no such object")
-    if code in _WRONG_KEYS:
+    if code in WRONG_KEYS:
         return ConfigError(
             f"the AWS credentials are not valid here ({code})",
             mend="check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the job's role, "
             "and AWS_ENDPOINT_URL if it is set",
         )
-    if code in _EXPIRED:
+    if code in EXPIRED:
         return StorageError(
             f"cannot {verb} {url}: the AWS credentials have expired",
             mend="renew them (for example: aws sso login), then run it again",

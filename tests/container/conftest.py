@@ -5,6 +5,7 @@ The CUDA base is pulled if BASE_IMAGE names one; else a small Debian made on the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,8 @@ import pytest
 from job.drill.attempt import AttemptProcess
 
 ROOT = Path(__file__).parent.parent.parent
-TAG = "s4gan-test"
+TAG = f"s4gan-test-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]}"
+"""Of this checkout: two that are tested on a machine do not take each other's image."""
 STAND_IN = "s4gan-test-base"
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "planted-secret-one",

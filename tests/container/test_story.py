@@ -231,7 +231,7 @@ def test_from_deploying_to_the_model(
         found = user.wait(uri, lambda found: bool(found["iteration"] > 20))
         assert (found["state"], found["job_id"]) == ("training", first)
         assert found["iterations"] == ENDLESS
-        assert f"the job {first} is training this run" in user.refused(*endless)
+        assert f"has the job {first} already" in user.refused(*endless)
         docker("stop", "--time", "60", container(docker, first))
         found = user.wait(uri, lambda found: bool(found["state"] == "stopped"))
         assert 20 < found["iteration"] < ENDLESS

@@ -212,6 +212,19 @@ def test_a_job_is_looked_for_where_it_is(
     assert asked == ["eu-west-1"] * 4
 
 
+def test_a_job_that_was_not_written_down_is_found_by_its_lease(
+    store: ObjectStore, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that submitted it was killed between the two."""
+    monkeypatch.setenv("AWS_BATCH_JOB_ID", "job-1")
+    lease = acquire(store, on_lost=print)
+    try:
+        stub("batch").add_response("terminate_job", {}, {"jobId": "job-1", "reason": "x"})
+        assert cancel(store, "x") == "job job-1"
+    finally:
+        lease.release()
+
+
 def test_there_is_nothing_to_cancel(store: ObjectStore, stub: Stub) -> None:
     submitted(store, "job-1")
     describes(stub, [job("job-1", "SUCCEEDED")])

@@ -348,7 +348,7 @@ def test_a_parameter_that_is_not_there(stub: Stub) -> None:
     ("code", "kind", "said"),
     [
         ("AccessDenied", AccessDenied, "access denied to DescribeStacks"),
-        ("ExpiredToken", ConfigError, "have expired"),
+        ("ExpiredToken", StorageError, "have expired"),
         ("InvalidClientTokenId", ConfigError, "are not valid"),
         ("Throttling", StorageError, "Rate exceeded"),
     ],

@@ -289,6 +289,27 @@ def test_an_attempt_that_had_no_time_for_words(
     assert looked(store).attempts[0].ended.startswith(ended)
 
 
+def test_tries_that_never_came_to_the_run_are_told_and_not_counted(
+    store: ObjectStore, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted(store, "job-1")
+    lay(store, attempt(1, began=2, resumed_at=0, until=600, code=75, job="job-1", job_attempt=2))
+    unpulled = {"startedAt": 0, "container": {"reason": "CannotPullContainerError"}}
+    fenced = {"startedAt": 10_000, "stoppedAt": 190_000, "container": {"exitCode": 76}}
+    ran = {"startedAt": 200_000, "stoppedAt": 900_000, "container": {"exitCode": 75}}
+    describes(stub, [job("job-1", "FAILED", attempts=[unpulled, ran, fenced])])
+    found = looked(store)
+    assert found.unrecorded is not None
+    assert (found.unrecorded.tries, found.unrecorded.seconds) == (2, 180.0)
+    assert found.unrecorded.ended.startswith("exit code 76")
+    assert len(found.attempts) == 1
+    assert json.loads(json.dumps(found.to_dict()))["unrecorded"]["tries"] == 2
+    print_run(found, FixedPrices())
+    print_cost([found], FixedPrices())
+    said = "not counted: 2 tries of its jobs that never came to the run, 3 min together"
+    assert capsys.readouterr().out.count(said) == 2
+
+
 def test_a_job_that_was_cancelled_says_so(store: ObjectStore, stub: Stub) -> None:
     submitted(store, "job-1")
     stopped = attempt(

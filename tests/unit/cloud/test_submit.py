@@ -26,7 +26,7 @@ from job.cloud.jobs import submissions
 from job.cloud.payload import container_overrides
 from job.cloud.preflight import Wish, container_definition
 from job.cloud.submit import dry_run, resubmit, submit
-from job.cloud.sweep import sweep_points
+from job.cloud.sweep import Point, sweep_points
 from job.config import Config, WandbConfig, config_from_yaml, load_config
 from job.errors import AccessDenied, ConfigError, DataError, JobError, StorageError
 from job.revision import Revision
@@ -220,7 +220,6 @@ def test_a_process_that_trains_the_run_elsewhere_is_told_of(
 ) -> None:
     one = wish(parts, data)
     kind = type(open_store(one.run_uri))
-    monkeypatch.setattr(kind, "age_s", lambda self, key: 1.0)  # moto's replies have no date
     lease = acquire(open_store(one.run_uri), on_lost=lambda: None)
     said: list[str] = []
     submit(one, said.append)
@@ -352,7 +351,7 @@ def test_of_two_who_submit_the_same_at_once_one_is_told_to_wait(
 ) -> None:
     one = wish(parts, data)
     store = open_store(one.run_uri)
-    monkeypatch.setattr(type(store), "age_s", lambda self, key: age)  # moto's replies have no date
+    monkeypatch.setattr(type(store), "age_s", lambda self, key: age)
     age = 1.0
     store.write(run.CLAIM, b'{"by": "another"}')
     assert "is being submitted by another command" in str(refused(parts, one))
@@ -378,7 +377,6 @@ def test_two_threads_submit_once(
                 submit(one, print)
         return free(*arguments)
 
-    monkeypatch.setattr(type(open_store(data)), "age_s", lambda self, key: 1.0)
     monkeypatch.setattr(submit_module, "free_runs", slow)
     submit(one, print)
     assert len(jobs_of(parts)) == 1
@@ -408,6 +406,17 @@ def test_a_signal_while_the_job_is_submitted_leaves_no_job_that_nobody_knows_of(
 
 
 # ---------------------------------------------------------------- what is refused
+
+
+def test_a_dry_run_refuses_a_run_among_its_own_data() -> None:
+    one = Wish(
+        [Point("s3://bucket/data/cats/run", CONFIG)],
+        run_uri="s3://bucket/data/cats/run",
+        data_uri="s3://bucket/data/cats/",
+        stack="s4gan",
+    )
+    with pytest.raises(ConfigError, match="lies in --data"):
+        dry_run(one)
 
 
 def test_a_dry_run_asks_nobody(account: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -670,7 +679,7 @@ def test_a_run_that_a_job_is_training(
     (first,) = submit(one, print)
     record = submissions(open_store(first.run_uri))[0]
     monkeypatch.setattr(preflight, "active_job", lambda store: record)
-    with pytest.raises(ConfigError, match=f"the job {first.job_id} is training") as caught:
+    with pytest.raises(ConfigError, match=f"has the job {first.job_id} already") as caught:
         submit(one, print)
     assert "s4gan logs" in caught.value.mend
     assert "s4gan cancel" in caught.value.mend

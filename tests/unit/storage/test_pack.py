@@ -13,7 +13,7 @@ import pytest
 from job.drill.proxy import CorruptReply, Status
 from job.errors import ConfigError, DataError, StorageError
 from job.storage import pack as packing
-from job.storage.pack import pack
+from job.storage.pack import describe, pack
 from job.storage.packindex import INDEX, PackIndex
 from job.storage.sync import data_folder
 from job.storage.units import SPAN_BYTES
@@ -109,6 +109,16 @@ def test_a_change_touches_few_shards_and_is_all_that_is_fetched(
     names = {key.removeprefix("packed/") for key in remote.keys("packed/")}
     index = PackIndex.from_json(remote.read("packed/pack.json"), called="")
     assert names == {INDEX, *(shard.name for shard in index.shards)}  # old shards are gone
+
+
+def test_old_shards_that_may_not_be_deleted_only_take_space(remote: Remote, source: Path) -> None:
+    pack(str(source), remote.uri("packed"))
+    (source / "train/images/00a.png").write_bytes(b"new")
+    remote.proxy.add(Status(403, method="DELETE", match="shard"))
+    again = pack(str(source), remote.uri("packed"))
+    assert again.left == 1
+    assert "1 shards of an earlier pack stay" in describe(again)
+    assert bring(remote.uri("packed")) == {**FILES, "train/images/00a.png": b"new"}
 
 
 def test_a_pack_that_failed_does_not_exist_and_is_repeated(remote: Remote, source: Path) -> None:
