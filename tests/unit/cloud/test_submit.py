@@ -219,7 +219,7 @@ def test_a_process_that_trains_the_run_elsewhere_is_told_of(
     parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = wish(parts, data)
-    kind = type(open_store(one.run_uri))
+    type(open_store(one.run_uri))
     lease = acquire(open_store(one.run_uri), on_lost=lambda: None)
     said: list[str] = []
     submit(one, said.append)
