@@ -51,9 +51,12 @@ from job.models.files import ModelCard, load_generator, model_file
 from job.monitor import Trackers
 from job.monitor.attempts import crash_loop, fingerprint, interruption_history
 from job.monitor.console import ConsoleTracker
+from job.monitor.health import OUT_OF_MEMORY, Watch
+from job.monitor.health_tracker import HealthTracker
 from job.monitor.ledger import Ledger, LedgerMirror, read_ledger
 from job.monitor.pictures import prediction_sheet
 from job.monitor.report import report_html
+from job.monitor.rules import Setting
 from job.monitor.stall import stall_minutes, watch_stall
 from job.monitor.summary import Check, checklist, summary, summary_json
 from job.monitor.wandb_tracker import WandbTracker
@@ -192,6 +195,8 @@ class _Record:
         self.ledger = ledger
         self.mirror = mirror
         self.resumed_at = 0
+        self.rolled_back: list[dict[str, Any]] = []
+        """Lines of iterations that will be trained again."""
         self.saved_at: int | None = None
         """Iteration of the newest checkpoint of this attempt."""
         self._console = console
@@ -372,6 +377,8 @@ def _how_it_ended(failure: BaseException | None) -> tuple[ExitCode, str]:
         return ExitCode.OK, "finished"
     if isinstance(failure, JobError):
         return failure.exit_code, failure.message
+    if isinstance(failure, torch.OutOfMemoryError):
+        return ExitCode.BAD_CONFIG, OUT_OF_MEMORY
     return ExitCode.SOFTWARE, reason(failure)
 
 
@@ -477,7 +484,9 @@ def _restore_or_begin(
         # Of a run that is not finished any more.
         attempt.lease.raise_if_lost()
         attempt.store.delete(run.SUMMARY)
-    record.ledger.rewind(iteration=state.iteration, evaluated_iteration=state.evaluated_iteration)
+    record.rolled_back = record.ledger.rewind(
+        iteration=state.iteration, evaluated_iteration=state.evaluated_iteration
+    )
     record.resumed_at = state.iteration
     record.tell(Notice("training_started", "", {"resumed_at": state.iteration}))
     if changed:
@@ -536,13 +545,22 @@ def _device_name(device: torch.device, count: int) -> str:
 
 @contextlib.contextmanager
 def _tracking(attempt: _Attempt, state: TrainState, stop: StopRequest) -> Iterator[_Tracking]:
-    """Console, ledger and W&B; W&B is told how the attempt ended."""
+    """Console, ledger, W&B, and the rules; the last two are told how the attempt ended."""
     total = attempt.config.train.iterations
     progress = ConsoleTracker(attempt.console, total, state.iteration)
     wandb = WandbTracker(
         attempt.config, attempt.identity, attempt.live_folder, attempt.console.print
     )
-    trackers = Trackers([attempt.record.ledger, progress, wandb])
+    health = HealthTracker(
+        Watch(Setting(attempt.config, attempt.data.info.num_classes)),
+        tell=attempt.record.tell,
+        say=attempt.console.print,
+        before=read_ledger(attempt.record.ledger.path),
+        rolled_back=attempt.record.rolled_back,
+        on_finding=[wandb.finding],
+        on_standing=[wandb.standing],
+    )
+    trackers = Trackers([attempt.record.ledger, progress, wandb, health])
     failure: BaseException | None = None
     try:
         with progress:
@@ -551,7 +569,9 @@ def _tracking(attempt: _Attempt, state: TrainState, stop: StopRequest) -> Iterat
         failure = error
         raise
     finally:
-        code, _ = _how_it_ended(failure)
+        code, why = _how_it_ended(failure)
+        health.ended(code, why)
+        health.close(within_s=stop.seconds_left)
         wandb.close(
             exit_code=int(code),
             preempted=code is ExitCode.PREEMPTED,
@@ -599,7 +619,7 @@ def _save_schedule(attempt: _Attempt) -> SaveSchedule:
 def _out_of_memory(config: Config) -> ConfigError:
     train = config.train
     return ConfigError(
-        f"CUDA out of memory with batches of {train.batch_size}",
+        f"{OUT_OF_MEMORY} with batches of {train.batch_size}",
         mend="start a new run with the same images an iteration in smaller batches: "
         f"--batch-size {max(1, train.batch_size // 2)} "
         f"--set train.accumulate={train.accumulate * 2}",

@@ -421,6 +421,31 @@ def status(
 
 
 @app.command()
+def diagnose(
+    run: Annotated[
+        str, typer.Argument(help="Run, its metrics.jsonl, or what training has printed; or s3://.")
+    ],
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset or YAML file that a log is of; a run itself says.", metavar="NAME"
+        ),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Say what is wrong with a training and what to try; exit code 1 if something is.
+
+    Also of a run that is being trained.
+    """
+    from job.monitor.diagnose import diagnose as diagnose_run
+
+    chosen = options.read_config(config, {}) if config is not None else None
+    found = diagnose_run(run, chosen)
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found.text())
+    raise typer.Exit(0 if found.is_healthy else 1)
+
+
+@app.command()
 def cost(
     run: Annotated[str, typer.Argument(help="Run, or a place with several.")],
     as_json: options.AsJson = False,

@@ -125,7 +125,7 @@ def attempts_of(events: Iterable[Mapping[str, Any]]) -> list[Attempt]:
         if attempt is None:
             continue
         attempt.last_seen = max(attempt.last_seen, event["time"])
-        if "iteration" in event:
+        if "iteration" in event and event["event"] != "health":  # told by a thread that lags
             attempt.marks.append((event["iteration"], event["time"]))
         if event["event"] == "training_started":
             attempt.resumed_at = event["resumed_at"]

@@ -118,8 +118,8 @@ class Ledger:
         self._lock = threading.Lock()
         self._write_anew(read_ledger(path, shown))
 
-    def rewind(self, *, iteration: int, evaluated_iteration: int) -> None:
-        """Drop the lines of a future that will be trained again.
+    def rewind(self, *, iteration: int, evaluated_iteration: int) -> list[dict[str, Any]]:
+        """Drop the lines of a future that will be trained again, and return them.
 
         Args:
             iteration: where this attempt begins; lines of later ones are dropped.
@@ -127,14 +127,13 @@ class Ledger:
         """
         with self._lock:
             self._file.close()
-            self._write_anew(
-                [
-                    event
-                    for event in read_ledger(self.path)
-                    if event.get("iteration", 0)
-                    <= (evaluated_iteration if event["event"] == "eval" else iteration)
-                ]
-            )
+            kept: list[dict[str, Any]] = []
+            dropped: list[dict[str, Any]] = []
+            for event in read_ledger(self.path):
+                last = evaluated_iteration if event["event"] == "eval" else iteration
+                (kept if event.get("iteration", 0) <= last else dropped).append(event)
+            self._write_anew(kept)
+            return dropped
 
     def train(self, event: TrainEvent) -> None:
         """Append a "train" line."""

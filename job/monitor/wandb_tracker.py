@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 from job.config import Config
 from job.errors import reason
 from job.events import EvalEvent, Notice, TrainEvent
+from job.monitor.health import Finding, Standing
 from job.run import RunIdentity
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ INIT_TIMEOUT_S = 30
 FINISH_TIMEOUT_S = 20
 """A spot notice leaves two minutes for everything."""
 JOIN_TIMEOUT_S = INIT_TIMEOUT_S + FINISH_TIMEOUT_S + 15
+ALERT_EVERY_S = 900
+"""Between two alerts of the same rule; W&B drops what comes sooner."""
 FLUSH_INTERVAL_S = 1
 """wandb's own 15 s would lose that much of an offline run at a kill."""
 
@@ -100,6 +103,35 @@ class WandbTracker:
 
     def notice(self, notice: Notice) -> None:
         """Nothing: the ledger has it."""
+
+    def finding(self, finding: Finding) -> None:
+        """Queue an alert, which W&B sends on as the user has set it up there."""
+        if self._thread is None:
+            return
+        levels = {"note": "INFO", "warning": "WARN", "problem": "ERROR"}
+        since = f"Since iteration {finding.since}. To try:"
+        text = "\n".join([finding.message, since, *finding.remedies])
+
+        def alert(run: Any) -> None:
+            run.alert(
+                title=finding.rule,  # shorter than 64 characters
+                text=text,
+                level=levels[finding.severity],
+                wait_duration=ALERT_EVERY_S,
+            )
+
+        self._queue.put(alert)
+
+    def standing(self, standing: Standing, open_findings: int) -> None:
+        """Queue the charts of the run's health."""
+        self._log(
+            standing.iteration,
+            {
+                "Health/Phase": standing.number,
+                "Health/On Track": int(standing.on_track),
+                "Health/Open Findings": open_findings,
+            },
+        )
 
     def close(self, *, exit_code: int, preempted: bool, within_s: float | None = None) -> None:
         """Send what is queued and finish the W&B run, within a bounded time. Never raises.

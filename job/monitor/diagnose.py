@@ -1,0 +1,209 @@
+"""The rules over a run after the fact, or while it goes on: from its ledger or its console log."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job import run
+from job.config import Config, config_from_yaml
+from job.errors import ConfigError, ExitCode, JobError, ObjectNotFound, StorageError
+from job.monitor.guide import Fit
+from job.monitor.health import OUT_OF_MEMORY, Finding, Standing, Watch
+from job.monitor.ledger import check_numbers, parse_ledger
+from job.monitor.rules import Setting
+from job.storage import ObjectStore, open_store
+
+_NUMBER = r"([-+\w.]+)"
+_LOSSES = re.compile(
+    rf"Iter (\d+)/(\d+) \| Loss_CE: {_NUMBER} \| Loss_FM: {_NUMBER} \| Loss_ST: {_NUMBER} "
+    rf"\| Loss_D: {_NUMBER} \| ST_Count: (\d+)"
+)
+_EVALUATING = re.compile(r"Evaluating at iteration (\d+)")
+_SCORE = re.compile(rf"(Training|Validation) mIoU: {_NUMBER}")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known to be wrong with a run."""
+
+    source: str
+    iteration: int
+    """Last one that is told of; 0 if none is."""
+    iterations: int
+    """Of the whole run."""
+    standing: Standing | None
+    """None before the first line."""
+    fit: Fit | None
+    """None before the first evaluation."""
+    train_miou: float | None
+    val_miou: float | None
+    findings: Sequence[Finding]
+    """Oldest first; those that are over, too."""
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether there is nothing that should be done now."""
+        return not any(finding.counts for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        standing = self.standing
+        return {
+            "source": self.source,
+            "healthy": self.is_healthy,
+            "iteration": self.iteration,
+            "iterations": self.iterations,
+            "phase": standing.phase.name if standing else None,
+            "on_track": standing.on_track if standing else None,
+            "off_track": list(standing.off) if standing else [],
+            "fit": self.fit,
+            "train_miou": self.train_miou,
+            "val_miou": self.val_miou,
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+    def text(self) -> str:
+        """For the user."""
+        lines = [self.source, f"iteration {self.iteration} of {self.iterations}"]
+        if self.standing is not None:
+            lines.append(self.standing.line())
+        if self.fit is not None:
+            lines.append(
+                f"training mIoU {self.train_miou:.4f}, validation mIoU {self.val_miou:.4f}: "
+                f"{self.fit}"
+            )
+        lines += ["", *(finding.line() for finding in self.findings)]
+        if self.is_healthy:
+            lines.append("healthy: nothing needs to be done")
+        return "\n".join(lines)
+
+
+def diagnose(source: str, config: Config | None = None) -> Diagnosis:
+    """Run the rules over a run.
+
+    Args:
+        source: the run, its `metrics.jsonl`, or what it has printed; a path or s3://.
+        config: that it was trained with; None: as the run says, and of a file alone the guide's.
+
+    Raises:
+        ConfigError: there is nothing to judge.
+        StorageError: it cannot be read.
+    """
+    store, key, text = _read(source)
+    shown = str(store.local_path(key) or f"{store.uri}/{key}")
+    if text.lstrip()[:1] == b"{":
+        events = parse_ledger(text, shown)
+        check_numbers(events, shown)
+    else:
+        events = list(_of_console(text.decode(errors="replace")))
+        if not events:
+            raise ConfigError(
+                f"{shown}: has no lines of losses",
+                mend="give a run, its metrics.jsonl, or what s4gan train has printed",
+            )
+    chosen = config or _config_of(store) or _guessed(events)
+    classes = next((len(e["class_iou"]) for e in events if e.get("class_iou")), None)
+    watch = Watch(Setting(chosen, classes))
+    for event in events:
+        watch.observe(event)
+    scores = next((event for event in reversed(events) if event["event"] == "eval"), None)
+    return Diagnosis(
+        source=source,
+        iteration=max((event.get("iteration", 0) for event in events), default=0),
+        iterations=chosen.train.iterations,
+        standing=watch.standing(),
+        fit=watch.fit(),
+        train_miou=scores["train_miou"] if scores else None,
+        val_miou=scores["val_miou"] if scores else None,
+        findings=tuple(watch.findings),
+    )
+
+
+def _read(source: str) -> tuple[ObjectStore, str, bytes]:
+    """The store that a ledger or a log is in, its key, and its content."""
+    head, _, name = source.rstrip("/").rpartition("/")
+    if source.startswith("s3://"):
+        is_file = name.endswith((".jsonl", ".log", ".txt"))
+    else:
+        is_file = Path(source).is_file()
+    store = open_store((head or ".") if is_file else source)
+    key = name if is_file else run.LEDGER
+    try:
+        return store, key, store.read(key)
+    except ObjectNotFound:
+        raise ConfigError(
+            f"{source}: there is no {key}",
+            mend="give a run, its metrics.jsonl, or what s4gan train has printed",
+        ) from None
+
+
+def _config_of(store: ObjectStore) -> Config | None:
+    """Of the run that a ledger lies in; None if there is none, or none that can be read."""
+    with contextlib.suppress(StorageError, JobError):
+        return config_from_yaml(store.read(run.CONFIG).decode(errors="replace"), source=run.CONFIG)
+    return None
+
+
+def _guessed(events: Sequence[Mapping[str, Any]]) -> Config:
+    """The guide's, with as many iterations as the log says."""
+    said = next((event["of"] for event in events if "of" in event), None)
+    return Config() if said is None else Config.model_validate({"train": {"iterations": said}})
+
+
+def _of_console(text: str) -> Iterator[dict[str, Any]]:
+    """The lines of a console log as a ledger's; of what was trained twice, the second time.
+
+    Other text before, between and behind is passed over: `docker logs -t` puts a time before each
+    line, and a progress bar leaves its own.
+    """
+    events: list[dict[str, Any]] = []
+    evaluating: dict[str, Any] = {}
+    for line in re.split(r"[\r\n]+", text):
+        if found := _LOSSES.search(line):
+            iteration, of, *losses, count = found.groups()
+            values = [_float(one) for one in losses]
+            if None in values:
+                continue
+            names = ("loss_ce", "loss_fm", "loss_st", "loss_d")
+            event = {"event": "train", "iteration": int(iteration), "of": int(of)}
+            _append(
+                events, event | dict(zip(names, values, strict=True)) | {"st_count": int(count)}
+            )
+        elif found := _EVALUATING.search(line):
+            evaluating = {"event": "eval", "iteration": int(found[1])}
+        elif (found := _SCORE.search(line)) and evaluating:
+            value = _float(found[2])
+            if value is not None:
+                evaluating["train_miou" if found[1] == "Training" else "val_miou"] = value
+            if {"train_miou", "val_miou"} <= evaluating.keys():
+                _append(events, evaluating)
+                evaluating = {}
+        elif OUT_OF_MEMORY in line:
+            events.append({"event": "attempt_ended", "exit_code": 0, "reason": OUT_OF_MEMORY})
+        elif "training diverged" in line:
+            events.append({"event": "attempt_ended", "exit_code": ExitCode.DIVERGED})
+    yield from events
+
+
+def _append(events: list[dict[str, Any]], event: dict[str, Any]) -> None:
+    """Drop what an attempt before had told of this iteration and later ones."""
+    at, kind = event["iteration"], event["event"]
+    events[:] = [
+        before
+        for before in events
+        if before.get("iteration", 0) < at
+        or (before["iteration"] == at and before["event"] != kind)
+    ]
+    events.append(event)
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,249 @@
+"""The rules run over a run: what is wrong with it, since when, and what phase it is in.
+
+Works on ledger lines, one after the other, so that a run that is being trained and one that is
+over are judged alike. What it knows is a function of the lines: a run that is resumed feeds it the
+ledger's again, and no state has to be kept elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from job.errors import ExitCode
+from job.monitor.guide import PHASES, Band, Fit, Phase, fit_of, phase_at
+from job.monitor.rules import RULES, Points, Rule, Setting, Severity
+
+LOSSES = ("loss_ce", "loss_fm", "loss_st", "loss_d")
+_TRAIN = (*LOSSES, "st_count", "lr_g", "lr_d")
+_EVAL = ("train_miou", "val_miou")
+OUT_OF_MEMORY = "CUDA out of memory"
+"""How the reason of an attempt that ended by it begins."""
+ENDS_THE_ATTEMPT = ("non_finite", "out_of_memory")
+"""Rules whose finding nothing comes after, unless the run is gone on with."""
+LABELS: Mapping[str, str] = {
+    "loss_ce": "Loss_CE",
+    "loss_fm": "Loss_FM",
+    "loss_st": "Loss_ST",
+    "loss_d": "Loss_D",
+    "st_count": "ST_Count",
+    "train_miou": "training mIoU",
+    "val_miou": "validation mIoU",
+}
+"""The guide's names."""
+_SMOOTHED = 5
+"""Lines of losses whose median is compared with the timeline."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A warning sign in a run: an episode, from when it was seen until it was over."""
+
+    rule: str
+    severity: Severity
+    iteration: int
+    """Where it was told of."""
+    since: int
+    """Where it began."""
+    value: float
+    """That showed it; NaN where there is none."""
+    message: str
+    remedies: tuple[str, ...]
+    ended: int | None = None
+    """Iteration where it was over; None if it is not."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether something should be done about it now."""
+        return self.ended is None and self.severity != "note"
+
+    def line(self) -> str:
+        """For the console: what, since when, what to try."""
+        if self.ended is not None:
+            return f"over: {self.message} (iteration {self.since} to {self.ended}, {self.rule})"
+        tried = f"; try: {' | '.join(self.remedies)}" if self.remedies else ""
+        return f"{self.severity}: {self.message} (since iteration {self.since}, {self.rule}){tried}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            **vars(self),
+            "value": self.value if math.isfinite(self.value) else None,
+            "remedies": list(self.remedies),
+        }
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run is on the guide's timeline, and whether it is where it should be."""
+
+    iteration: int
+    phase: Phase
+    number: int
+    """Of the phase, from 1."""
+    off: tuple[str, ...]
+    """What is not as the timeline has it: "Loss_CE 2.310 (0.8 to 1.5)"."""
+
+    @property
+    def on_track(self) -> bool:
+        """Whether all is as the timeline has it."""
+        return not self.off
+
+    def line(self) -> str:
+        """For the console."""
+        said = "on track" if self.on_track else "off the guide's timeline: " + ", ".join(self.off)
+        return f"Phase {self.number} of {len(PHASES)}, {self.phase.name}: {said}"
+
+
+@dataclass
+class _Episode:
+    """A rule that has found something."""
+
+    finding: Finding
+    quiet: int = 0
+    """Points in a row without the sign."""
+
+
+class Watch:
+    """Runs the rules over ledger lines.
+
+    Args:
+        setting: of the run.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.findings: list[Finding] = []
+        """All, in the order in which they were told of, the ended ones too."""
+        self._rules = [rule for rule in RULES if rule.applies(setting)]
+        self._series: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
+        self._open: dict[str, _Episode] = {}
+        self._iteration = 0
+
+    @property
+    def open(self) -> list[Finding]:
+        """Those that are not over."""
+        return [episode.finding for episode in self._open.values()]
+
+    def observe(self, event: Mapping[str, Any]) -> list[Finding]:
+        """Take in a ledger line; what has begun or ended with it.
+
+        Args:
+            event: any kind of line; those that no rule watches change nothing.
+        """
+        kind = event["event"]
+        self._iteration = max(self._iteration, event.get("iteration", 0))
+        if kind == "train":
+            return self._observe_losses(event)
+        if kind == "eval":
+            return self._observe_scores(event)
+        if kind == "attempt_ended":
+            if event["exit_code"] == ExitCode.DIVERGED:
+                return self._happened("non_finite")
+            if str(event.get("reason", "")).startswith(OUT_OF_MEMORY):
+                return self._happened("out_of_memory")
+        return []
+
+    def standing(self) -> Standing | None:
+        """Where the run is on the timeline; None before there is anything to tell it by."""
+        if not self._iteration:
+            return None
+        scale = self.setting.scale
+        phase = phase_at(self._iteration, scale)
+        number = 1 + [one.name for one in PHASES].index(phase.name)
+        off = []
+        for metric, (low, high, good) in phase.bands.items():
+            band = Band(phase.begin, phase.end, low, high, good).scaled(metric, scale)
+            value = self._now(metric, band.begin)
+            if value is not None and not band.holds(value):
+                digits = 4 if metric in _EVAL else 3
+                off.append(f"{LABELS[metric]} {value:.{digits}f} ({band.low:g} to {band.high:g})")
+        return Standing(self._iteration, phase, number, tuple(off))
+
+    def fit(self) -> Fit | None:
+        """The guide's status of the last scores; None before the first."""
+        if not self._series["val_miou"]:
+            return None
+        return fit_of(self._series["train_miou"][-1][1], self._series["val_miou"][-1][1])
+
+    def _now(self, metric: str, since: int) -> float | None:
+        """What a metric is now, without its noise; None if the run does not have it."""
+        adversarial = metric in ("loss_d", "loss_fm", "loss_st", "st_count")
+        if adversarial and not self.setting.is_adversarial:
+            return None
+        points = [value for at, value in self._series[metric] if at > since]
+        if metric == "loss_st":
+            points = [value for value in points if value > 0]  # it is one only if images pass
+        if not points:
+            return None
+        return points[-1] if metric in _EVAL else statistics.median(points[-_SMOOTHED:])
+
+    def _observe_losses(self, event: Mapping[str, Any]) -> list[Finding]:
+        at = event["iteration"]
+        values = {name: float(event[name]) for name in _TRAIN if event.get(name) is not None}
+        if not all(math.isfinite(values[name]) for name in LOSSES if name in values):
+            return self._happened("non_finite")
+        for name, value in values.items():
+            self._series[name].append((at, value))
+        ended = [self._end(name) for name in ENDS_THE_ATTEMPT if name in self._open]
+        return ended + self._run(values)
+
+    def _observe_scores(self, event: Mapping[str, Any]) -> list[Finding]:
+        at = event["iteration"]
+        values = {name: float(event[name]) for name in _EVAL}
+        if not all(math.isfinite(value) for value in values.values()):
+            return []
+        values["gap"] = values["train_miou"] - values["val_miou"]
+        for name, value in values.items():
+            self._series[name].append((at, value))
+        return self._run(values)
+
+    def _happened(self, what: str) -> list[Finding]:
+        self._series[what].append((self._iteration, math.nan))
+        return self._run({what: math.nan})
+
+    def _run(self, metrics: Iterable[str]) -> list[Finding]:
+        """Those rules whose metric has a new point."""
+        changed = []
+        for rule in self._rules:
+            if rule.metric in metrics:
+                finding = self._judge(rule)
+                if finding is not None:
+                    changed.append(finding)
+        return changed
+
+    def _judge(self, rule: Rule) -> Finding | None:
+        first = rule.first_iteration(self.setting)
+        points: Points = [point for point in self._series[rule.metric] if point[0] >= first]
+        episode = self._open.get(rule.id)
+        seen = rule.condition(
+            points, self._series.__getitem__, self.setting, is_open=episode is not None
+        )
+        if episode is not None:
+            episode.quiet = 0 if seen is not None else episode.quiet + 1
+            return self._end(rule.id) if episode.quiet >= rule.calm else None
+        if seen is None or any(other in self._open for other in rule.unless):
+            return None
+        since, value = seen
+        finding = Finding(
+            rule=rule.id,
+            severity=rule.severity,
+            iteration=self._iteration,
+            since=since,
+            value=value,
+            message=rule.says.format(value=value),
+            remedies=tuple(rule.advice(self.setting)),
+        )
+        self._open[rule.id] = _Episode(finding)
+        self.findings.append(finding)
+        return finding
+
+    def _end(self, rule_id: str) -> Finding:
+        before = self._open.pop(rule_id).finding
+        ended = replace(before, ended=self._iteration)
+        self.findings[self.findings.index(before)] = ended
+        return ended

@@ -1,0 +1,706 @@
+"""The monitoring guide's warning signs as data: what is watched, when, and what to do about it.
+
+A rule has a condition on one series of numbers. `health` runs the rules over a run; nothing here
+knows where the numbers come from.
+
+Source: S4GAN Training Monitoring Guide. Where it gives a sign without a number ("increases
+continuously"), the number is ours and its reason stands beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from job.config import Config
+from job.monitor.guide import (
+    LOW_MIOU,
+    NORMAL_GAP,
+    OVERFIT_GAP,
+    Scale,
+    chance_ce,
+)
+
+Points = Sequence[tuple[int, float]]
+"""(iteration, value), oldest first."""
+Severity = Literal["note", "warning", "problem"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the rules need to know of a run."""
+
+    config: Config = field(default_factory=Config)
+    num_classes: int | None = None
+    """None if it is not known: a console log does not say."""
+
+    @property
+    def scale(self) -> Scale:
+        """From the guide's iterations to the run's."""
+        train = self.config.train
+        return Scale(
+            train.iterations,
+            train.iterations if train.supervised_only else self.config.loss.st_start,
+            train.batch_size * train.accumulate,
+        )
+
+    @property
+    def is_adversarial(self) -> bool:
+        """Whether there is a discriminator."""
+        return not self.config.train.supervised_only
+
+    @property
+    def self_trains(self) -> bool:
+        """Whether self-training ever begins."""
+        return self.is_adversarial and self.config.loss.st_start < self.config.train.iterations
+
+    def words(self) -> dict[str, Any]:
+        """For the remedies."""
+        train, data, loss = self.config.train, self.config.data, self.config.loss
+        scale = self.scale
+        return {
+            "half_lr": f"{train.learning_rate / 2:g}",
+            "half_lr_D": f"{train.learning_rate_D / 2:g}",
+            "more_lr_D": f"{train.learning_rate_D * 2 or 1e-4:g}",
+            "lr_D": f"{train.learning_rate_D:g}",
+            "threshold": f"{loss.threshold_st:g}",
+            "half_threshold": f"{loss.threshold_st / 2:g}",
+            "more_threshold": f"{min(0.9, loss.threshold_st * 2):g}",
+            "wait_until": scale.at(5_000),
+            "more_weight_decay": f"{train.weight_decay * 2 or 5e-4:g}",
+            "more_iterations": train.iterations * 2,
+            "half_batch": max(1, train.batch_size // 2),
+            "more_accumulate": train.accumulate * 2,
+            "more_val_split": f"{min(0.5, max(0.3, data.val_split * 1.5)):g}",
+        }
+
+
+class Condition(Protocol):
+    """Something that a series of numbers may show."""
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """Since which iteration it holds, and the value that shows it; None if it does not.
+
+        Args:
+            points: of the rule's metric, within the rule's iterations.
+            series: gives the points of other metrics.
+            setting: of the run.
+            is_open: it held a moment ago; what swings around a limit should not flicker.
+        """
+
+
+Seen = tuple[int, float] | None
+Series = Callable[[str], Points]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One warning sign."""
+
+    id: str
+    guide: str
+    """The guide's row that it covers."""
+    metric: str
+    condition: Condition
+    severity: Severity
+    says: str
+    """A sentence; `{value}` and `{since}` are what was seen."""
+    remedies: Sequence[Remedy]
+    begins: int = 0
+    """First of the guide's iterations that counts."""
+    needs: Literal["", "adversarial", "self-training"] = ""
+    unless: Sequence[str] = ()
+    """Rules that say the same already while they hold."""
+    only_self_training: bool = False
+    """Only iterations after self-training has begun count."""
+    calm: int = 3
+    """Points in a row without the sign that end it."""
+
+    def first_iteration(self, setting: Setting) -> int:
+        """Of a run, the first one that counts."""
+        first = setting.scale.at(self.begins)
+        if self.only_self_training:
+            first = max(first, setting.config.loss.st_start + 1)
+        return first
+
+    def applies(self, setting: Setting) -> bool:
+        """Whether the run has what it watches."""
+        if self.needs == "self-training":
+            return setting.self_trains
+        return self.needs == "" or setting.is_adversarial
+
+    def advice(self, setting: Setting) -> list[str]:
+        """The remedies that are left for a run, with its own numbers."""
+        words = setting.words()
+        return [one.text.format(**words) for one in self.remedies if one.is_left(setting.config)]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Something to try."""
+
+    text: str
+    """With the names of `Setting.words` in braces."""
+    is_left: Callable[[Config], bool] = lambda config: True
+    """False if the run does it already."""
+
+
+# ---------------------------------------------------------------- conditions
+
+
+def _values(points: Points) -> list[float]:
+    return [value for _, value in points]
+
+
+@dataclass(frozen=True)
+class Median:
+    """The median of the last points is above or below a limit."""
+
+    above: float | None = None
+    below: float | None = None
+    points: int = 5
+    slack: float = 0.1
+    """Share of the limit by which it has to come back before the sign ends."""
+    no_more_than_chance: bool = False
+    """Of a cross-entropy: the limit is no higher than what guessing costs."""
+    not_rising_by: float | None = None
+    """It is no sign in a series that has risen by as much within the points before."""
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """See `Condition`."""
+        del series
+        last = points[-self.points :]
+        if len(last) < self.points:
+            return None
+        median = statistics.median(_values(last))
+        slack = self.slack if is_open else 0.0
+        if self.above is not None:
+            limit = self.above
+            if self.no_more_than_chance and setting.num_classes is not None:
+                limit = min(limit, chance_ce(setting.num_classes))
+            holds = median > limit * (1 - slack)
+        else:
+            assert self.below is not None
+            holds = median < self.below * (1 + slack)
+        if holds and self.not_rising_by is not None and len(points) > self.points:
+            before = points[-2 * self.points : -self.points]
+            holds = median < statistics.median(_values(before)) + self.not_rising_by
+        return (last[0][0], median) if holds else None
+
+
+@dataclass(frozen=True)
+class Stays:
+    """Every one of the last points is at a value."""
+
+    at: float
+    within: float
+    points: int = 10
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """See `Condition`."""
+        del series, setting, is_open
+        last = points[-self.points :]
+        if len(last) < self.points or any(abs(value - self.at) > self.within for _, value in last):
+            return None
+        return last[0][0], last[-1][1]
+
+
+@dataclass(frozen=True)
+class Spike:
+    """The last point is several times what the ones before it were."""
+
+    ratio: float = 5.0
+    """The guide's examples are 10 and 20 times; half of the smaller one."""
+    rise: float = 1.0
+    """And by as much, so that a small loss may double and double again."""
+    points: int = 10
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """See `Condition`."""
+        del series, setting, is_open
+        before = points[-self.points - 1 : -1]
+        if len(before) < 3:
+            return None
+        usual = statistics.median(_values(before))
+        iteration, value = points[-1]
+        holds = value > usual * self.ratio and value > usual + self.rise
+        return (iteration, value) if holds else None
+
+
+@dataclass(frozen=True)
+class Rises:
+    """Block after block of the last points is higher than the one before, and all is high."""
+
+    above: float
+    """The last block is."""
+    blocks: int = 4
+    points: int = 5
+    """Of each block."""
+    ratio: float = 1.2
+    """Of a block to the one before: what noise does not do four times in a row."""
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """See `Condition`."""
+        del series, setting
+        last = points[-self.blocks * self.points :]
+        if len(last) < self.blocks * self.points:
+            return None
+        medians = [
+            statistics.median(_values(last[first : first + self.points]))
+            for first in range(0, len(last), self.points)
+        ]
+        ratio = 1.0 if is_open else self.ratio
+        rising = all(b > a * ratio for a, b in itertools.pairwise(medians))
+        return (last[0][0], medians[-1]) if rising and medians[-1] > self.above else None
+
+
+@dataclass(frozen=True)
+class DropsToZero:
+    """Nothing in the last points, where there was nearly always something before."""
+
+    points: int = 6
+    before: int = 10
+    share: float = 0.8
+    """Of the points before, that were not 0: six zeros in a row are then no chance."""
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """See `Condition`."""
+        del series, setting
+        last = points[-self.points :]
+        if len(last) < self.points or any(last_value for _, last_value in last):
+            return None
+        if is_open:
+            return last[0][0], 0.0
+        before = points[-self.points - self.before : -self.points]
+        active = sum(value > 0 for _, value in before)
+        if len(before) < self.before or active < self.share * self.before:
+            return None
+        return last[0][0], 0.0
+
+
+@dataclass(frozen=True)
+class NeverActive:
+    """Not one point so far is above 0, and there are enough to say so."""
+
+    points: int = 10
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """See `Condition`."""
+        del series, setting
+        # Once told, the first that is ends it.
+        if len(points) < self.points and not is_open:
+            return None
+        return (points[0][0], 0.0) if not any(value for _, value in points) else None
+
+
+@dataclass(frozen=True)
+class FallsFromBest:
+    """The median of the last scores is well below the best that scores have been."""
+
+    by: float = 0.05
+    """Evaluations of a healthy run swing by 0.01 to 0.03."""
+    points: int = 3
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """See `Condition`."""
+        del series, setting
+        if len(points) < 2 * self.points:
+            return None
+        values = _values(points)
+        # Of neighbours the middle one, so that one lucky evaluation is no best.
+        smooth = [
+            statistics.median(values[first : first + self.points])
+            for first in range(len(values) - self.points + 1)
+        ]
+        by = self.by / 2 if is_open else self.by
+        best = max(smooth)
+        where = smooth.index(best) + self.points // 2
+        holds = smooth[-1] < best - by and max(values[-self.points :]) < best - by / 2
+        return (points[where][0], smooth[-1]) if holds else None
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """A low score that has not improved for some time."""
+
+    below: float
+    span: int
+    """Of the guide's iterations without improvement."""
+    improvement: float = 0.01
+    points: int = 4
+    """Evaluations within that time, at least."""
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """See `Condition`."""
+        del is_open
+        everything = series(_VAL)
+        if not points:
+            return None
+        now = points[-1][0]
+        begin = now - setting.scale.at(self.span)
+        before = [value for at, value in everything if at <= begin]
+        span = [(at, value) for at, value in everything if at > begin]
+        if len(span) < self.points or not before:
+            return None
+        best = max(_values(span))
+        holds = best < self.below and best < max(before) + self.improvement
+        return (span[0][0], span[-1][1]) if holds else None
+
+
+@dataclass(frozen=True)
+class Level:
+    """A learning rate that does not fall."""
+
+    points: int = 10
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """See `Condition`."""
+        del series, setting, is_open
+        if len(points) >= 2 and points[-1][1] > points[-2][1] * (1 + 1e-9):
+            return points[-1]
+        last = points[-self.points :]
+        if len(last) < self.points or last[0][1] == 0 or last[-1][1] < last[0][1]:
+            return None
+        return last[0][0], last[-1][1]
+
+
+@dataclass(frozen=True)
+class Within:
+    """The median of the last points is above one limit, and not above another."""
+
+    above: float
+    upto: float
+    points: int = 3
+    slack: float = 0.02
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """See `Condition`."""
+        del series, setting
+        last = points[-self.points :]
+        if len(last) < self.points:
+            return None
+        median = statistics.median(_values(last))
+        above = self.above - self.slack if is_open else self.above
+        return (last[0][0], median) if above < median <= self.upto else None
+
+
+@dataclass(frozen=True)
+class BothLow:
+    """Training and validation scores are both low, and close to each other."""
+
+    below: float
+    gap: float
+    points: int = 3
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """See `Condition`."""
+        del setting
+        last = points[-self.points :]
+        if len(last) < self.points:
+            return None
+        below = self.below * 1.05 if is_open else self.below
+        train = statistics.median(_values(series("train_miou")[-self.points :]))
+        val = statistics.median(_values(last))
+        return (last[0][0], val) if max(train, val) < below and train - val <= self.gap else None
+
+
+@dataclass(frozen=True)
+class Happened:
+    """It was told of; one word is enough."""
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """See `Condition`."""
+        del series, setting, is_open
+        return points[-1] if points else None
+
+
+# ---------------------------------------------------------------- remedies
+
+_VAL = "val_miou"
+_LABELS = Remedy("check that the labels are right: s4gan data check, predictions.png")
+_HALF_LR = Remedy("--learning-rate {half_lr}")
+_HALF_LR_D = Remedy(
+    "--learning-rate-D {half_lr_D}", lambda config: config.train.learning_rate_D > 0
+)
+_HALF_BOTH = (_HALF_LR, _HALF_LR_D)
+_MORE_LR_D = Remedy("--learning-rate-D {more_lr_D} (it is {lr_D})")
+_MIRROR = Remedy("--random-mirror", lambda config: not config.data.random_mirror)
+_SCALE = Remedy("--random-scale", lambda config: not config.data.random_scale)
+_LOWER_THRESHOLD = Remedy("--threshold-st {half_threshold} (it is {threshold})")
+_HIGHER_THRESHOLD = Remedy("--threshold-st {more_threshold} (it is {threshold})")
+_LEARNING_AT_ALL = Remedy("check that the validation mIoU rises at all")
+_USE_BEST = Remedy("use best_model.pth, not final_model.pth, and stop earlier")
+_BROKEN = Remedy("look for broken images and empty masks: s4gan data check")
+
+# ---------------------------------------------------------------- the rules
+
+RULES: Sequence[Rule] = (
+    # -- cross-entropy
+    Rule(
+        "ce_not_learning",
+        "Loss_CE stays > 4.0 after 5000 iterations",
+        "loss_ce",
+        Median(above=4.0, no_more_than_chance=True),
+        "problem",
+        "Loss_CE stays at {value:.3f}: the model is not learning",
+        (_LABELS, _HALF_LR),
+        begins=5_000,
+    ),
+    Rule(
+        "ce_spike",
+        "Sudden spike (1.0 -> 10.0)",
+        "loss_ce",
+        Spike(),
+        "problem",
+        "Loss_CE has jumped to {value:.3f}: training is unstable",
+        (*_HALF_BOTH, _BROKEN, Remedy("start again from a checkpoint before it")),
+    ),
+    Rule(
+        "non_finite",
+        "NaN or inf",
+        "non_finite",
+        Happened(),
+        "problem",
+        "a loss or a weight is NaN or infinite: training has crashed",
+        (*_HALF_BOTH, _BROKEN),
+    ),
+    # -- feature matching
+    Rule(
+        "fm_zero",
+        "Loss_FM stays at 0.000",
+        "loss_fm",
+        Stays(0.0, 0.0005),
+        "warning",
+        "Loss_FM stays at 0.000: the discriminator does not work",
+        (_MORE_LR_D, Remedy("see whether Loss_D moves")),
+        begins=1_000,
+        needs="adversarial",
+    ),
+    Rule(
+        "fm_rising",
+        "Loss_FM increases continuously",
+        "loss_fm",
+        Rises(above=0.05),  # beyond the last of the guide's own targets, which rise too
+        "warning",
+        "Loss_FM keeps rising and is at {value:.3f}: the GAN is unstable",
+        _HALF_BOTH,
+        needs="adversarial",
+    ),
+    # -- self-training
+    Rule(
+        "st_count_zero",
+        "ST_Count always 0",
+        "st_count",
+        NeverActive(),
+        "warning",
+        "ST_Count is always 0: no unlabeled image passes the threshold",
+        (
+            _LOWER_THRESHOLD,
+            Remedy("or wait: it may begin by iteration {wait_until}"),
+            _LEARNING_AT_ALL,
+        ),
+        needs="self-training",
+        only_self_training=True,
+        calm=1,
+    ),
+    Rule(
+        "st_never_active",
+        "Loss_ST always 0.000 after iteration 1000",
+        "loss_st",
+        NeverActive(),
+        "problem",
+        "Loss_ST is always 0.000: self-training has never begun, the threshold is too high",
+        (_LOWER_THRESHOLD, _LEARNING_AT_ALL),
+        begins=5_000,  # up to there the guide advises to wait
+        needs="self-training",
+        only_self_training=True,
+        calm=1,
+    ),
+    Rule(
+        "st_count_dropped",
+        "ST_Count suddenly drops to 0",
+        "st_count",
+        DropsToZero(),
+        "problem",
+        "ST_Count has dropped to 0: the model is degrading",
+        (*_HALF_BOTH, Remedy("go back to a checkpoint before it")),
+        needs="self-training",
+    ),
+    Rule(
+        "st_high",
+        "Loss_ST > 5.0",
+        "loss_st",
+        Median(above=5.0),
+        "warning",
+        "Loss_ST is {value:.3f}: the pseudo-labels are poor",
+        (_HIGHER_THRESHOLD, _HALF_LR),
+        needs="self-training",
+        only_self_training=True,
+    ),
+    # -- discriminator
+    Rule(
+        "d_stuck",
+        "Loss_D stays at 0.693",
+        "loss_d",
+        Stays(0.693, 0.01),
+        "problem",
+        "Loss_D stays at {value:.3f}, which is guessing: the discriminator is not training",
+        (_MORE_LR_D,),
+        begins=1_000,
+        needs="adversarial",
+    ),
+    Rule(
+        "d_collapsed",
+        "Loss_D drops to 0.0",
+        "loss_d",
+        Median(below=0.02, slack=1.5),
+        "problem",
+        "Loss_D has dropped to {value:.3f}: the discriminator is too strong",
+        (_HALF_LR_D,),
+        needs="adversarial",
+    ),
+    Rule(
+        "d_unstable",
+        "Loss_D above 1.0",
+        "loss_d",
+        Median(above=1.0),
+        "problem",
+        "Loss_D is {value:.3f}: training is unstable",
+        (_HALF_LR_D, _HALF_LR),
+        needs="adversarial",
+    ),
+    # -- scores
+    Rule(
+        "train_not_learning",
+        "Training mIoU < 0.20 after 5000 iterations",
+        "train_miou",
+        Median(below=0.20, points=3, not_rising_by=0.02),
+        "problem",
+        "training mIoU is {value:.4f}: the model is not learning",
+        (_LABELS, _HALF_LR),
+        begins=5_000,
+    ),
+    Rule(
+        "train_degrading",
+        "Training mIoU decreases over time",
+        "train_miou",
+        FallsFromBest(),
+        "problem",
+        "training mIoU has fallen to {value:.4f}: the model is degrading",
+        (*_HALF_BOTH, Remedy("go back to a checkpoint before it")),
+    ),
+    Rule(
+        "val_not_learning",
+        "Validation mIoU < 0.20 where 0.40 is expected (iteration 5000)",
+        "val_miou",
+        Median(below=0.20, points=3, not_rising_by=0.02),
+        "problem",
+        "validation mIoU is {value:.4f}: nothing that is learned holds for new images",
+        (_LABELS, _MIRROR, _SCALE, _HALF_LR, Remedy("check the balance of the classes")),
+        begins=5_000,
+        unless=("train_not_learning",),
+    ),
+    Rule(
+        "val_stuck",
+        "Problem 1: validation mIoU stuck at 0.20-0.30 after 10000 iterations",
+        "val_miou",
+        Stuck(below=0.30, span=5_000),
+        "problem",
+        "validation mIoU is stuck at {value:.4f}",
+        (_LABELS, _MIRROR, _SCALE, _HALF_LR, Remedy("check the balance of the classes")),
+        begins=10_000,
+        unless=("train_not_learning", "val_not_learning"),
+    ),
+    Rule(
+        "val_degrading",
+        "Validation mIoU decreases (overfitting)",
+        "val_miou",
+        FallsFromBest(),
+        "problem",
+        "validation mIoU has fallen to {value:.4f}",
+        (_USE_BEST, _HALF_LR, _MIRROR, _SCALE),
+    ),
+    Rule(
+        "overfitting",
+        "Problem 4: train/val gap > 0.20",
+        "gap",
+        Median(above=OVERFIT_GAP, points=3),
+        "problem",
+        "training mIoU is {value:.2f} above validation mIoU: overfitting",
+        (
+            _USE_BEST,
+            Remedy("--set train.weight_decay={more_weight_decay}"),
+            _MIRROR,
+            _SCALE,
+            _HALF_LR,
+            Remedy("more labeled images"),
+            Remedy("--val-split {more_val_split}, if there is no val/ folder"),
+        ),
+    ),
+    Rule(
+        "slight_overfit",
+        "Table: slight overfit, gap 0.12",
+        "gap",
+        Within(above=NORMAL_GAP, upto=OVERFIT_GAP),
+        "note",
+        "training mIoU is {value:.2f} above validation mIoU: a slight overfit, acceptable",
+        (_MIRROR, _SCALE, Remedy("more labeled images")),
+    ),
+    Rule(
+        "underfitting",
+        "Table: underfitting, both low",
+        "val_miou",
+        BothLow(below=LOW_MIOU, gap=NORMAL_GAP),
+        "warning",
+        "training and validation mIoU are both low ({value:.4f}): underfitting",
+        (
+            Remedy("--set train.iterations={more_iterations}"),
+            _LABELS,
+            Remedy("a larger model.backbone, or pretrained weights"),
+        ),
+        begins=25_000,
+        unless=("train_not_learning", "val_not_learning", "val_stuck"),
+    ),
+    # -- learning rates
+    Rule(
+        "lr_not_decaying",
+        "Both learning rates decrease smoothly",
+        "lr_g",
+        Level(),
+        "warning",
+        "the generator's learning rate does not fall: {value:.2e}",
+        (Remedy("--set train.power=0.9"),),
+    ),
+    Rule(
+        "lr_D_not_decaying",
+        "Both learning rates decrease smoothly",
+        "lr_d",
+        Level(),
+        "warning",
+        "the discriminator's learning rate does not fall: {value:.2e}",
+        (Remedy("--set train.power=0.9"),),
+        needs="adversarial",
+    ),
+    # -- memory
+    Rule(
+        "out_of_memory",
+        "Problem 5: CUDA out of memory",
+        "out_of_memory",
+        Happened(),
+        "problem",
+        "the GPU's memory is not enough",
+        (
+            Remedy("--batch-size {half_batch} --set train.accumulate={more_accumulate}"),
+            Remedy("close what else uses the GPU"),
+        ),
+    ),
+)
+"""In the guide's order."""
+
+
+def rules_by_id() -> Mapping[str, Rule]:
+    """Every rule by its id."""
+    return {rule.id: rule for rule in RULES}

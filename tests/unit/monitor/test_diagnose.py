@@ -1,0 +1,173 @@
+"""`s4gan diagnose`: of a run, a ledger, a console log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from job import cli, run
+from job.config import Config, load_config
+from job.errors import ConfigError, StorageError
+from job.events import EvalEvent, TrainEvent
+from job.monitor.console import evaluation_head, evaluation_lines, train_line
+from job.monitor.diagnose import diagnose
+from tests.series import lines
+
+GUESSING: Any = {"loss_d": lambda at: 0.693}
+
+
+def ledger(path: Path, events: Iterable[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    return path
+
+
+def console(events: Iterable[Any], iterations: int, prefix: str = "") -> str:
+    """What training prints, by the printing code itself."""
+    printed = ["data: 80 labeled, 560 unlabeled", "device: cpu (no GPU found)"]
+    for event in events:
+        if event["event"] == "train":
+            facts = {key: event[key] for key in event.keys() - {"event", "attempt", "time"}}
+            printed.append(train_line(TrainEvent(loss_g=0.0, **facts), iterations))
+        else:
+            scores = EvalEvent(
+                event["iteration"],
+                event["train_miou"],
+                event["val_miou"],
+                (),
+                pixel_accuracy=0.9,
+                best_miou=event["val_miou"],
+                previous_best=None,
+            )
+            printed += [evaluation_head(event["iteration"]), evaluation_lines(scores)]
+    text = "\n".join(printed)
+    return "\n".join(prefix + line for line in text.split("\n")) + "\n"
+
+
+def test_a_healthy_run(tmp_path: Path) -> None:
+    ledger(tmp_path / run.LEDGER, lines())
+    (tmp_path / run.CONFIG).write_text(Config().to_yaml())
+    found = diagnose(str(tmp_path))
+    assert found.is_healthy
+    assert (found.iteration, found.iterations) == (50_000, 50_000)
+    assert found.fit == "excellent"
+    assert "healthy: nothing needs to be done" in found.text()
+
+
+def test_a_run_with_a_fault(tmp_path: Path) -> None:
+    ledger(tmp_path / run.LEDGER, lines(**GUESSING))
+    found = diagnose(str(tmp_path))
+    assert not found.is_healthy
+    assert [one.rule for one in found.findings] == ["d_stuck"]
+    assert "problem: Loss_D stays at 0.693" in found.text()
+    assert json.loads(json.dumps(found.to_dict()))["findings"][0]["rule"] == "d_stuck"
+
+
+def test_the_run_says_what_it_was_trained_with(tmp_path: Path) -> None:
+    config = load_config("demo")
+    ledger(tmp_path / run.LEDGER, lines(config))
+    (tmp_path / run.CONFIG).write_text(config.to_yaml())
+    found = diagnose(str(tmp_path))
+    assert found.iterations == 1_200
+    assert found.standing is not None
+    assert found.standing.number == 4
+
+
+@pytest.mark.parametrize("prefix", ["", "2026-11-27T01:02:03.123456789Z "])
+@pytest.mark.parametrize("name", ["log.txt", "output"])
+def test_a_console_log_is_as_good_as_a_ledger(tmp_path: Path, name: str, prefix: str) -> None:
+    path = tmp_path / name
+    path.write_text(console(lines(**GUESSING), 50_000, prefix))
+    found = diagnose(str(path))
+    of_ledger = diagnose(str(ledger(tmp_path / "x.jsonl", lines(**GUESSING))))
+    assert [one.rule for one in found.findings] == [one.rule for one in of_ledger.findings]
+    assert found.findings[0].iteration == of_ledger.findings[0].iteration
+    assert found.train_miou == pytest.approx(of_ledger.train_miou, abs=1e-4)
+
+
+def test_the_guides_own_example_is_read(tmp_path: Path) -> None:
+    """Character for character, as the guide prints it."""
+    path = tmp_path / "log"
+    rule = "=" * 60
+    path.write_text(
+        "Iter 10000/50000 | Loss_CE: 0.823 | Loss_FM: 0.015 | Loss_ST: 0.645 | Loss_D: 0.312 | "
+        f"ST_Count: 8\n\n{rule}\nEvaluating at iteration 10000...\n{rule}\n"
+        "Training mIoU: 0.6234\nValidation mIoU: 0.5876\n"
+        f"\u2713 New best validation mIoU: 0.5876 (previous: 0.5654)\n{rule}\n"
+    )
+    found = diagnose(str(path))
+    assert found.is_healthy
+    assert (found.iteration, found.train_miou, found.val_miou) == (10_000, 0.6234, 0.5876)
+    assert found.fit == "excellent"
+    assert found.standing is not None
+    assert found.standing.line() == "Phase 3 of 4, main training: on track"
+
+
+def test_of_what_was_trained_twice_the_second_time_counts(tmp_path: Path) -> None:
+    """An attempt was killed at 30000, the next one went on from 10000 and learned."""
+    path = tmp_path / "log"
+    first = console(lines(until=30_000, loss_d=lambda at: 1.5 if at > 10_000 else None), 50_000)
+    second = console((line for line in lines() if line["iteration"] > 10_000), 50_000)
+    path.write_text(first + "attempt 2: resuming after iteration 10000 of 50000\n" + second)
+    found = diagnose(str(path))
+    assert found.iteration == 50_000
+    assert found.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("error: CUDA out of memory with batches of 4\n", "out_of_memory"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n", "out_of_memory"),
+        ("error: training diverged: a loss or weight became NaN\n", "non_finite"),
+        (
+            "Iter 600/50000 | Loss_CE: nan | Loss_FM: 0.015 | Loss_ST: 0.000 | Loss_D: 0.312 | "
+            "ST_Count: 8\n",
+            "non_finite",
+        ),
+    ],
+)
+def test_how_a_log_ends_is_a_finding(tmp_path: Path, line: str, rule: str) -> None:
+    path = tmp_path / "log"
+    path.write_text(console(lines(until=500), 50_000) + line)
+    assert [one.rule for one in diagnose(str(path)).findings] == [rule]
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no metrics\.jsonl"):
+        diagnose(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"\xff\xfe\x00"])
+def test_a_file_without_losses_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="has no lines of losses"):
+        diagnose(str(path))
+
+
+def test_a_damaged_ledger_is_named_with_its_line(tmp_path: Path) -> None:
+    path = ledger(tmp_path / run.LEDGER, lines(until=200))
+    path.write_text(path.read_text().replace("\n", "\nnonsense\n", 1))
+    with pytest.raises(StorageError, match=r"metrics\.jsonl: line 2 is no event"):
+        diagnose(str(path))
+
+
+def test_the_command_ends_with_1_if_something_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = ledger(tmp_path / "good.jsonl", lines(until=2_000))
+    bad = ledger(tmp_path / "bad.jsonl", lines(until=4_000, **GUESSING))
+    for path, code in ((good, 0), (bad, 1)):
+        with pytest.raises(typer.Exit) as ended:
+            cli.diagnose(str(path), as_json=True)
+        assert ended.value.exit_code == code
+        assert json.loads(capsys.readouterr().out)["healthy"] == (code == 0)

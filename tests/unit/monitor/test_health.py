@@ -1,0 +1,206 @@
+"""Episodes, resumes, the timeline: the rules over a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from job.config import Config, load_config
+from job.monitor.guide import PHASES, Scale, fit_of, miou_band, phase_at
+from job.monitor.health import Finding, Watch
+from job.monitor.rules import Setting
+from tests.series import CLASSES, findings, lines
+
+
+def watch(config: Config | None = None) -> Watch:
+    return Watch(Setting(config or Config(), CLASSES))
+
+
+# ---------------------------------------------------------------- episodes
+
+
+def test_an_episode_is_told_of_at_its_beginning_and_at_its_end() -> None:
+    high = watch()
+    told: list[tuple[int, Finding]] = []
+    for line in lines(loss_d=lambda at: 1.5 if 9_000 <= at < 12_000 else None):
+        told += [(line["iteration"], finding) for finding in high.observe(line)]
+    (began, first), (over, last) = told
+    assert (first.rule, last.rule) == ("d_unstable", "d_unstable")
+    assert 9_000 < began <= 9_500
+    assert 12_000 < over <= 13_000
+    assert (first.ended, last.ended) == (None, over)
+    assert high.findings == [last]
+    assert high.open == []
+    assert last.line().startswith(f"over: Loss_D is {last.value:.3f}")
+
+
+def test_what_swings_around_the_limit_is_one_episode() -> None:
+    swinging = findings(loss_d=lambda at: 1.04 if (at // 1_000) % 2 else 0.97)
+    assert [(one.rule, one.ended) for one in swinging] == [("d_unstable", None)]
+
+
+def test_a_second_episode_is_told_of_again() -> None:
+    twice = findings(loss_ce=lambda at: 12.0 if at in (10_000, 30_000) else None)
+    assert [(one.rule, one.iteration) for one in twice] == [
+        ("ce_spike", 10_000),
+        ("ce_spike", 30_000),
+    ]
+
+
+def test_one_cause_is_told_of_once() -> None:
+    """Underfitting and a low validation score are what a model that learns nothing looks like."""
+    nothing = findings(train_miou=lambda at: 0.15, val_miou=lambda at: 0.14)
+    assert [one.rule for one in nothing] == ["train_not_learning"]
+
+
+def test_what_ended_an_attempt_is_over_when_the_training_goes_on() -> None:
+    one = watch()
+    train = next(lines())
+    one.observe(train)
+    (found,) = one.observe({"event": "attempt_ended", "exit_code": 70, "reason": "diverged"})
+    assert found.rule == "non_finite"
+    assert found.counts
+    (over,) = one.observe({**train, "iteration": 200})
+    assert (over.rule, over.ended) == ("non_finite", 200)
+
+
+def test_out_of_memory_names_the_batch_to_try() -> None:
+    reason = "CUDA out of memory with batches of 4"
+    (found,) = watch().observe({"event": "attempt_ended", "exit_code": 78, "reason": reason})
+    assert "--batch-size 2 --set train.accumulate=8" in found.remedies
+
+
+def test_an_attempt_that_ended_otherwise_is_no_finding() -> None:
+    one = watch()
+    for code in (0, 74, 75, 76, 130):
+        assert one.observe({"event": "attempt_ended", "exit_code": code, "reason": "x"}) == []
+
+
+def test_the_same_lines_give_the_same_findings() -> None:
+    """Which is why a resumed run needs no other state than its ledger."""
+    fault: Any = {"loss_d": lambda at: 1.5 if at > 20_000 else None}
+    whole, resumed = watch(), watch()
+    told = []
+    for line in lines(**fault):
+        whole.observe(line)
+    for line in lines(until=20_200, **fault):
+        resumed.observe(json.loads(json.dumps(line)))
+    for line in list(lines(**fault)):
+        if line["iteration"] > 20_200:
+            told += resumed.observe(line)
+    assert resumed.findings == whole.findings
+    assert [one.rule for one in told] == ["d_unstable"]
+
+
+def test_a_finding_is_json() -> None:
+    (found,) = findings(loss_d=lambda at: 1.5 if at > 20_000 else None)
+    text = json.dumps(found.to_dict(), allow_nan=False)
+    assert json.loads(text)["rule"] == "d_unstable"
+
+
+# ---------------------------------------------------------------- the timeline
+
+
+@pytest.mark.parametrize(
+    ("iteration", "name"),
+    [
+        (1, "warm-up"),
+        (1_000, "warm-up"),
+        (1_001, "early learning"),
+        (5_000, "early learning"),
+        (20_000, "main training"),
+        (20_001, "convergence"),
+        (50_000, "convergence"),
+        (60_000, "convergence"),
+    ],
+)
+def test_the_guides_own_phases(iteration: int, name: str) -> None:
+    assert phase_at(iteration, Scale()).name == name
+
+
+def test_in_another_run_warm_up_ends_where_self_training_begins() -> None:
+    scale = Scale(iterations=1_200, st_start=400, max_st_count=8)
+    assert [scale.at(phase.end) for phase in PHASES] == [400, 465, 710, 1_200]
+    assert scale.count(16) == 8
+    # Without self-training there is nothing that could say so.
+    assert Scale(iterations=5_000, st_start=5_000).at(1_000) == 100
+
+
+@pytest.mark.parametrize("until", [900, 4_500, 15_000, 50_000])
+def test_a_run_as_the_guide_wants_it_is_on_track(until: int) -> None:
+    one = watch()
+    phase = phase_at(until, Scale())
+    for line in lines(until=until):
+        middle = {
+            metric: (low + high) / 2
+            for metric, (low, high, _) in phase.bands.items()
+            if metric in line
+        }
+        one.observe({**line, **middle})
+    standing = one.standing()
+    assert standing is not None
+    assert standing.on_track, standing.line()
+    number = PHASES.index(phase) + 1
+    assert standing.line() == f"Phase {number} of 4, {phase.name}: on track"
+
+
+def test_what_is_off_the_timeline_is_named_with_its_band() -> None:
+    one = watch()
+    for line in lines(until=15_000, loss_ce=lambda at: 2.5, st_count=lambda at: 3):
+        one.observe(line)
+    standing = one.standing()
+    assert standing is not None
+    assert standing.off[0] == "Loss_CE 2.500 (0.8 to 1.5)"
+    assert "ST_Count 3.000 (5 to 12)" in standing.off
+
+
+def test_better_than_the_timeline_is_not_off_it() -> None:
+    one = watch()
+    better = {"loss_ce": 0.1, "loss_st": 0.1, "loss_d": 0.3, "st_count": 16, "val_miou": 0.9}
+    for line in lines(until=15_000):
+        one.observe({**line, **{key: value for key, value in better.items() if key in line}})
+    standing = one.standing()
+    assert standing is not None
+    assert standing.on_track, standing.line()
+
+
+def test_before_anything_is_known_nothing_is_said() -> None:
+    assert watch().standing() is None
+    assert watch().fit() is None
+
+
+# ---------------------------------------------------------------- the table of fits
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "fit"),
+    [
+        (0.75, 0.72, "excellent"),
+        (0.68, 0.62, "good"),
+        (0.80, 0.68, "slight overfit"),
+        (0.85, 0.60, "overfitting"),
+        (0.35, 0.33, "underfitting"),
+        (0.85, 0.55, "overfitting"),
+        (0.60, 0.65, "excellent"),  # validation better: no overfit
+        (0.45, 0.10, "overfitting"),
+    ],
+)
+def test_the_guides_table(train: float, val: float, fit: str) -> None:
+    assert fit_of(train, val) == fit
+
+
+def test_scores_between_the_guides_iterations_are_on_a_line() -> None:
+    assert miou_band("val_miou", 10_000) == (0.50, 0.65)
+    assert miou_band("val_miou", 7_500) == pytest.approx((0.45, 0.60))
+    assert miou_band("train_miou", 0) == (0.25, 0.40)
+    assert miou_band("train_miou", 90_000) == (0.70, 0.85)
+
+
+def test_a_score_that_is_no_number_is_passed_over() -> None:
+    one = watch(load_config("demo"))
+    nan = {"event": "eval", "iteration": 200, "train_miou": math.nan, "val_miou": math.nan}
+    assert one.observe(nan) == []
+    assert one.fit() is None

@@ -1,0 +1,334 @@
+"""Every warning sign of the guide: what must fire it, what at the edge must not, and silence."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.config import Config, config_from_yaml, load_config, preset_names
+from job.monitor.rules import RULES, Setting, rules_by_id
+from tests.series import CLASSES, Curve, findings
+
+# ---------------------------------------------------------------- the guide's rows
+
+GUIDE = {
+    "Loss_CE > 4.0 after 5000": "ce_not_learning",
+    "Loss_CE spike": "ce_spike",
+    "Loss_CE NaN or inf": "non_finite",
+    "Loss_FM at 0.000": "fm_zero",
+    "Loss_FM increases": "fm_rising",
+    "Loss_ST 0.000 after 1000": "st_never_active",
+    "Loss_ST > 5.0": "st_high",
+    "Loss_D at 0.693": "d_stuck",
+    "Loss_D at 0.0": "d_collapsed",
+    "Loss_D > 1.0": "d_unstable",
+    "ST_Count always 0": "st_count_zero",
+    "ST_Count drops to 0": "st_count_dropped",
+    "training mIoU < 0.20 after 5000": "train_not_learning",
+    "training mIoU decreases": "train_degrading",
+    "validation mIoU far below its targets": "val_not_learning",
+    "table: slight overfit": "slight_overfit",
+    "table: overfitting": "overfitting",
+    "table: underfitting": "underfitting",
+    "generator's learning rate decreases": "lr_not_decaying",
+    "discriminator's learning rate decreases": "lr_D_not_decaying",
+    "problem 1: validation mIoU does not improve": "val_stuck",
+    "problem 2: unstable": "ce_spike",
+    "problem 3: self-training does not work": "st_count_zero",
+    "problem 4: overfitting": "overfitting",
+    "problem 4: validation mIoU decreases": "val_degrading",
+    "problem 5: out of memory": "out_of_memory",
+}
+"""Warnings of the guide, by topic, and the rule that covers each."""
+
+
+def test_every_warning_of_the_guide_has_a_rule_and_every_rule_a_warning() -> None:
+    assert set(GUIDE.values()) == set(rules_by_id())
+    assert len(rules_by_id()) == len(RULES)
+    assert all(rule.guide and rule.remedies for rule in RULES)
+
+
+# ---------------------------------------------------------------- what fires, and what does not
+
+
+def after(start: int, value: float) -> Curve:
+    return lambda at: value if at >= start else None
+
+
+def ramp(start: int, end: int, low: float, high: float) -> Curve:
+    """Healthy before, then from low to high in a line, and staying there."""
+
+    def at_(at: int) -> float | None:
+        if at < start:
+            return None
+        return low + (high - low) * min(1.0, (at - start) / (end - start))
+
+    return at_
+
+
+def always(value: float) -> Curve:
+    return lambda at: value
+
+
+def at_once(where: int, value: float) -> Curve:
+    return lambda at: value if abs(at - where) < 50 else None
+
+
+def noisy(mean: float, sd: float) -> Curve:
+    noise = random.Random(0)
+    return lambda at: noise.gauss(mean, sd)
+
+
+CASES: Mapping[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
+    "ce_not_learning": (
+        {"loss_ce": noisy(4.6, 0.3)},
+        (5_000, 5_600),
+        {"loss_ce": ramp(0, 5_000, 4.6, 1.5)},  # high, but learning by then
+    ),
+    "ce_spike": (
+        {"loss_ce": at_once(20_000, 10.0)},
+        (20_000, 20_000),
+        {"loss_ce": at_once(20_000, 1.4)},  # three times as much is noise
+    ),
+    "fm_zero": (
+        {"loss_fm": always(0.0)},
+        (1_900, 2_100),
+        {"loss_fm": always(0.001)},
+    ),
+    "fm_rising": (
+        {"loss_fm": ramp(0, 10_000, 0.01, 0.5)},
+        (1_500, 4_000),
+        {"loss_fm": ramp(0, 50_000, 0.01, 0.05)},  # as the guide's own targets do
+    ),
+    "st_count_zero": (
+        {"st_count": always(0)},
+        (2_000, 2_000),
+        {"st_count": after(1_500, 3)},
+    ),
+    "st_never_active": (
+        {"st_count": always(0)},
+        (5_900, 6_000),
+        {"st_count": lambda at: 0 if at < 5_200 else None},
+    ),
+    "st_high": (
+        {"loss_st": after(8_000, 6.0), "st_count": always(8)},
+        (8_200, 8_600),
+        {"loss_st": after(8_000, 4.9), "st_count": always(8)},
+    ),
+    "st_count_dropped": (
+        {"st_count": lambda at: 0 if at > 20_000 else None},
+        (20_500, 20_700),
+        {"st_count": lambda at: 0 if 20_000 < at < 20_550 else None},  # five zeros
+    ),
+    "d_stuck": (
+        {"loss_d": noisy(0.693, 0.001)},
+        (1_900, 2_000),
+        {"loss_d": noisy(0.693, 0.05)},
+    ),
+    "d_collapsed": (
+        {"loss_d": after(9_000, 0.0)},
+        (9_200, 9_500),
+        {"loss_d": after(9_000, 0.1)},
+    ),
+    "d_unstable": (
+        {"loss_d": after(9_000, 1.2)},
+        (9_200, 9_500),
+        {"loss_d": after(9_000, 0.95)},
+    ),
+    "train_not_learning": (
+        {"train_miou": always(0.15), "val_miou": always(0.14)},
+        (6_000, 6_500),
+        {"train_miou": ramp(0, 8_000, 0.1, 0.4), "val_miou": ramp(0, 8_000, 0.1, 0.4)},
+    ),
+    "train_degrading": (
+        {"train_miou": ramp(20_000, 30_000, 0.7, 0.5)},
+        (21_000, 25_000),
+        {"train_miou": ramp(20_000, 30_000, 0.7, 0.68)},
+    ),
+    "val_not_learning": (
+        {"train_miou": always(0.25), "val_miou": always(0.15)},
+        (6_000, 6_500),
+        {"train_miou": always(0.25), "val_miou": always(0.21)},
+    ),
+    "val_stuck": (
+        {"train_miou": ramp(0, 20_000, 0.2, 0.34), "val_miou": always(0.25)},
+        (10_000, 10_500),
+        {"val_miou": ramp(0, 50_000, 0.2, 0.45)},  # slowly, but it rises
+    ),
+    "val_degrading": (
+        {"val_miou": ramp(20_000, 30_000, 0.65, 0.5)},
+        (21_500, 26_000),
+        {"val_miou": ramp(20_000, 30_000, 0.65, 0.62)},
+    ),
+    "overfitting": (
+        {"train_miou": after(10_000, 0.85), "val_miou": after(10_000, 0.60)},
+        (10_500, 11_000),
+        {"train_miou": after(10_000, 0.80), "val_miou": after(10_000, 0.61)},
+    ),
+    "slight_overfit": (
+        {"train_miou": after(10_000, 0.80), "val_miou": after(10_000, 0.68)},
+        (10_500, 11_000),
+        {"train_miou": after(10_000, 0.80), "val_miou": after(10_000, 0.71)},
+    ),
+    "underfitting": (
+        {"train_miou": ramp(0, 50_000, 0.22, 0.37), "val_miou": ramp(0, 50_000, 0.21, 0.35)},
+        (26_000, 26_500),
+        {"train_miou": always(0.45), "val_miou": always(0.42)},
+    ),
+    "lr_not_decaying": (
+        {"lr_g": always(2.5e-4)},
+        (1_000, 1_000),
+        {"lr_g": ramp(0, 50_000, 2.5e-4, 2.4e-4)},
+    ),
+    "lr_D_not_decaying": (
+        {"lr_d": ramp(0, 50_000, 1e-5, 1e-4)},
+        (200, 200),
+        {"lr_d": always(0.0)},  # as the user wished
+    ),
+}
+"""A fault, where its rule has to tell of it, and what looks much alike and is none."""
+OF_EVENTS = {"non_finite", "out_of_memory"}
+
+
+def told_at(rule: str, **curves: Curve) -> list[int]:
+    return [one.iteration for one in findings(**curves) if one.rule == rule]
+
+
+def test_every_rule_has_a_case() -> None:
+    assert CASES.keys() | OF_EVENTS == rules_by_id().keys()
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_a_fault_is_told_of_once_and_in_time(rule: str) -> None:
+    curves, (first, last), _ = CASES[rule]
+    (at,) = told_at(rule, **curves)
+    assert first <= at <= last
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_what_only_looks_like_it_is_not_told_of(rule: str) -> None:
+    _, _, curves = CASES[rule]
+    assert told_at(rule, **curves) == []
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_a_message_says_what_and_what_to_try(rule: str) -> None:
+    curves, _, _ = CASES[rule]
+    found = next(one for one in findings(**curves) if one.rule == rule)
+    assert found.remedies
+    assert not {"{", "}"} & set(found.line())
+    assert found.since <= found.iteration
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("metric", ["loss_ce", "loss_d", "loss_st"])
+def test_a_loss_that_is_no_number_is_told_of_at_once(metric: str, value: float) -> None:
+    bad = {metric: after(12_000, value), "st_count": after(11_000, 8)}
+    (found,) = findings(**bad)
+    assert (found.rule, found.iteration) == ("non_finite", 12_000)
+    assert found.to_dict()["value"] is None  # JSON has no NaN
+
+
+# ---------------------------------------------------------------- silence
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), preset=st.sampled_from(["guide", "camvid", "demo"]))
+def test_a_healthy_run_is_silent(seed: int, preset: str) -> None:
+    assert findings(load_config(preset), seed=seed) == []
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    iterations=st.sampled_from([2_000, 20_000, 100_000]),
+    share=st.sampled_from([0.02, 0.1, 0.3]),
+    batch=st.sampled_from([(1, 8), (2, 8), (8, 1), (16, 2)]),
+)
+def test_so_is_one_of_another_length_and_other_batches(
+    seed: int, iterations: int, share: float, batch: tuple[int, int]
+) -> None:
+    size, accumulate = batch
+    config = config_from_yaml(
+        "",
+        source="x",
+        overrides={
+            "train.iterations": iterations,
+            "train.batch_size": size,
+            "train.accumulate": accumulate,
+            "loss.st_start": round(iterations * share),
+            "train.log_every": iterations // 200,
+            "train.eval_every": iterations // 40,
+        },
+    )
+    assert findings(config, seed=seed) == []
+
+
+# ---------------------------------------------------------------- other runs than the guide's
+
+
+def with_(**changes: Any) -> Config:
+    return config_from_yaml(
+        "", source="x", overrides={key.replace("__", "."): value for key, value in changes.items()}
+    )
+
+
+def test_without_a_discriminator_nothing_of_it_is_judged() -> None:
+    config = with_(train__supervised_only=True)
+    zero = always(0.0)
+    assert findings(config, loss_fm=zero, loss_st=zero, loss_d=zero, st_count=zero) == []
+
+
+def test_without_self_training_its_absence_is_no_fault() -> None:
+    config = with_(loss__st_start=50_000)
+    assert findings(config, loss_st=always(0.0), st_count=always(0)) == []
+
+
+def test_the_iterations_of_a_shorter_run_are_scaled() -> None:
+    config = with_(train__iterations=5_000, loss__st_start=100, train__log_every=10)
+    (found,) = (f for f in findings(config, loss_ce=always(4.6)) if f.rule == "ce_not_learning")
+    assert 500 <= found.iteration <= 560
+
+
+def test_where_guessing_costs_less_than_the_guides_limit_guessing_is_the_limit() -> None:
+    """Eleven classes: log 11 is 2.4, and a net that has learned nothing never reaches 4.0."""
+    from job.monitor.health import Watch
+    from tests.series import lines
+
+    for classes, expected in ((CLASSES, True), (50, False), (None, False)):
+        watch = Watch(Setting(Config(), classes))
+        for line in lines(loss_ce=always(3.5)):
+            watch.observe(line)
+        told = any(one.rule == "ce_not_learning" for one in watch.findings)
+        assert told == expected
+
+
+def test_what_a_run_does_already_is_not_advised() -> None:
+    rule = rules_by_id()["overfitting"]
+    plain = rule.advice(Setting(with_()))
+    mirrored = rule.advice(Setting(with_(data__random_mirror=True)))
+    assert "--random-mirror" in plain
+    assert set(plain) - set(mirrored) == {"--random-mirror"}
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_flag_that_is_advised_exists(preset: str) -> None:
+    """And every key of --set."""
+    import re
+
+    import typer
+
+    from job.cli import app
+    from job.config import valid_keys
+
+    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    flags = {flag for parameter in command.params for flag in parameter.opts}
+    setting = Setting(load_config(preset))
+    said = " ".join(text for rule in RULES for text in rule.advice(setting))
+    assert set(re.findall(r"--[a-zA-Z-]+\b", said)) <= flags
+    assert set(re.findall(r"--set ([\w.]+)=", said)) <= set(valid_keys())
