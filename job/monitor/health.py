@@ -236,7 +236,7 @@ class Watch:
             since=since,
             value=value,
             message=rule.says.format(value=value),
-            remedies=tuple(rule.advice(self.setting)),
+            remedies=tuple(rule.advice(self.setting, self._iteration)),
         )
         self._open[rule.id] = _Episode(finding)
         self.findings.append(finding)

@@ -67,7 +67,7 @@ class Setting:
             "more_lr_D": f"{train.learning_rate_D * 2 or 1e-4:g}",
             "lr_D": f"{train.learning_rate_D:g}",
             "threshold": f"{loss.threshold_st:g}",
-            "half_threshold": f"{loss.threshold_st / 2:g}",
+            "less_threshold": f"{min(loss.threshold_st / 2, Config().loss.threshold_st):g}",
             "more_threshold": f"{min(0.9, loss.threshold_st * 2):g}",
             "wait_until": scale.at(5_000),
             "more_weight_decay": f"{train.weight_decay * 2 or 5e-4:g}",
@@ -132,10 +132,15 @@ class Rule:
             return setting.self_trains
         return self.needs == "" or setting.is_adversarial
 
-    def advice(self, setting: Setting) -> list[str]:
-        """The remedies that are left for a run, with its own numbers."""
+    def advice(self, setting: Setting, iteration: int) -> list[str]:
+        """The remedies that are left for a run at an iteration, with its own numbers."""
         words = setting.words()
-        return [one.text.format(**words) for one in self.remedies if one.is_left(setting.config)]
+        return [
+            one.text.format(**words)
+            for one in self.remedies
+            if one.is_left(setting.config)
+            and (one.until is None or iteration < setting.scale.at(one.until))
+        ]
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,8 @@ class Remedy:
     """With the names of `Setting.words` in braces."""
     is_left: Callable[[Config], bool] = lambda config: True
     """False if the run does it already."""
+    until: int | None = None
+    """The guide's iteration from which on it is of no use."""
 
 
 # ---------------------------------------------------------------- conditions
@@ -429,7 +436,7 @@ _HALF_BOTH = (_HALF_LR, _HALF_LR_D)
 _MORE_LR_D = Remedy("--learning-rate-D {more_lr_D} (it is {lr_D})")
 _MIRROR = Remedy("--random-mirror", lambda config: not config.data.random_mirror)
 _SCALE = Remedy("--random-scale", lambda config: not config.data.random_scale)
-_LOWER_THRESHOLD = Remedy("--threshold-st {half_threshold} (it is {threshold})")
+_LOWER_THRESHOLD = Remedy("--threshold-st {less_threshold} (it is {threshold})")
 _HIGHER_THRESHOLD = Remedy("--threshold-st {more_threshold} (it is {threshold})")
 _LEARNING_AT_ALL = Remedy("check that the validation mIoU rises at all")
 _USE_BEST = Remedy("use best_model.pth, not final_model.pth, and stop earlier")
@@ -499,7 +506,7 @@ RULES: Sequence[Rule] = (
         "ST_Count is always 0: no unlabeled image passes the threshold",
         (
             _LOWER_THRESHOLD,
-            Remedy("or wait: it may begin by iteration {wait_until}"),
+            Remedy("or wait: it may begin by iteration {wait_until}", until=5_000),
             _LEARNING_AT_ALL,
         ),
         needs="self-training",

@@ -310,10 +310,20 @@ def test_where_guessing_costs_less_than_the_guides_limit_guessing_is_the_limit()
 
 def test_what_a_run_does_already_is_not_advised() -> None:
     rule = rules_by_id()["overfitting"]
-    plain = rule.advice(Setting(with_()))
-    mirrored = rule.advice(Setting(with_(data__random_mirror=True)))
+    plain = rule.advice(Setting(with_()), 1)
+    mirrored = rule.advice(Setting(with_(data__random_mirror=True)), 1)
     assert "--random-mirror" in plain
     assert set(plain) - set(mirrored) == {"--random-mirror"}
+
+
+def test_to_wait_is_advised_only_while_it_is_time_to() -> None:
+    rule = rules_by_id()["st_count_zero"]
+    setting = Setting(with_(loss__threshold_st=0.9))
+    assert rule.advice(setting, 2_000)[:2] == [
+        "--threshold-st 0.2 (it is 0.9)",
+        "or wait: it may begin by iteration 5000",
+    ]
+    assert not any("wait" in text for text in rule.advice(setting, 5_000))
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -329,6 +339,6 @@ def test_every_flag_that_is_advised_exists(preset: str) -> None:
     command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
     flags = {flag for parameter in command.params for flag in parameter.opts}
     setting = Setting(load_config(preset))
-    said = " ".join(text for rule in RULES for text in rule.advice(setting))
+    said = " ".join(text for rule in RULES for text in rule.advice(setting, 1))
     assert set(re.findall(r"--[a-zA-Z-]+\b", said)) <= flags
     assert set(re.findall(r"--set ([\w.]+)=", said)) <= set(valid_keys())
