@@ -58,6 +58,7 @@ from job.monitor.pictures import prediction_sheet
 from job.monitor.report import report_html
 from job.monitor.rules import Setting
 from job.monitor.stall import stall_minutes, watch_stall
+from job.monitor.stopping import StopRules
 from job.monitor.summary import Check, checklist, summary, summary_json
 from job.monitor.wandb_tracker import WandbTracker
 from job.nodes import Node
@@ -136,6 +137,12 @@ def train(
             config, store, scratch, lease, identity, data, device, gpus, console, record
         )
         state = _restore_or_begin(attempt, manager, changed, resume_anyway)
+        stop_rules = StopRules(config, read_ledger(record.ledger.path))
+        ended = _ended_before(state, config, stop_rules)
+        if not ended and store.stat(run.SUMMARY):
+            # Of a run that is not finished any more.
+            lease.raise_if_lost()
+            store.delete(run.SUMMARY)
         # Only now: what cannot be gone on with must not be written over what can.
         store.write(run.CONFIG, config.to_yaml().encode())
         store.write(run.SPLITS, data.splits.to_json())
@@ -164,6 +171,7 @@ def train(
                         save_best=_best_writer(attempt, publisher),
                         stop=stop,
                         ranks=ranks,
+                        stop_rule=stop_rules,
                     ),
                 )
             if not complete:
@@ -173,8 +181,11 @@ def train(
                     f"Stopped by {stop.reason}; saved after iteration {saved} of "
                     f"{config.train.iterations}. Run the same command again to go on from there."
                 )
+            if state.iteration < config.train.iterations and not ended:
+                told = {"iteration": state.iteration, "reason": stop_rules.reason}
+                record.tell(Notice("stopped_early", f"Stopped: {stop_rules.reason}", told))
             # 8. Done: final weights, pictures, checklist, report. Doing this twice is harmless.
-        _finish(attempt, manager, state, tracking)
+        _finish(attempt, manager, state, tracking, stop_rules.reason)
         return ExitCode.OK
 
 
@@ -480,10 +491,6 @@ def _restore_or_begin(
                 f"train.iterations is {config.train.iterations}",
                 mend=f"give at least {state.iteration}, or choose another --run",
             )
-    if state.iteration < config.train.iterations and attempt.store.stat(run.SUMMARY):
-        # Of a run that is not finished any more.
-        attempt.lease.raise_if_lost()
-        attempt.store.delete(run.SUMMARY)
     record.rolled_back = record.ledger.rewind(
         iteration=state.iteration, evaluated_iteration=state.evaluated_iteration
     )
@@ -651,12 +658,34 @@ def _model_file(attempt: _Attempt, state: TrainState, kind: str, **facts: Any) -
     )
 
 
+def _ended_before(state: TrainState, config: Config, stop_rules: StopRules) -> bool:
+    """Whether an attempt before has come to the end of the training."""
+    is_last = state.iteration == config.train.iterations
+    stopped = state.iteration == state.evaluated_iteration > 0 and stop_rules.reason != ""
+    return is_last or stopped
+
+
 # ------------------------------------------------------------------------- 8: the end
 
 
 def _finish(
-    attempt: _Attempt, manager: CheckpointManager, state: TrainState, tracking: _Tracking
+    attempt: _Attempt,
+    manager: CheckpointManager,
+    state: TrainState,
+    tracking: _Tracking,
+    stopped: str,
 ) -> None:
+    """Leave the files of a finished run.
+
+    Args:
+        attempt: which has come to the end.
+        manager: of its checkpoints.
+        state: after the last iteration.
+        tracking: closed.
+        stopped: why the last evaluation ended it, if it did.
+    """
+    if state.iteration == attempt.config.train.iterations:
+        stopped = ""  # it had come to its end by itself
     store, data = attempt.store, attempt.data
     assert state.best is not None  # a complete run has evaluated at least once
     final = manager.save_file(_model_file(attempt, state, "generator"), run.FINAL_MODEL)
@@ -686,6 +715,8 @@ def _finish(
         | {run.FINAL_MODEL: asdict(final)},
         events=events,
         checks=checks,
+        iterations=state.iteration,
+        stopped=stopped,
     )
     store.write(run.SUMMARY, summary_json(content))
     page = report_html(
@@ -695,7 +726,7 @@ def _finish(
         predictions_png=store.read(run.PREDICTIONS),
     )
     store.write(run.REPORT, page.encode())
-    _print_end(attempt, state, checks)
+    _print_end(attempt, state, checks, stopped)
 
 
 def _prediction_sheet(attempt: _Attempt, best_path: Path) -> bytes:
@@ -715,7 +746,7 @@ def _prediction_sheet(attempt: _Attempt, best_path: Path) -> bytes:
     return sheet.getvalue()
 
 
-def _print_end(attempt: _Attempt, state: TrainState, checks: list[Check]) -> None:
+def _print_end(attempt: _Attempt, state: TrainState, checks: list[Check], stopped: str) -> None:
     uri, best = attempt.store.uri, state.best
     assert best is not None
     # As it was called, so that the lines below can be pasted: it may not be on the PATH.
@@ -725,6 +756,7 @@ def _print_end(attempt: _Attempt, state: TrainState, checks: list[Check]) -> Non
         "",
         f"Finished after {state.iteration} iterations; best validation mIoU {best.val_miou:.4f} "
         f"at iteration {best.iteration}.",
+        *([f"Stopped early: {stopped}."] if stopped else []),
         "",
         *(
             f"  [{'x' if check.passed else ' '}] {check.name}"

@@ -139,6 +139,7 @@ def train(
     random_mirror: options.RandomMirror = None,
     random_scale: options.RandomScale = None,
     batch_size: options.BatchSize = None,
+    target_miou: options.TargetMiou = None,
     assignments: options.Assignments = None,
     gpus: Annotated[int, typer.Option(help="GPUs of this machine that train together.")] = 1,
     resume_anyway: options.ResumeAnyway = False,
@@ -156,6 +157,7 @@ def train(
         random_mirror=random_mirror,
         random_scale=random_scale,
         batch_size=batch_size,
+        target_miou=target_miou,
         assignments=assignments,
     )
     if array is not None:
@@ -314,6 +316,7 @@ def submit(
     random_mirror: options.RandomMirror = None,
     random_scale: options.RandomScale = None,
     batch_size: options.BatchSize = None,
+    target_miou: options.TargetMiou = None,
     assignments: options.Assignments = None,
     gpus: Annotated[int, typer.Option(help="GPUs of one machine that train together.")] = 1,
     nodes: Annotated[
@@ -358,6 +361,7 @@ def submit(
         random_mirror=random_mirror,
         random_scale=random_scale,
         batch_size=batch_size,
+        target_miou=target_miou,
         assignments=assignments,
     )
     resolved = options.read_config(config, changes)

@@ -22,7 +22,7 @@ PRESETS_DIR = Path(__file__).parent / "presets"
 FREE_ON_RESUME = frozenset(
     {"data.workers", "train.log_every", "checkpoint.every", "checkpoint.keep_every"}
 )
-"""Fields a resumed run may change: they alter no weight. All of `wandb` belongs to them too."""
+"""Fields a resumed run may change: they alter no weight. All of `stop` and `wandb` too."""
 
 
 def _pair(value: Any) -> Any:
@@ -124,6 +124,17 @@ class CheckpointConfig(_Section):
     """Iterations between two numbered checkpoints that are kept for good."""
 
 
+class StopConfig(_Section):
+    """When training ends before its last iteration. May be changed at any time."""
+
+    patience: int = Field(10_000, ge=0)
+    """Iterations without a better validation mIoU; 0: as many as there are."""
+    degrading: bool = True
+    """End when validation mIoU keeps falling: the median of three is 0.05 below the best such."""
+    target_miou: float | None = Field(None, gt=0, le=1)
+    """End as soon as validation mIoU is that high."""
+
+
 class WandbConfig(_Section):
     """Weights & Biases."""
 
@@ -143,6 +154,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     loss: LossConfig = LossConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    stop: StopConfig = StopConfig()
     wandb: WandbConfig = WandbConfig()
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -222,7 +234,9 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
     return {
         key: (value, other[key])
         for key, value in _flatten(ours)
-        if value != other[key] and key not in FREE_ON_RESUME and not key.startswith("wandb.")
+        if value != other[key]
+        and key not in FREE_ON_RESUME
+        and not key.startswith(("stop.", "wandb."))
     }
 
 

@@ -65,6 +65,25 @@ class Notice:
     """For the ledger; JSON values."""
 
 
+class StopRule(Protocol):
+    """Judges by the evaluations whether training should end before its last iteration."""
+
+    reason: str
+    """Why it should, by the last evaluation; empty if it should not."""
+
+    def evaluation(self, event: EvalEvent) -> None:
+        """Called after an evaluation."""
+
+
+class NeverStop:
+    """Trains to the last iteration."""
+
+    reason = ""
+
+    def evaluation(self, event: EvalEvent) -> None:
+        """Nothing."""
+
+
 class Tracker(Protocol):
     """A listener. No method may block training or raise for an outside failure."""
 

@@ -35,6 +35,9 @@ RandomMirror = Annotated[
 RandomScale = Annotated[
     bool | None, typer.Option("--random-scale/--no-random-scale", help="Scale images.")
 ]
+TargetMiou = Annotated[
+    float | None, typer.Option(help="Validation mIoU at which training ends. [guide: none]")
+]
 BatchSize = Annotated[int | None, typer.Option(help="Images that pass at once. [guide: 4]")]
 Assignments = Annotated[
     list[str] | None,
@@ -60,6 +63,7 @@ def overrides(
     random_mirror: bool | None,
     random_scale: bool | None,
     batch_size: int | None,
+    target_miou: float | None,
     assignments: list[str] | None,
 ) -> dict[str, Any]:
     """What the command line says of the configuration, by "section.key"; flags before `--set`."""
@@ -71,6 +75,7 @@ def overrides(
         "data.random_mirror": random_mirror,
         "data.random_scale": random_scale,
         "train.batch_size": batch_size,
+        "stop.target_miou": target_miou,
     }
     found = dict(parse_assignment(text) for text in assignments or [])
     return found | {key: value for key, value in flags.items() if value is not None}

@@ -401,7 +401,8 @@ def _is_free(
     before = config_of_run(store)
     changed = refuse_other_config(before, point.config, store, wish.resume_anyway)
     # Without anything that has changed a machine would start, see that all is done, and end.
-    goes_on = wish.resume_anyway and (changed or before is None)
+    stops_otherwise = before is not None and before.stop != point.config.stop
+    goes_on = wish.resume_anyway and (changed or before is None or stops_otherwise)
     try:
         if store.stat(run.SUMMARY) is not None and not goes_on:
             raise ConfigError(

@@ -87,6 +87,8 @@ def summary(
     files: Mapping[str, Mapping[str, Any]],
     events: Sequence[Mapping[str, Any]],
     checks: Sequence[Check],
+    iterations: int,
+    stopped: str,
 ) -> dict[str, Any]:
     """Content of `summary.json`."""
     evaluations = [event for event in events if event["event"] == "eval"]
@@ -97,6 +99,8 @@ def summary(
             "run_id": identity.run_id,
             "created_at": identity.created_at,
             "attempts": max((event["attempt"] for event in events), default=0),
+            "iterations": iterations,
+            "stopped_early": stopped or None,
         },
         "best": {
             "iteration": best["iteration"],

@@ -18,7 +18,7 @@ from job.data.dataset import DatasetInfo
 from job.data.splits import SplitItems
 from job.data.streams import iteration_loader
 from job.errors import DataError, Diverged
-from job.events import EvalEvent, Notice, Tracker, TrainEvent
+from job.events import EvalEvent, NeverStop, Notice, StopRule, Tracker, TrainEvent
 from job.heartbeat import beat
 from job.preemption import StopRequest
 from job.training.evaluation import evaluate
@@ -51,10 +51,13 @@ class Surroundings:
     save_best: BestModelWriter
     stop: StopRequest
     ranks: Ranks = field(default_factory=Ranks)
+    stop_rule: StopRule = field(default_factory=NeverStop)
 
 
 def train(state: TrainState, around: Surroundings) -> bool:
     """Train from where `state` stands to the last iteration, or until a stop is asked for.
+
+    The stop rule may make any evaluated iteration the last one.
 
     On return the state is saved, or the ledger says why there was no time for it. Returns whether
     the run is complete. Several ranks go through it together, and decide together.
@@ -77,7 +80,10 @@ def train(state: TrainState, around: Surroundings) -> bool:
         saving.save(state)  # the last attempt was stopped before it could evaluate
     if ranks.any(stop.requested):
         durable = not evaluated or saving.before_leaving(state)
-        return durable and _is_complete(state, config)
+        return durable and _is_complete(state, around)
+    if _ends_here(state, around):
+        saving.save(state, last=True)  # maybe the last attempt was stopped before it could
+        return saving.before_leaving(state)
 
     loader = iteration_loader(
         around.items,
@@ -106,6 +112,9 @@ def train(state: TrainState, around: Surroundings) -> bool:
             if _evaluation_due(iteration, config) and not stopping:
                 _raise_if_diverged(finite, state, config)
                 _evaluate_if_due(state, around)
+                if _ends_here(state, around):
+                    saving.save(state, last=True)
+                    break
                 stopping = ranks.any(stop.requested)
             if stopping:
                 _raise_if_diverged(finite, state, config)
@@ -114,11 +123,20 @@ def train(state: TrainState, around: Surroundings) -> bool:
                 _raise_if_diverged(finite, state, config)
                 saving.save(state)
         durable = saving.before_leaving(state)
-    return durable and _is_complete(state, config)
+    return durable and _is_complete(state, around)
 
 
-def _is_complete(state: TrainState, config: Config) -> bool:
-    return state.iteration == state.evaluated_iteration == config.train.iterations
+def _is_complete(state: TrainState, around: Surroundings) -> bool:
+    evaluated = state.iteration == state.evaluated_iteration
+    is_last = state.iteration == around.config.train.iterations
+    return evaluated and (is_last or around.stop_rule.reason != "")
+
+
+def _ends_here(state: TrainState, around: Surroundings) -> bool:
+    """Whether the stop rule makes an evaluated iteration the last; the leader's decides."""
+    evaluated = state.iteration == state.evaluated_iteration > 0
+    is_last = state.iteration == around.config.train.iterations
+    return around.ranks.any(evaluated and not is_last and around.stop_rule.reason != "")
 
 
 def _evaluation_due(iteration: int, config: Config) -> bool:
@@ -167,6 +185,7 @@ def _evaluate_if_due(state: TrainState, around: Surroundings) -> bool:
         state.best = around.save_best(state, val_miou)
     state.evaluated_iteration = iteration
     tracker.evaluation(event)
+    around.stop_rule.evaluation(event)
     return True
 
 

@@ -21,7 +21,7 @@ class NoSaving:
         """Never."""
         return False
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, *, last: bool = False) -> None:
         """The leader does."""
 
     def before_leaving(self, state: TrainState) -> bool:
@@ -75,10 +75,17 @@ class Saving:
         due = self._schedule.due(iteration)
         return self._is_numbered(iteration) or (due and not self._publisher.busy)
 
-    def save(self, state: TrainState) -> None:
-        """Hand the state over; the training goes on as soon as it is copied."""
+    def save(self, state: TrainState, *, last: bool = False) -> None:
+        """Hand the state over; the training goes on as soon as it is copied.
+
+        Args:
+            state: of the training.
+            last: training ends with it, so it is kept for good.
+        """
         self._pause_s = self._publisher.save(
-            state.state_dict(), best=state.best, numbered=self._is_numbered(state.iteration)
+            state.state_dict(),
+            best=state.best,
+            numbered=last or self._is_numbered(state.iteration),
         )
         self._handed_over = state.iteration
         self._schedule.saved()

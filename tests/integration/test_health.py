@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from job.drill.attempt import AttemptProcess
 from job.monitor.ledger import read_ledger
 from job.run import LEDGER
 from tests.conftest import write_data
@@ -89,3 +91,67 @@ def test_a_crash_by_nan_is_a_finding(data: Path, start: Any, s4gan: Any, tmp_pat
     ended = s4gan(["diagnose", run])
     assert ended.code == 1
     assert "NaN or infinite" in ended.out
+
+
+# ---------------------------------------------------------------- the end before the end
+
+
+@pytest.fixture(scope="module")
+def early(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that reached its target at the second of four evaluations, at the latest."""
+    run = tmp_path_factory.mktemp("early") / "run"
+    training = AttemptProcess(command(data, run, **TARGET))
+    assert training.finish() == 0, training.output
+    assert "Stopped early: validation mIoU" in training.output
+    return run
+
+
+TARGET = {"stop__target_miou": 0.01, "train__eval_every": 9, "checkpoint__every": 7}
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_early_is_finished_with_all_its_files(early: Path) -> None:
+    summary = json.loads((early / "summary.json").read_text())
+    reached = summary["run"]["iterations"]
+    assert reached in (9, 18)
+    assert "has reached the target of 0.01" in summary["run"]["stopped_early"]
+    kept = f"checkpoint_{reached}.pth"
+    for name in ("best_model.pth", "best_model_D.pth", "final_model.pth", "report.html", kept):
+        assert (early / name).is_file(), name
+    (event,) = (one for one in read_ledger(early / LEDGER) if one["event"] == "stopped_early")
+    assert event["iteration"] == reached
+
+
+@pytest.mark.slow
+def test_the_same_command_again_trains_nothing_more(
+    data: Path, start: Any, early: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(early, run)
+    before = json.loads((run / "summary.json").read_text())
+    training = start(command(data, run, **TARGET))
+    assert training.finish() == 0, training.output
+    after = json.loads((run / "summary.json").read_text())
+    assert after["run"]["iterations"] == before["run"]["iterations"]
+    assert after["files"] == before["files"]
+    assert "\nIter " not in training.output
+    # Without the target it goes on to the end.
+    training = start(command(data, run, **{**TARGET, "stop__target_miou": "null"}))
+    assert training.finish() == 0, training.output
+    assert json.loads((run / "summary.json").read_text())["run"]["iterations"] == 40
+
+
+@pytest.mark.slow
+def test_killed_before_its_last_words_it_ends_the_same(
+    data: Path, start: Any, early: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for iteration in (3, 8, 9):
+        training = start(command(data, run, **TARGET))
+        training.wait_for_iteration(iteration)
+        training.send(signal.SIGKILL)
+        training.finish()
+    assert start(command(data, run, **TARGET)).finish() == 0
+    ours, theirs = (json.loads((one / "summary.json").read_text()) for one in (run, early))
+    assert ours["best"] == theirs["best"]
+    assert ours["run"]["iterations"] == theirs["run"]["iterations"]

@@ -57,6 +57,8 @@ def summed_up(events: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
         "files": {"best_model.pth": {"sha256": "ab", "size": 5}},
         "events": events,
         "checks": [Check("a", True, "b")],
+        "iterations": 500,
+        "stopped": "",
     } | changes
     return summary(**arguments)
 
