@@ -496,9 +496,7 @@ def resubmit(
 @app.command()
 def cancel(
     run: Annotated[str, typer.Argument(help="Run, or a place with several.")],
-    reason: Annotated[str, typer.Option(help="Shown in the job's history.")] = (
-        "cancelled by s4gan cancel"
-    ),
+    reason: Annotated[str, typer.Option(help="Shown in the job's history.")] = ("by s4gan cancel"),
     as_json: options.AsJson = False,
 ) -> None:
     """Stop what trains a run: it saves first, and submitting or training it again goes on."""

@@ -19,6 +19,8 @@ from job.storage import ObjectStore, open_store
 
 ACTIVE = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING")
 POLL_S = 5.0
+CANCELLED = "cancelled: "
+"""How the reason of a job that was ended begins; the stack's alarm is silent about those."""
 LAST_LOOKS = 2
 """At the output of an attempt that has ended."""
 MAX_DESCRIBED = 100
@@ -201,7 +203,7 @@ def cancel(store: ObjectStore, reason: str) -> str:
 def _terminate(job_id: str, region: str | None, reason: str) -> None:
     # Not CancelJob: that does nothing to a job that has started, and does not say so.
     with explained(f"end the job {job_id}"):
-        client("batch", region).terminate_job(jobId=job_id, reason=reason)
+        client("batch", region).terminate_job(jobId=job_id, reason=f"{CANCELLED}{reason}")
 
 
 # ---------------------------------------------------------------- output

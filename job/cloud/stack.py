@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import job
 from job.cloud.aws import client, code_of, explained
-from job.errors import ConfigError, StorageError
+from job.errors import ConfigError, JobError, StorageError
 
 TEMPLATE = Path(job.__file__).parent.parent / "infra" / "stack.yaml"
 POLL_S = 5.0
-CHANGE_SET = "s4gan"
 _GONE_WRONG = ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "DELETE_FAILED")
 """States of a stack that can only be deleted."""
 _REGION = "us-east-1"
@@ -131,22 +132,22 @@ def deploy(
             f"the stack {name} is being changed by somebody else ({status})",
             mend="wait until it is done, then deploy again",
         )
-    changes = _propose(formation, name, text, parameters, new, poll_s)
-    if not changes:
+    proposal = _propose(formation, name, text, parameters, new, poll_s)
+    if proposal is None:
         say(f"The stack {name} is as the template says; nothing to do.")
         return outputs(name)
     wanted = False
     try:
-        wanted = agreed(changes)
+        wanted = agreed(proposal.changes)
     finally:
         if not wanted:
-            _withdraw(formation, name, new)
+            _withdraw(formation, proposal)
     if not wanted:
         return None
-    began = _newest_event(formation, name)
-    with explained(f"change the stack {name}"):
-        formation.execute_change_set(StackName=name, ChangeSetName=CHANGE_SET)
-    _follow(formation, name, began, say, poll_s, good=("CREATE_COMPLETE", "UPDATE_COMPLETE"))
+    began = _newest_event(formation, proposal.stack_id)
+    _execute(formation, name, proposal)
+    good = ("CREATE_COMPLETE", "UPDATE_COMPLETE")
+    _follow(formation, proposal.stack_id, began, say, poll_s, good=good)
     return outputs(name)
 
 
@@ -163,30 +164,65 @@ def deployed(name: str) -> Deployed:
     """What the stack says of itself.
 
     Raises:
-        ConfigError: there is no such stack in this account and region.
+        ConfigError: there is no such stack in this account and region, or it is not finished.
     """
     found = _stack(client("cloudformation"), name)
     if found is None:
-        from job.storage.s3 import aws_session
-
-        region = aws_session().region_name
-        raise ConfigError(
-            f"there is no stack {name} in {region}",
-            mend="deploy it (s4gan infra deploy), set AWS_REGION to where it is, or say --stack",
-        )
+        raise _no_stack(name)
+    parts = _outputs_of(found)
+    if "Bucket" not in parts:  # outputs come all at once, when the stack is made
+        raise _without_parts(name, found["StackStatus"])
     return Deployed(
-        {item["OutputKey"]: item["OutputValue"] for item in found.get("Outputs", ())},
+        parts,
         {one["ParameterKey"]: str(one["ParameterValue"]) for one in found.get("Parameters", ())},
     )
+
+
+def _no_stack(name: str) -> ConfigError:
+    from job.storage.s3 import aws_session
+
+    return ConfigError(
+        f"there is no stack {name} in {aws_session().region_name}",
+        mend="deploy it (s4gan infra deploy), set AWS_REGION to where it is, or say --stack",
+    )
+
+
+def _outputs_of(found: Any) -> dict[str, str]:
+    return {item["OutputKey"]: item["OutputValue"] for item in found.get("Outputs", ())}
+
+
+def _without_parts(name: str, status: str) -> ConfigError:
+    if status in _GONE_WRONG:
+        mend = f"s4gan infra destroy --stack {name}, then s4gan infra deploy --stack {name}"
+    elif status == "REVIEW_IN_PROGRESS":
+        mend = f"nobody has agreed to it yet: s4gan infra deploy --stack {name}"
+    elif status.endswith("_IN_PROGRESS"):
+        mend = "wait until it is done"
+    else:
+        mend = "it is none of this program's: say --stack, or set AWS_REGION"
+    return ConfigError(f"the stack {name} is in state {status}, and has no bucket", mend=mend)
 
 
 def outputs(name: str) -> dict[str, str]:
     """What the stack calls its parts.
 
     Raises:
-        ConfigError: there is no such stack in this account and region.
+        ConfigError: there is no such stack in this account and region, or it is not finished.
     """
     return dict(deployed(name).outputs)
+
+
+@dataclass(frozen=True)
+class _Proposal:
+    """A change set that waits for a yes. Two people may have one each, of the same stack."""
+
+    id: str
+    """ARN. By a name a change set of somebody else might be meant."""
+    stack_id: str
+    """ARN. By its name another stack might be meant, made after this one was deleted."""
+    new: bool
+    """The stack has never been made."""
+    changes: Sequence[Change]
 
 
 def _propose(
@@ -196,8 +232,8 @@ def _propose(
     parameters: Mapping[str, str],
     new: bool,
     poll_s: float,
-) -> list[Change]:
-    """Make a change set and return what it would do; empty if nothing."""
+) -> _Proposal | None:
+    """Make a change set and return what it would do; None if nothing."""
     with explained(f"read the parameters of {TEMPLATE.name}"):
         known = {
             item["ParameterKey"]
@@ -218,68 +254,84 @@ def _propose(
         {"ParameterKey": key, "UsePreviousValue": True} for key in sorted(kept - set(parameters))
     ]
     with explained(f"propose changes of the stack {name}"):
-        if _has_change_set(formation, name):  # of a deployment that was broken off
-            formation.delete_change_set(StackName=name, ChangeSetName=CHANGE_SET)
-        formation.create_change_set(
+        made = formation.create_change_set(
             StackName=name,
-            ChangeSetName=CHANGE_SET,
+            ChangeSetName=_change_set_name(),
             ChangeSetType="CREATE" if new else "UPDATE",
             TemplateBody=text,
             Parameters=given,
             Capabilities=["CAPABILITY_IAM"],
             Tags=[{"Key": "Project", "Value": name}],
         )
+        proposal = _Proposal(made["Id"], made["StackId"], new, ())
         while True:
-            proposed = formation.describe_change_set(StackName=name, ChangeSetName=CHANGE_SET)
+            proposed = formation.describe_change_set(ChangeSetName=proposal.id)
             if proposed["Status"] not in ("CREATE_PENDING", "CREATE_IN_PROGRESS"):
                 break
             time.sleep(poll_s)
     why = proposed.get("StatusReason", "")
     if proposed["Status"] == "FAILED":
-        _withdraw(formation, name, new)
+        _withdraw(formation, proposal)
         if "didn't contain changes" in why or "No updates" in why:
-            return []
+            return None
         raise ConfigError(f"CloudFormation refuses the template: {why}")
-    return [
+    found = (item["ResourceChange"] for item in _changes(formation, proposal, proposed))
+    changes = [
         Change(
             change["Action"],
             change["LogicalResourceId"],
             change["ResourceType"],
             change.get("Replacement", ""),
         )
-        for change in (item["ResourceChange"] for item in _changes(formation, name, proposed))
+        for change in found
     ]
+    return replace(proposal, changes=changes)
 
 
-def _withdraw(formation: Any, name: str, new: bool) -> None:
-    with explained(f"withdraw the changes of the stack {name}"):
-        formation.delete_change_set(StackName=name, ChangeSetName=CHANGE_SET)
-        if new:  # else an empty stack would stay, in review for ever
-            formation.delete_stack(StackName=name)
+def _change_set_name() -> str:
+    now = datetime.datetime.now(datetime.UTC)
+    return f"s4gan-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
-def _changes(formation: Any, name: str, first: Mapping[str, Any]) -> Iterator[Any]:
+def _withdraw(formation: Any, proposal: _Proposal) -> None:
+    """Leave things as they were, whatever somebody else has done meanwhile."""
+    with explained("withdraw the proposed changes"):
+        formation.delete_change_set(ChangeSetName=proposal.id)
+        if not proposal.new:
+            return
+        # An empty stack would stay, in review for ever. But somebody else may have made it by now,
+        # or be about to.
+        if _status(formation, proposal.stack_id) != "REVIEW_IN_PROGRESS":
+            return
+        if not formation.list_change_sets(StackName=proposal.stack_id)["Summaries"]:
+            formation.delete_stack(StackName=proposal.stack_id)
+
+
+def _execute(formation: Any, name: str, proposal: _Proposal) -> None:
+    from botocore.exceptions import ClientError
+
+    with explained(f"change the stack {name}"):
+        try:
+            formation.execute_change_set(ChangeSetName=proposal.id)
+        except ClientError as error:
+            if code_of(error) not in ("ChangeSetNotFound", "InvalidChangeSetStatus"):
+                raise
+            raise ConfigError(
+                f"the stack {name} was changed by somebody else since this was proposed",
+                mend="deploy again, and look at what would change now",
+            ) from None
+
+
+def _changes(formation: Any, proposal: _Proposal, first: Mapping[str, Any]) -> Iterator[Any]:
     page = first
     while True:
         yield from page.get("Changes", ())
         if not page.get("NextToken"):
             return
-        with explained(f"read the changes of the stack {name}"):
+        with explained("read the proposed changes"):
             page = formation.describe_change_set(
-                StackName=name, ChangeSetName=CHANGE_SET, NextToken=page["NextToken"]
+                ChangeSetName=proposal.id, NextToken=page["NextToken"]
             )
-
-
-def _has_change_set(formation: Any, name: str) -> bool:
-    from botocore.exceptions import ClientError
-
-    try:
-        found = formation.list_change_sets(StackName=name)["Summaries"]
-    except ClientError as error:
-        if code_of(error) in ("ValidationError", "ChangeSetNotFound"):  # there is no such stack
-            return False
-        raise
-    return any(item["ChangeSetName"] == CHANGE_SET for item in found)
 
 
 # ---------------------------------------------------------------- removing
@@ -306,28 +358,53 @@ def destroy(
         Whether it was agreed to.
 
     Raises:
-        ConfigError: there is no such stack.
+        ConfigError: there is no such stack, or somebody still has its SubmitPolicy.
         StorageError: AWS refused, with the first reason it gave.
     """
     formation = client("cloudformation")
-    bucket = outputs(name).get("Bucket", "")
+    found = _stack(formation, name)
+    if found is None:
+        raise _no_stack(name)
+    parts = _outputs_of(found)
+    bucket = parts.get("Bucket", "")
+    _refuse_to_take_rights(parts.get("SubmitPolicy", ""))
     if bucket and delete_bucket:
         gone = f"the stack {name} and all that is in s3://{bucket}"
     else:
         gone = f"the stack {name}" + (f" (s3://{bucket} stays)" if bucket else "")
     if not agreed(gone):
         return False
-    began = _newest_event(formation, name)
-    # By its id: a deleted stack is not found by its name any more.
-    found = _stack(formation, name)
-    assert found is not None
-    id_ = found["StackId"]
+    id_ = found["StackId"]  # a deleted stack is not found by its name any more
+    began = _newest_event(formation, id_)
     with explained(f"delete the stack {name}"):
-        formation.delete_stack(StackName=name)
+        formation.delete_stack(StackName=id_)
     _follow(formation, id_, began, say, poll_s, good=("DELETE_COMPLETE",))
     if bucket and delete_bucket:
         _delete_bucket(bucket, say)
     return True
+
+
+def _refuse_to_take_rights(policy: str) -> None:
+    """A policy that somebody has cannot be deleted; half of the stack would be gone by then."""
+    if not policy:
+        return
+    try:
+        with explained("see who has the stack's SubmitPolicy"):
+            found = client("iam").list_entities_for_policy(PolicyArn=policy)
+    except JobError:
+        return  # without the right to see it, or in a world without IAM, deleting will tell
+    kinds = (("PolicyUsers", "User"), ("PolicyGroups", "Group"), ("PolicyRoles", "Role"))
+    holders = [
+        (kind.lower(), one[f"{kind}Name"]) for key, kind in kinds for one in found.get(key, ())
+    ]
+    if not holders:
+        return
+    kind, holder = holders[0]
+    raise ConfigError(
+        "the stack's SubmitPolicy still belongs to "
+        + ", ".join(f"the {kind} {holder}" for kind, holder in holders),
+        mend=f"aws iam detach-{kind}-policy --{kind}-name {holder} --policy-arn {policy}",
+    )
 
 
 def _delete_bucket(bucket: str, say: Callable[[str], None]) -> None:

@@ -249,7 +249,7 @@ def test_from_deploying_to_the_model(
         assert (found["state"], found["job_id"]) == ("training", second)
         assert f"asked job {second} to save and end" in user("cancel", uri)
         found = user.wait(uri, lambda found: bool(found["state"] == "stopped"))
-        assert "cancelled by s4gan cancel" in found["detail"]
+        assert "cancelled: by s4gan cancel" in found["detail"]
         assert exit_code(user, second) == ExitCode.PREEMPTED
         cancelled_at = found["iteration"]
         assert interrupted_at + 20 < cancelled_at < ENDLESS

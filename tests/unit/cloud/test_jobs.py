@@ -173,7 +173,9 @@ def test_the_run_at_a_place_or_those_below_it(store: ObjectStore, tmp_path: Path
 def test_cancelling_terminates_the_job(store: ObjectStore, stub: Stub) -> None:
     submitted(store, "job-1")
     describes(stub, [job("job-1", "RUNNING")])
-    stub("batch").add_response("terminate_job", {}, {"jobId": "job-1", "reason": "too dear"})
+    stub("batch").add_response(
+        "terminate_job", {}, {"jobId": "job-1", "reason": "cancelled: too dear"}
+    )
     assert cancel(store, "too dear") == "job job-1"
 
 
@@ -184,7 +186,7 @@ def test_every_job_that_has_not_ended_is_cancelled(store: ObjectStore, stub: Stu
     states = ("RUNNING", "FAILED", "RUNNABLE")
     describes(stub, [job(f"job-{n}", state) for n, state in enumerate(states, 1)])
     for job_id in ("job-1", "job-3"):
-        stub("batch").add_response("terminate_job", {}, {"jobId": job_id, "reason": "x"})
+        stub("batch").add_response("terminate_job", {}, {"jobId": job_id, "reason": "cancelled: x"})
     assert cancel(store, "x") == "job job-1 and job-3"
 
 
@@ -197,7 +199,7 @@ def test_a_job_is_looked_for_where_it_is(
     )
     store.write(run.job_record(record.name), record.to_json())
     describes(stub, [job("job-1", "RUNNING", ("a",))], [job("job-1", "RUNNING", ("a",))])
-    stub("batch").add_response("terminate_job", {}, {"jobId": "job-1", "reason": "x"})
+    stub("batch").add_response("terminate_job", {}, {"jobId": "job-1", "reason": "cancelled: x"})
     writes(stub, "a", (None, "f/1", ["one"]), ("f/1", "f/1", []))
     asked: list[Any] = []
     client = jobs.client
@@ -219,7 +221,9 @@ def test_a_job_that_was_not_written_down_is_found_by_its_lease(
     monkeypatch.setenv("AWS_BATCH_JOB_ID", "job-1")
     lease = acquire(store, on_lost=print)
     try:
-        stub("batch").add_response("terminate_job", {}, {"jobId": "job-1", "reason": "x"})
+        stub("batch").add_response(
+            "terminate_job", {}, {"jobId": "job-1", "reason": "cancelled: x"}
+        )
         assert cancel(store, "x") == "job job-1"
     finally:
         lease.release()
@@ -396,9 +400,9 @@ def test_cancelling_several_goes_on_after_one_that_fails(
     stub("batch").add_response("describe_jobs", {"jobs": [job("a", "RUNNING")]})
     stub("batch").add_client_error("terminate_job", "AccessDeniedException", "not you")
     describes(stub, [job("b", "SUCCEEDED")], [job("c", "RUNNING")])
-    stub("batch").add_response("terminate_job", {}, {"jobId": "c", "reason": "cancelled by x"})
+    stub("batch").add_response("terminate_job", {}, {"jobId": "c", "reason": "cancelled: by x"})
     with pytest.raises(typer.Exit) as ended:
-        cli.cancel(store.uri, reason="cancelled by x")
+        cli.cancel(store.uri, reason="by x")
     assert ended.value.exit_code == ExitCode.IO_ERROR
     told = capsys.readouterr()
     assert told.out == f"{store.uri}/c: asked job c to save and end\n"
@@ -412,7 +416,7 @@ def test_what_was_cancelled_is_json(
     store.write(run.IDENTITY, b"{}")
     submitted(store, "job-1")
     describes(stub, [job("job-1", "RUNNING")])
-    stub("batch").add_response("terminate_job", {}, {"jobId": "job-1", "reason": "x"})
+    stub("batch").add_response("terminate_job", {}, {"jobId": "job-1", "reason": "cancelled: x"})
     cli.cancel(store.uri, reason="x", as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert told == [{"run": store.uri, "stopped": "job job-1"}]

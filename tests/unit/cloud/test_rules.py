@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -278,12 +279,23 @@ def test_it_is_clean_shell(script: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("disks", "done"),
+    ("disks", "broken", "done"),
     [
-        ([], []),
-        (["/dev/nvme1n1"], ["mkfs.xfs -f /dev/nvme1n1", "mount -o noatime /dev/nvme1n1 {scratch}"]),
+        ([], (), []),
+        (
+            ["/dev/nvme1n1"],
+            (),
+            ["mkfs.xfs -f /dev/nvme1n1", "mount -o noatime /dev/nvme1n1 {scratch}"],
+        ),
+        (["/dev/nvme1n1"], ("mkfs.xfs", "mdadm"), []),
         (
             ["/dev/nvme1n1", "/dev/nvme2n1"],
+            ("mdadm",),
+            ["mkfs.xfs -f /dev/nvme1n1", "mount -o noatime /dev/nvme1n1 {scratch}"],
+        ),
+        (
+            ["/dev/nvme1n1", "/dev/nvme2n1"],
+            (),
             [
                 "mdadm --create /dev/md0 --run --level 0 --raid-devices 2 /dev/nvme1n1 "
                 "/dev/nvme2n1",
@@ -294,12 +306,13 @@ def test_it_is_clean_shell(script: Path) -> None:
     ],
 )
 def test_local_disks_become_scratch(
-    script: Path, tmp_path: Path, disks: list[str], done: list[str]
+    script: Path, tmp_path: Path, disks: list[str], broken: Sequence[str], done: list[str]
 ) -> None:
     tools, calls, scratch = tmp_path / "bin", tmp_path / "calls", tmp_path / "scratch"
     tools.mkdir()
     for name in ("mdadm", "mkfs.xfs", "mount"):
-        (tools / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {calls}\n')
+        works = "exit 1" if name in broken else f'echo "{name} $*" >> {calls}'
+        (tools / name).write_text(f"#!/bin/sh\n{works}\n")
     shown = ["/dev/nvme0n1 Amazon Elastic Block Store"]
     shown += [f"{disk} Amazon EC2 NVMe Instance Storage" for disk in disks]
     (tools / "lsblk").write_text("#!/bin/sh\ncat <<END\n" + "\n".join(shown) + "\nEND\n")
@@ -319,3 +332,27 @@ def test_local_disks_become_scratch(
     found = calls.read_text().splitlines() if calls.exists() else []
     assert found == [line.format(scratch=scratch) for line in done]
     assert scratch.stat().st_mode & 0o7777 == 0o1777
+
+
+# ---------------------------------------------------------------- mails, and images
+
+
+def test_a_job_that_was_cancelled_is_no_alarm(template: dict[str, Any]) -> None:
+    from job.cloud.jobs import CANCELLED
+
+    detail = template["Resources"]["FailedJobs"]["Properties"]["EventPattern"]["detail"]
+    assert detail["statusReason"] == [{"anything-but": {"prefix": CANCELLED}}]
+
+
+def test_the_image_that_jobs_run_is_kept_before_old_ones_go(template: dict[str, Any]) -> None:
+    from job.cloud.image import COMMIT_TAG
+
+    policy = template["Resources"]["Repository"]["Properties"]["LifecyclePolicy"]
+    text = policy["LifecyclePolicyText"]["Fn::Sub"].replace("${ImageTag}", "v1")
+    first, *others = json.loads(text)["rules"]
+    assert first["selection"]["tagPatternList"] == ["v1"]
+    assert first["selection"]["countNumber"] == 1  # only one image can have a tag
+    patterns = [one["selection"].get("tagPatternList") for one in others]
+    assert [f"{COMMIT_TAG}*"] in patterns
+    priorities = [one["rulePriority"] for one in (first, *others)]
+    assert priorities == sorted(set(priorities))

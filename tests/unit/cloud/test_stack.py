@@ -15,7 +15,7 @@ import pytest
 import yaml
 from botocore.exceptions import CredentialRetrievalError, UnauthorizedSSOTokenError
 from botocore.parsers import ResponseParserError
-from botocore.stub import Stubber
+from botocore.stub import ANY, Stubber
 
 from job.cloud import stack
 from job.cloud.aws import explained, stack_name
@@ -33,6 +33,8 @@ KEYS = {
     *("Bucket", "RepositoryUri", "JobQueue", "OnDemandJobQueue", "JobDefinition", "LogGroup"),
     *("AlarmTopic", "SubmitPolicy", "Region", "NodesJobDefinition"),
 }
+CHANGE_SET = "arn:aws:cloudformation:us-east-1:123456789012:changeSet/s4gan-now/1"
+STACK = f"arn:aws:cloudformation:us-east-1:123456789012:stack/{NAME}/1"
 Stub = Callable[[str], Stubber]
 
 
@@ -166,7 +168,82 @@ def test_removing_what_is_not_there(moto: None) -> None:
     assert "AWS_REGION" in caught.value.mend
 
 
+def test_a_stack_that_somebody_may_still_submit_to_stays(moto: None) -> None:
+    made = deployed(Told(), **for_moto())
+    assert made is not None
+    iam = boto3.client("iam")
+    iam.create_user(UserName="ada")
+    iam.attach_user_policy(UserName="ada", PolicyArn=made["SubmitPolicy"])
+    with pytest.raises(ConfigError, match="belongs to the user ada") as caught:
+        destroy(NAME, delete_bucket=False, say=print, agreed=lambda _: True)
+    assert "aws iam detach-user-policy --user-name ada" in caught.value.mend
+    assert set(outputs(NAME)) == KEYS
+
+
 # ---------------------------------------------------------------- replies that moto does not give
+
+
+def refusing_a_new_one(formation: Stubber) -> None:
+    formation.add_client_error(
+        "describe_stacks", "ValidationError", "Stack with id s4gan does not exist", 400
+    )
+    proposing(formation, kind="CREATE", Status="CREATE_COMPLETE", Changes=[changing("Vpc")])
+    formation.add_response("delete_change_set", {}, {"ChangeSetName": CHANGE_SET})
+
+
+@pytest.mark.parametrize("status", ["CREATE_IN_PROGRESS", "CREATE_COMPLETE"])
+def test_a_no_leaves_the_same_stack_that_another_has_made(stub: Stub, status: str) -> None:
+    formation = stub("cloudformation")
+    refusing_a_new_one(formation)
+    formation.add_response("describe_stacks", described(status), {"StackName": STACK})
+    assert deployed(Told(answer=False), ImageTag="v2") is None
+
+
+def test_a_no_leaves_the_stack_that_another_is_being_asked_about(stub: Stub) -> None:
+    formation = stub("cloudformation")
+    refusing_a_new_one(formation)
+    formation.add_response("describe_stacks", described("REVIEW_IN_PROGRESS"), {"StackName": STACK})
+    others = {"Summaries": [{"ChangeSetName": "theirs"}]}
+    formation.add_response("list_change_sets", others, {"StackName": STACK})
+    assert deployed(Told(answer=False), ImageTag="v2") is None
+
+
+def test_a_no_leaves_no_empty_stack(stub: Stub) -> None:
+    formation = stub("cloudformation")
+    refusing_a_new_one(formation)
+    formation.add_response("describe_stacks", described("REVIEW_IN_PROGRESS"), {"StackName": STACK})
+    formation.add_response("list_change_sets", {"Summaries": []}, {"StackName": STACK})
+    formation.add_response("delete_stack", {}, {"StackName": STACK})
+    assert deployed(Told(answer=False), ImageTag="v2") is None
+
+
+@pytest.mark.parametrize("code", ["ChangeSetNotFound", "InvalidChangeSetStatus"])
+def test_a_yes_to_what_is_no_longer_so(stub: Stub, code: str) -> None:
+    formation = stub("cloudformation")
+    formation.add_response("describe_stacks", described("UPDATE_COMPLETE"))
+    proposing(formation, Status="CREATE_COMPLETE", Changes=[changing("Vpc")])
+    formation.add_response("describe_stack_events", {"StackEvents": []})
+    formation.add_client_error("execute_change_set", code, "no such change set", 404)
+    with pytest.raises(ConfigError, match="changed by somebody else since") as caught:
+        deployed(Told(), ImageTag="v2")
+    assert "deploy again" in caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("status", "mend"),
+    [
+        ("CREATE_IN_PROGRESS", "wait until it is done"),
+        ("REVIEW_IN_PROGRESS", "nobody has agreed to it yet"),
+        ("ROLLBACK_COMPLETE", "infra destroy --stack s4gan"),
+        ("CREATE_COMPLETE", "none of this program's"),
+    ],
+)
+def test_a_stack_without_parts_says_its_state(stub: Stub, status: str, mend: str) -> None:
+    formation = stub("cloudformation")
+    formation.add_response("describe_stacks", described(status, Outputs=[]))
+    with pytest.raises(ConfigError, match=f"in state {status}, and has no bucket") as caught:
+        outputs(NAME)
+    assert mend in caught.value.mend
 
 
 def described(status: str, **more: Any) -> dict[str, Any]:
@@ -174,7 +251,7 @@ def described(status: str, **more: Any) -> dict[str, Any]:
         "Stacks": [
             {
                 "StackName": NAME,
-                "StackId": f"arn:aws:cloudformation:us-east-1:123456789012:stack/{NAME}/1",
+                "StackId": STACK,
                 "CreationTime": NOW,
                 "StackStatus": status,
                 **more,
@@ -214,13 +291,12 @@ def proposing(formation: Stubber, *, kind: str = "UPDATE", **reply: Any) -> None
             {"StackName": NAME},
         )
         kept = [{"ParameterKey": "MaxvCpus", "UsePreviousValue": True}]
-    formation.add_response("list_change_sets", {"Summaries": []}, {"StackName": NAME})
     formation.add_response(
         "create_change_set",
-        {"Id": "arn:aws:cloudformation:us-east-1:123456789012:changeSet/s4gan/1"},
+        {"Id": CHANGE_SET, "StackId": STACK},
         {
             "StackName": NAME,
-            "ChangeSetName": "s4gan",
+            "ChangeSetName": ANY,
             "ChangeSetType": kind,
             "TemplateBody": TEMPLATE.read_text(),
             "Parameters": [{"ParameterKey": "ImageTag", "ParameterValue": "v2"}, *kept],
@@ -228,7 +304,7 @@ def proposing(formation: Stubber, *, kind: str = "UPDATE", **reply: Any) -> None
             "Tags": [{"Key": "Project", "Value": NAME}],
         },
     )
-    named = {"StackName": NAME, "ChangeSetName": "s4gan"}
+    named = {"ChangeSetName": CHANGE_SET}
     formation.add_response("describe_change_set", {"Status": "CREATE_IN_PROGRESS"}, named)
     formation.add_response("describe_change_set", reply, named)
 
@@ -256,11 +332,11 @@ def test_a_change_is_shown_done_and_followed(stub: Stub) -> None:
     formation.add_response(
         "describe_change_set",
         {"Status": "CREATE_COMPLETE", "Changes": [changing("Bucket")]},
-        {"StackName": NAME, "ChangeSetName": "s4gan", "NextToken": "more"},
+        {"ChangeSetName": CHANGE_SET, "NextToken": "more"},
     )
     old = event("0", "CREATE_COMPLETE", "Bucket")
-    formation.add_response("describe_stack_events", {"StackEvents": [old]}, {"StackName": NAME})
-    formation.add_response("execute_change_set", {}, {"StackName": NAME, "ChangeSetName": "s4gan"})
+    formation.add_response("describe_stack_events", {"StackEvents": [old]}, {"StackName": STACK})
+    formation.add_response("execute_change_set", {}, {"ChangeSetName": CHANGE_SET})
     formation.add_response("describe_stacks", described("UPDATE_IN_PROGRESS"))
     first = event("1", "UPDATE_IN_PROGRESS", "JobDefinition")
     formation.add_response("describe_stack_events", {"StackEvents": [first, old]})
@@ -288,10 +364,11 @@ def test_nothing_to_do_is_said(stub: Stub) -> None:
         Status="FAILED",
         StatusReason="The submitted information didn't contain changes. Submit different.",
     )
-    formation.add_response("delete_change_set", {})
-    formation.add_response("describe_stacks", described("CREATE_COMPLETE", Outputs=[]))
+    formation.add_response("delete_change_set", {}, {"ChangeSetName": CHANGE_SET})
+    made = [{"OutputKey": "Bucket", "OutputValue": "b"}]
+    formation.add_response("describe_stacks", described("CREATE_COMPLETE", Outputs=made))
     told = Told()
-    assert deployed(told, ImageTag="v2") == {}
+    assert deployed(told, ImageTag="v2") == {"Bucket": "b"}
     assert told.lines == ["The stack s4gan is as the template says; nothing to do."]
     assert told.asked is None
 
@@ -457,7 +534,10 @@ def fake_docker(folder: Path, fails: str = "nothing") -> tuple[str, Path]:
 
 def ready(stub: Stub) -> None:
     uri = "123456789012.dkr.ecr.us-east-1.amazonaws.com/s4gan"
-    given = [{"OutputKey": "RepositoryUri", "OutputValue": uri}]
+    given = [
+        {"OutputKey": "Bucket", "OutputValue": "b"},
+        {"OutputKey": "RepositoryUri", "OutputValue": uri},
+    ]
     stub("cloudformation").add_response(
         "describe_stacks", described("CREATE_COMPLETE", Outputs=given)
     )
