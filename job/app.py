@@ -27,6 +27,7 @@ from job.checkpoint.publisher import Publisher
 from job.checkpoint.resumable import (
     config_of_run,
     has_checkpoints,
+    refuse_nested,
     refuse_other_config,
     refuse_same_place,
 )
@@ -109,6 +110,7 @@ def train(
     patience_minutes = stall_minutes()
     store = open_store(run_uri)
     refuse_same_place(open_store(data_uri), store)
+    refuse_nested(store)
     changed = refuse_other_config(config_of_run(store), config, store, resume_anyway)
     device = choose_device()
     node = Node.here()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import re
@@ -72,6 +71,13 @@ def main() -> None:
     finally:
         # All is said and done: a signal now must not change the exit code that tells it.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _print_json(value: Any) -> None:
+    """For programs; what is no number is null, as JSON knows neither NaN nor infinity."""
+    from pydantic_core import to_json
+
+    print(to_json(value, indent=1, inf_nan_mode="null").decode())
 
 
 def _stopped_early(number: int, _frame: FrameType | None) -> NoReturn:
@@ -205,7 +211,7 @@ def evaluate(
 
     scores = evaluate_weights(weights, data, split, choose_device(), _transfer_progress())
     if as_json:
-        print(json.dumps(vars(scores), indent=1))
+        _print_json(vars(scores))
         return
     width = max(len(name) for name in scores.class_iou)
     print(f"{scores.images} images of {split}")
@@ -378,7 +384,7 @@ def submit(
     )
     if dry_run:
         request, costs = request_only(wish)
-        print(json.dumps(request, indent=1))
+        _print_json(request)
         print("\n".join(costs), file=sys.stderr)
         return
     _print_submitted(submit_runs(wish, _to_stderr), run, as_json)
@@ -387,7 +393,7 @@ def submit(
 def _print_submitted(submitted: list[SubmittedRun], place: str, as_json: bool) -> None:
     """Jobs, and the commands to follow them."""
     if as_json:
-        print(json.dumps([vars(one) for one in submitted], indent=1))
+        _print_json([vars(one) for one in submitted])
         return
     for one in submitted:
         print(f"job  {one.job_id}\nrun  {one.run_uri}")
@@ -417,7 +423,7 @@ def status(
     place = run or _all_runs(stack)
     found = statuses_at(place, prices)
     if as_json:
-        print(json.dumps([one.to_dict() for one in found], indent=1))
+        _print_json([one.to_dict() for one in found])
     elif len(found) == 1:
         print_run(found[0], prices)
     else:
@@ -445,7 +451,10 @@ def diagnose(
 
     chosen = options.read_config(config, {}) if config is not None else None
     found = diagnose_run(run, chosen)
-    print(json.dumps(found.to_dict(), indent=1) if as_json else found.text())
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        print(found.text())
     raise typer.Exit(0 if found.is_healthy else 1)
 
 
@@ -466,7 +475,7 @@ def cost(
     prices = Prices()
     found = statuses_at(run, prices)
     if as_json:
-        print(json.dumps([cost_of(one) for one in found], indent=1))
+        _print_json([cost_of(one) for one in found])
     else:
         print_cost(found, prices)
 
@@ -522,7 +531,7 @@ def cancel(
                 print(error, file=sys.stderr)
                 failed = error.exit_code
     if as_json:
-        print(json.dumps(stopped, indent=1))
+        _print_json(stopped)
     if failed or not stopped:
         raise typer.Exit(failed or ExitCode.BAD_CONFIG)
 

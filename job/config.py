@@ -282,6 +282,8 @@ def _read_source(name_or_file: str) -> tuple[str, str]:
     path = Path(name_or_file)
     if name_or_file in preset_names():
         path = PRESETS_DIR / f"{name_or_file}.yaml"
+    elif path.exists() and not path.is_file():
+        raise ConfigError(f"--config {name_or_file}: is no file", mend="give that of a YAML file")
     elif not path.is_file():
         known = ", ".join(preset_names())
         near = difflib.get_close_matches(name_or_file, preset_names(), n=1)

@@ -110,8 +110,14 @@ class RunIdentity:
 
     @classmethod
     def from_json(cls, text: bytes) -> RunIdentity:
-        """Inverse of `to_json`."""
-        return cls(**json.loads(text))
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: it is not what that gives.
+        """
+        from pydantic import TypeAdapter  # takes a while to import
+
+        return TypeAdapter(cls).validate_json(text, strict=True)
 
 
 def job_points(submission: str) -> str:

@@ -19,6 +19,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
 
 from job import run
 from job.errors import (
@@ -106,7 +109,7 @@ class _Content:
 
     attempt: int
     holder: Holder
-    renewed_at: float
+    renewed_at: Annotated[float, Field(ge=0, lt=1e11)]
     """Seconds since 1970, by the holder's clock; to be read by people and for its own durations."""
     released: bool = False
 
@@ -115,8 +118,7 @@ class _Content:
 
     @classmethod
     def from_json(cls, text: bytes) -> _Content:
-        raw = json.loads(text)
-        return cls(**{**raw, "holder": Holder(**raw["holder"])})
+        return TypeAdapter(cls).validate_json(text, strict=True)
 
 
 @dataclass(frozen=True)
@@ -366,7 +368,7 @@ def _parse(text: bytes, store: ObjectStore) -> _Content | None:
         return None
     try:
         return _Content.from_json(text)
-    except (ValueError, TypeError, KeyError):
+    except ValueError:
         raise StorageError(
             f"{store.uri}/{run.LEASE}: not a lease of this program",
             mend="make sure no attempt is running, then delete the file",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from job import run
 from job.config import Config, config_from_yaml, differences
-from job.errors import ConfigError, ObjectNotFound
-from job.storage import ObjectStore
+from job.errors import AccessDenied, ConfigError, ObjectNotFound
+from job.storage import ObjectStore, open_store
 
 
 def refuse_same_place(data: ObjectStore, store: ObjectStore) -> None:
@@ -36,6 +38,70 @@ def _run_in_data(run_uri: str, data_uri: str) -> ConfigError:
     return ConfigError(
         f"--run {run_uri} lies in --data {data_uri}", mend="choose another place for --run"
     )
+
+
+def refuse_nested(store: ObjectStore) -> None:
+    """Refuse a new run within another, or around one: every command would see only the outer one.
+
+    Raises:
+        ConfigError: it is.
+    """
+    refuse_around_others(store)
+    refuse_within_another(store)
+
+
+def refuse_around_others(store: ObjectStore) -> None:
+    """As `refuse_nested`, for what is below a place.
+
+    Raises:
+        ConfigError: there are other runs.
+    """
+    if store.stat(run.IDENTITY) is not None:
+        return  # it was there before
+    tail = f"/{run.IDENTITY}"
+    inner = next((info.key for info in store.list("") if info.key.endswith(tail)), None)
+    if inner is not None:
+        raise ConfigError(
+            f"{store.uri}: is the place of other runs, as {inner.removesuffix(tail)}",
+            mend="give the run a place of its own: choose another --run",
+        )
+
+
+def refuse_within_another(store: ObjectStore) -> None:
+    """As `refuse_nested`, for what a place is below of.
+
+    Raises:
+        ConfigError: it lies in another run.
+    """
+    if store.stat(run.IDENTITY) is not None:
+        return  # it was there before
+    for outer in around(store):
+        if _is_run(outer):
+            raise ConfigError(
+                f"{store.uri}: lies in the run {outer.uri}",
+                mend="choose another --run, beside that one",
+            )
+
+
+def around(store: ObjectStore) -> Iterator[ObjectStore]:
+    """The places that a place lies in, innermost first."""
+    folder = store.local_path("")
+    if folder is not None:
+        for parent in folder.resolve().parents:
+            yield open_store(str(parent))
+        return
+    bucket, _, path = store.uri.removeprefix("s3://").partition("/")
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield open_store(f"s3://{bucket}/{path}")
+
+
+def _is_run(store: ObjectStore) -> bool:
+    try:
+        run.RunIdentity.from_json(store.read(run.IDENTITY))
+    except (ObjectNotFound, AccessDenied, ValueError):  # another program may have a file so named
+        return False
+    return True
 
 
 def config_of_run(store: ObjectStore) -> Config | None:

@@ -9,7 +9,9 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from job import run
 from job.checkpoint.lease import look
@@ -33,7 +35,7 @@ class Submission:
 
     name: str
     """Sorts by time; names the folder below `jobs/`."""
-    job_id: str
+    job_id: Annotated[str, Field(min_length=1)]
     submitted_at: str
     """UTC, ISO 8601."""
     stack: str
@@ -45,11 +47,20 @@ class Submission:
     @property
     def region(self) -> str | None:
         """Where its job is, whatever the user's own region is now; None if it is not known."""
-        return region_of(self.request.get("jobQueue", ""))
+        return region_of(str(self.request.get("jobQueue", "")))
 
     def to_json(self) -> bytes:
         """Content of the file."""
         return json.dumps({**vars(self)}, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Submission:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: it is not what that gives.
+        """
+        return TypeAdapter(cls).validate_json(text, strict=True)
 
 
 def submissions(store: ObjectStore) -> list[Submission]:
@@ -60,18 +71,24 @@ def submissions(store: ObjectStore) -> list[Submission]:
     """
     found = []
     for info in store.list(run.JOBS):
-        if not info.key.endswith("/job.json"):
+        name = info.key.removeprefix(run.JOBS).partition("/")[0]
+        if info.key != run.job_record(name):
             continue
         try:
-            found.append(Submission(**json.loads(store.read(info.key))))
+            found.append(Submission.from_json(store.read(info.key)))
         except ObjectNotFound:
             continue
-        except (ValueError, TypeError):
-            raise StorageError(
-                f"{store.uri}/{info.key}: cannot be read",
-                mend="delete it: the run itself does not need it",
-            ) from None
+        except ValueError:
+            raise unreadable_record(store, name) from None
     return found
+
+
+def unreadable_record(store: ObjectStore, submission: str) -> StorageError:
+    """Of a run's job, that somebody has changed."""
+    return StorageError(
+        f"{store.uri}/{run.job_record(submission)}: is no record of a job",
+        mend="delete it: the run itself does not need it",
+    )
 
 
 def runs_at(uri: str) -> list[ObjectStore]:

@@ -94,8 +94,38 @@ def container_overrides(request: Mapping[str, Any]) -> Mapping[str, Any]:
     return dict(overrides)
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """What a request of `submit_request` asked for, but for the run itself."""
+
+    data_uri: str
+    nodes: int
+    gpus: int
+    max_hours: float | None
+    resume_anyway: bool
+
+    @classmethod
+    def from_request(cls, request: Mapping[str, Any]) -> Submitted:
+        """Read it back.
+
+        Raises:
+            LookupError, ValueError, TypeError, AttributeError: it is not such a request.
+        """
+        container = container_overrides(request)
+        command = [str(word) for word in container["command"]]
+        needs = container.get("resourceRequirements", ())
+        timeout = request.get("timeout")
+        return cls(
+            data_uri=command[command.index("--data") + 1],
+            nodes=int(request.get("nodeOverrides", {}).get("numNodes", 1)),
+            gpus=next((int(need["value"]) for need in needs if need["type"] == "GPU"), 1),
+            max_hours=float(timeout["attemptDurationSeconds"]) / 3600 if timeout else None,
+            resume_anyway="--resume-anyway" in command,
+        )
+
+
 def job_name(run_uri: str) -> str:
     """A name for people: the run's path in its bucket, in the letters that Batch takes."""
     path = run_uri.removeprefix("s3://").partition("/")[2].removeprefix("runs/")
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", path).strip("-_")
-    return f"s4gan-{name}"[:_MAX_NAME]
+    return f"s4gan-{name or 'run'}"[:_MAX_NAME]

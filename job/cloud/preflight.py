@@ -14,18 +14,29 @@ from job import run
 from job.checkpoint.lease import look
 from job.checkpoint.resumable import (
     config_of_run,
+    refuse_around_others,
     refuse_other_config,
     refuse_run_in_data,
     refuse_same_place,
+    refuse_within_another,
 )
 from job.cloud.aws import client, code_of, explained
+from job.cloud.claim import refuse_claimed
 from job.cloud.image import COMMIT_TAG
 from job.cloud.jobs import active_job
 from job.cloud.machines import Needs, gpu_bytes_at_least
 from job.cloud.payload import MEMORY_MIB, VCPUS
 from job.cloud.stack import Deployed, deployed
 from job.cloud.sweep import Point
-from job.cloud.waiting import container_of, environments, needs_of, never, queue_of, too_small
+from job.cloud.waiting import (
+    container_of,
+    crowded,
+    environments,
+    needs_of,
+    never,
+    queue_of,
+    too_small,
+)
 from job.config import check_gpus
 from job.data.dataset import load_dataset_info
 from job.errors import ConfigError, DataError
@@ -182,7 +193,12 @@ def check_wish(wish: Wish) -> None:
                 f"{flag} {uri}: a job in the cloud reads and writes S3",
                 mend="give s3://BUCKET/..., or train here: s4gan train",
             )
-        split_uri(uri)
+        _, prefix = split_uri(uri)
+        if flag == "--run" and not prefix:
+            raise ConfigError(
+                f"--run {uri}: is a whole bucket",
+                mend=f"choose a place below {uri.rstrip('/')}/runs/",
+            )
     refuse_run_in_data(wish.run_uri.rstrip("/"), wish.data_uri.rstrip("/"))
     if wish.nodes > 1 and not wish.on_demand:
         raise ConfigError(
@@ -251,6 +267,9 @@ def _check_queue(arn: str, needs: Needs, say: Callable[[str], None]) -> None:
             mend="change the stack (s4gan infra deploy --parameter KEY=VALUE), or ask for less: of "
             "a GPU's memory a smaller train.batch_size with more train.accumulate takes less",
         )
+    many = crowded(machines, needs)
+    if many:
+        say(f"warning: the job may wait for ever: {many}")
     small = too_small(machines, needs)
     if small:
         names = ", ".join(machine.name for machine in small)
@@ -370,6 +389,7 @@ def _check_weights(wish: Wish, stack: Deployed) -> None:
 
 def _check_nesting(wish: Wish, place: ObjectStore) -> None:
     """A run and the place of a sweep may not be the same: every command would see only the run."""
+    refuse_within_another(place)
     if any(point.run_uri != place.uri for point in wish.points):
         if place.stat(run.IDENTITY) is not None:
             raise ConfigError(
@@ -398,12 +418,15 @@ def _is_free(
     """
     uri = shlex.quote(store.uri)
     refuse_same_place(data, store)
+    refuse_around_others(store)
     before = config_of_run(store)
     changed = refuse_other_config(before, point.config, store, wish.resume_anyway)
     # Without anything that has changed a machine would start, see that all is done, and end.
     stops_otherwise = before is not None and before.stop != point.config.stop
     goes_on = wish.resume_anyway and (changed or before is None or stops_otherwise)
     try:
+        if store.uri != wish.run_uri.rstrip("/"):
+            refuse_claimed(store)  # the claim that is there otherwise is ours
         if store.stat(run.SUMMARY) is not None and not goes_on:
             raise ConfigError(
                 f"{store.uri}: this run is finished",

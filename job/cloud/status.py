@@ -12,12 +12,12 @@ from typing import Any
 from job import run
 from job.checkpoint.lease import Holding, look
 from job.cloud.jobs import describe, not_ended, runs_at, submissions
-from job.cloud.machines import Prices
+from job.cloud.machines import Prices, machines
 from job.cloud.waiting import why_waiting
 from job.config import Config, config_from_yaml
 from job.errors import AccessDenied, ExitCode, JobError, ObjectNotFound
 from job.monitor.attempts import Attempt, attempts_of, kept_iteration
-from job.monitor.ledger import check_numbers, parse_ledger
+from job.monitor.ledger import parse_ledger
 from job.storage import ObjectStore
 
 TOGETHER = 8
@@ -239,14 +239,18 @@ def _state(
         return "training", ""
     if batch == "RUNNING":
         return "starting", "the container runs, and has not begun with the run yet"
-    if last is not None and last.exit_code == ExitCode.OK and store.stat(run.SUMMARY) is not None:
-        return "finished", ""
+    if last is not None and last.exit_code == ExitCode.OK:
+        if store.stat(run.SUMMARY) is not None:
+            return "finished", ""
+        return "interrupted", f"it has finished, but its {run.SUMMARY} is gone; training makes it"
     if job is not None and batch == "FAILED" and all(one.job != job["jobId"] for one in tries):
         return "failed", _job_end(job)  # it never came to the run
     if last is None:
         if not had_job:
             return "new", "nothing has trained it yet, and no job is to"
-        return "submitted", "but AWS no longer knows its job" if job is None else ""
+        if job is None:
+            return "submitted", "but AWS no longer knows its job"
+        return "failed", f"its job is {batch}, but its {run.LEDGER} is not there"
     if last.exit_code is None:
         return "interrupted", _job_end(job) or "its process was killed"
     if last.exit_code in _STOPPED:
@@ -348,7 +352,7 @@ def _cost(attempt: Attempt, seconds: float, prices: Prices) -> tuple[float | Non
     """US dollars of an attempt, and what it would have cost on demand."""
     if not attempt.instance_type:
         return None, None
-    hours = attempt.nodes * seconds / 3600
+    hours = attempt.nodes * seconds / 3600 * _share(attempt, prices)
     listed = prices.on_demand(attempt.instance_type, attempt.zone)
     on_demand = listed * hours if listed is not None else None
     if attempt.life_cycle != "spot":
@@ -356,6 +360,19 @@ def _cost(attempt: Attempt, seconds: float, prices: Prices) -> tuple[float | Non
     until = attempt.started + seconds
     spot = prices.spot(attempt.instance_type, attempt.zone, attempt.started, until)
     return (spot * hours if spot is not None else None), on_demand
+
+
+def _share(attempt: Attempt, prices: Prices) -> float:
+    """Of a machine's price: Batch may put other jobs onto the GPUs that this one does not use."""
+    machine = machines().get(attempt.instance_type)
+    used = attempt.gpus // attempt.nodes
+    if machine is None or used >= machine.gpus:
+        return 1.0
+    prices.notes[
+        f"of a {machine.name}'s price, {used} of its {machine.gpus} GPUs are counted; what no job "
+        "uses of it is paid for too"
+    ] = None
+    return used / machine.gpus
 
 
 def _seconds_left(tries: Sequence[Attempt], config: Config | None) -> float | None:
@@ -375,9 +392,7 @@ def _ledger(store: ObjectStore) -> list[dict[str, Any]]:
     except ObjectNotFound:
         return []
     shown = str(store.local_path(run.LEDGER) or f"{store.uri}/{run.LEDGER}")
-    events = parse_ledger(text, shown)
-    check_numbers(events, shown)
-    return events
+    return parse_ledger(text, shown)
 
 
 def _config(store: ObjectStore) -> Config | None:

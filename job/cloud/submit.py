@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import secrets
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +13,10 @@ from typing import Any
 
 from job import run
 from job.cloud.aws import client, explained
-from job.cloud.jobs import Submission, submissions
+from job.cloud.claim import claimed
+from job.cloud.jobs import Submission, submissions, unreadable_record
 from job.cloud.machines import cost_guess
-from job.cloud.payload import Job, container_overrides, submit_request
+from job.cloud.payload import Job, Submitted, submit_request
 from job.cloud.preflight import TOGETHER, Checked, Wish, check, check_wish, free_runs
 from job.cloud.sweep import Point, points_file
 from job.config import Config, config_from_yaml
@@ -24,10 +24,6 @@ from job.errors import STORAGE_FAILURES, ConfigError, PreconditionFailed, Storag
 from job.revision import Revision, revision
 from job.run import RunIdentity
 from job.storage import ABSENT, ObjectStore, open_store
-
-CLAIM_S = 180.0
-"""Longer than it takes to look at the runs of a large sweep and to submit them."""
-_NO_CLAIM = b"{}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ def submit(wish: Wish, say: Callable[[str], None]) -> list[SubmittedRun]:
             f"warning: the image that the job runs was built from {checked.built_from[0]}, and "
             f"this checkout is at {code.commit}; make image && s4gan infra push brings it there"
         )
-    with _claimed(checked.place):
+    with claimed(checked.place, len(wish.points)):
         points = free_runs(wish, checked, say)
         return _submit(wish, points, checked, code, say)
 
@@ -148,34 +144,6 @@ def _submit(
 
 
 @contextlib.contextmanager
-def _claimed(place: ObjectStore) -> Iterator[None]:
-    """Of two people who submit the same at the same moment, one is told to wait."""
-    text, version = place.read_versioned(run.CLAIM)
-    claim = {"by": secrets.token_hex(8)}
-    if text and text != _NO_CLAIM and place.age_s(run.CLAIM) < CLAIM_S:
-        raise _claimed_by_another(place)
-    try:
-        version = place.write(run.CLAIM, json.dumps(claim).encode(), expected=version)
-    except PreconditionFailed:
-        raise _claimed_by_another(place) from None
-    try:
-        yield
-    finally:
-        # Not deleted: whoever submits may delete nothing. If it took too long, it is another's.
-        # If it cannot be given back it ends by itself, and what was submitted is told all the same.
-        with contextlib.suppress(*STORAGE_FAILURES):
-            place.write(run.CLAIM, _NO_CLAIM, expected=version)
-
-
-def _claimed_by_another(place: ObjectStore) -> ConfigError:
-    return ConfigError(
-        f"{place.uri}: is being submitted by another command",
-        mend=f"look again in a moment (s4gan status {place.uri}); if that command was killed, "
-        f"submitting works again {CLAIM_S / 60:.0f} minutes after it",
-    )
-
-
-@contextlib.contextmanager
 def _held_back(say: Callable[[str], None]) -> Iterator[None]:
     """A signal to stop that comes within the block does not: what it would stop is done by then."""
     came: list[int] = []
@@ -214,23 +182,22 @@ def resubmit(
             mend="s4gan submit; of a sweep, the same submit again takes what is not finished",
         )
     last = records[-1]
-    overrides = container_overrides(last.request)
-    command = overrides["command"]
-    needs = overrides.get("resourceRequirements", ())
-    gpus = next((int(need["value"]) for need in needs if need["type"] == "GPU"), 1)
-    timeout = last.request.get("timeout")
+    try:
+        said = Submitted.from_request(last.request)
+    except (LookupError, ValueError, TypeError, AttributeError):
+        raise unreadable_record(store, last.name) from None
     text = store.read(run.job_config(last.name)).decode(errors="replace")
     config = config_from_yaml(text, source=f"{store.uri}/{run.job_config(last.name)}")
     wish = Wish(
         points=[Point(store.uri, config)],
         run_uri=store.uri,
-        data_uri=command[command.index("--data") + 1],
+        data_uri=said.data_uri,
         stack=last.stack,
         on_demand=last.on_demand if on_demand is None else on_demand,
-        nodes=last.request.get("nodeOverrides", {}).get("numNodes", 1),
-        gpus=gpus,
-        max_hours=timeout["attemptDurationSeconds"] / 3600 if timeout else None,
-        resume_anyway="--resume-anyway" in command,
+        nodes=said.nodes,
+        gpus=said.gpus,
+        max_hours=said.max_hours,
+        resume_anyway=said.resume_anyway,
     )
     return submit(wish, say)
 
@@ -283,7 +250,7 @@ def _identity(store: ObjectStore) -> RunIdentity:
     except PreconditionFailed:
         try:
             return RunIdentity.from_json(store.read(run.IDENTITY))
-        except (ValueError, TypeError):
+        except ValueError:
             raise StorageError(
                 f"{store.uri}/{run.IDENTITY}: cannot be read",
                 mend="delete it: the run goes on, as a new run in W&B",

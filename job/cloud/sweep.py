@@ -131,4 +131,5 @@ def _axis(text: str) -> tuple[str, list[Any]]:
 
 def _shown(value: Any) -> str:
     """Part of a run's name."""
-    return "x".join(map(str, value)) if isinstance(value, list) else str(value).replace("/", "-")
+    text = "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.replace("/", "-")

@@ -68,6 +68,37 @@ def too_small(queue: Sequence[Mapping[str, Any]], needs: Needs) -> list[Machine]
     return [machine for machine in found if machine.holds(needs) and not machine.computes(needs)]
 
 
+def crowded(queue: Sequence[Mapping[str, Any]], needs: Needs) -> str:
+    """Why a job on several machines may wait for ever; empty if nothing speaks for it.
+
+    Each of its machines is its own, however little of it the job uses.
+
+    Args:
+        queue: `environments`.
+        needs: of the job.
+    """
+    if needs.nodes == 1:
+        return ""
+    found = []
+    for one in queue:
+        resources = one["computeResources"]
+        names = resources.get("instanceTypes", ())
+        known = [machines()[name] for name in names if name in machines()]
+        vcpus = [machine.vcpus for machine in known if machine.holds(needs)]
+        if (
+            not vcpus
+            or len(known) < len(names)
+            or needs.nodes * min(vcpus) <= resources["maxvCpus"]
+        ):
+            return ""
+        found.append((needs.nodes * min(vcpus), resources["maxvCpus"]))
+    wanted, most = min(found)
+    return (
+        f"its {needs.nodes} machines have {wanted} vCPUs together, and the stack may start {most} "
+        f"(its parameter MaxvCpus)"
+    )
+
+
 def why_waiting(job: Mapping[str, Any]) -> str:
     """The likely reason why a job has no machine yet; a sentence.
 
@@ -92,6 +123,9 @@ def why_waiting(job: Mapping[str, Any]) -> str:
     reason = never(found, needs)
     if reason:
         return f"it will never begin: {reason}"
+    reason = crowded(found, needs)
+    if reason:
+        return reason
     if all(_is_full(environment, needs.vcpus) for environment in found):
         return "other jobs use all vCPUs that the stack may start (its parameter MaxvCpus)"
     if any(one["computeResources"].get("type") == "SPOT" for one in found):

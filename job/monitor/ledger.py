@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,63 @@ MIRROR_EVERY_S = 30.0
 """Between two uploads of a ledger that has grown."""
 
 
-_NUMBERS = {
-    "train": ("iteration", "images_per_s"),
-    "eval": ("iteration", "val_miou"),
-    "training_started": ("resumed_at",),
-    "checkpoint": ("saved_at",),
-    "attempt_ended": ("exit_code",),
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_count(value) and value > 0
+
+
+def _is_time(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1e11  # up to the year 5138; NaN is no time
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+_Kind = tuple[Callable[[Any], bool], str]
+_NUMBER: _Kind = (_is_number, "a number")
+_COUNT: _Kind = (_is_count, "a number from 0 on")
+_POSITIVE: _Kind = (_is_positive, "a number from 1 on")
+_TIME: _Kind = (_is_time, "seconds since 1970")
+_TEXT: _Kind = (_is_text, "text")
+_LIST: _Kind = (_is_list, "a list")
+
+_ALWAYS: Mapping[str, Mapping[str, _Kind]] = {
+    "train": {"iteration": _COUNT, "images_per_s": _NUMBER},
+    "eval": {"iteration": _COUNT, "train_miou": _NUMBER, "val_miou": _NUMBER},
+    "training_started": {"resumed_at": _COUNT},
+    "machine": {"instance_type": _TEXT},
+    "checkpoint": {"saved_at": _COUNT},
+    "attempt_ended": {"exit_code": _NUMBER, "reason": _TEXT},
 }
-"""By kind of line."""
+"""What each line of a kind has, beside its time and its attempt."""
+_IF_THERE: Mapping[str, _Kind] = {
+    "iteration": _COUNT,
+    **dict.fromkeys(("loss_ce", "loss_fm", "loss_st", "loss_d", "lr_g", "lr_d"), _NUMBER),
+    "st_count": _NUMBER,
+    "class_iou": _LIST,
+    "job": _TEXT,
+    "job_attempt": _COUNT,
+    "gpus": _POSITIVE,
+    "nodes": _POSITIVE,
+    "predecessor": _COUNT,
+    "predecessor_last_seen": _TIME,
+    "life_cycle": _TEXT,
+    "zone": _TEXT,
+    "fingerprint": _TEXT,
+}
+"""What lines may have, of whatever kind."""
 _CHANGED = "the file was changed from outside: remove that line"
 
 
@@ -50,7 +99,7 @@ def read_ledger(path: Path, shown: str = "") -> list[dict[str, Any]]:
         shown: what to call it in an error; its path if empty.
 
     Raises:
-        StorageError: any other line is broken.
+        StorageError: any other line is broken, or lacks what its readers rely on.
     """
     try:
         text = path.read_bytes()
@@ -71,34 +120,26 @@ def parse_ledger(text: bytes, shown: str) -> list[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             event = None
-        if not isinstance(event, dict) or "event" not in event:
+        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
             raise StorageError(
                 f"{shown}: line {number} is no event",
                 mend=_CHANGED,
             )
+        _check(event, f"{shown}: line {number}")
         events.append(event)
     return events
 
 
-def check_numbers(events: Sequence[Mapping[str, Any]], shown: str) -> None:
-    """That each line has what every reader of the ledger counts with.
-
-    Args:
-        events: `parse_ledger`.
-        shown: what to call the ledger in an error.
-
-    Raises:
-        StorageError: a number is missing, or is none.
-    """
-    for number, event in enumerate(events, start=1):
-        names = {"time", "attempt", *_NUMBERS.get(event["event"], ())}
-        for name in sorted(names | ({"iteration"} & event.keys())):
-            value = event.get(name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise StorageError(
-                    f"{shown}: line {number}: {name} is {value!r}, not a number",
-                    mend=_CHANGED,
-                )
+def _check(event: Mapping[str, Any], where: str) -> None:
+    """That a line has what every reader of the ledger relies on."""
+    always = {"time": _TIME, "attempt": _POSITIVE, **_ALWAYS.get(event["event"], {})}
+    if_there = {name: kind for name, kind in _IF_THERE.items() if name in event}
+    for name, (holds, wanted) in {**if_there, **always}.items():
+        if not holds(event.get(name)):
+            raise StorageError(
+                f"{where}: {name} is {event.get(name)!r}, not {wanted}",
+                mend=_CHANGED,
+            )
 
 
 class Ledger:

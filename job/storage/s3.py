@@ -120,6 +120,10 @@ def split_uri(uri: str) -> tuple[str, str]:
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     if not bucket:
         raise ConfigError(f"{uri}: names no bucket", mend="write s3://BUCKET/PREFIX")
+    if not uri.isprintable():
+        raise ConfigError(
+            f"{uri!r}: has a character in it that is not printed", mend="write it without"
+        )
     if prefix.strip("/") and any(part in ("", ".", "..") for part in prefix.strip("/").split("/")):
         # Legal as a key, but some servers do not list it again.
         raise ConfigError(f"{uri}: has '//' or a dot for a folder in it", mend="remove it")

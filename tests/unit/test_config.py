@@ -137,6 +137,12 @@ def test_an_unknown_preset_names_the_nearest():
     assert "demo" in caught.value.mend
 
 
+@pytest.mark.parametrize("place", ["/dev/null", "/etc"])
+def test_what_is_no_file_is_said_to_be_none(place):
+    with pytest.raises(ConfigError, match=f"--config {place}: is no file"):
+        load_config(place)
+
+
 def test_a_binary_file_is_no_configuration(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_bytes(b"\xff\xfe\x00")

@@ -104,8 +104,31 @@ def test_records_are_read_in_the_order_they_were_submitted(store: ObjectStore) -
 @pytest.mark.parametrize("text", [b"{", b"{}", b"[]", b'{"name": "x", "more": 1}'])
 def test_a_record_that_is_none_is_named(store: ObjectStore, text: bytes) -> None:
     store.write("jobs/x/job.json", text)
-    with pytest.raises(StorageError, match=r"jobs/x/job\.json: cannot be read"):
+    with pytest.raises(StorageError, match=r"jobs/x/job\.json: is no record of a job"):
         submissions(store)
+
+
+@pytest.mark.parametrize(
+    "change", [{"job_id": None}, {"job_id": ""}, {"request": []}, {"name": 3}, {"on_demand": "no"}]
+)
+def test_so_is_one_that_somebody_has_changed(store: ObjectStore, change: dict[str, Any]) -> None:
+    submitted(store, "job-1")
+    (key,) = [info.key for info in store.list("jobs/") if info.key.endswith("/job.json")]
+    store.write(key, json.dumps({**json.loads(store.read(key)), **change}).encode())
+    with pytest.raises(StorageError, match=r"/job\.json: is no record of a job"):
+        submissions(store)
+
+
+def test_the_queue_of_a_changed_record_tells_no_region(store: ObjectStore) -> None:
+    submitted(store, "job-1")
+    (record,) = submissions(store)
+    assert dataclasses.replace(record, request={"jobQueue": 5}).region is None
+
+
+def test_what_lies_deeper_is_another_runs(store: ObjectStore) -> None:
+    submitted(store, "job-1")
+    submitted(store.below("jobs/inner"), "job-2")
+    assert [record.job_id for record in submissions(store)] == ["job-1"]
 
 
 @pytest.mark.parametrize(

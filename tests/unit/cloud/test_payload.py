@@ -87,6 +87,7 @@ def test_tags_hold_only_what_aws_lets_them_hold() -> None:
         ("s3://bucket/runs/first", "s4gan-first"),
         ("s3://bucket/runs/cats/loss.threshold_st=0.1/seed=2", "s4gan-cats-loss-threshold_st-0-1"),
         ("s3://bucket/runs/größer", "s4gan-gr-er"),
+        ("s3://bucket/runs/猫", "s4gan-run"),
         ("s3://bucket/runs/" + "x" * 300, "s4gan-" + "x" * 122),
     ],
 )

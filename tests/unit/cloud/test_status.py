@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def attempt(
         },
         {
             "event": "eval",
+            "train_miou": 0.5,
             "iteration": until,
             **head,
             "time": start + 3060,
@@ -127,6 +129,35 @@ def test_how_it_ended(
     assert found.images_per_s == 12.5
     assert found.seconds_left is None
     assert found.job_id == ""
+
+
+def test_a_finished_run_whose_summary_is_gone_is_not_called_failed(local: ObjectStore) -> None:
+    lay(local, attempt(1, began=2, resumed_at=0, until=1200, code=0))
+    found = looked(local)
+    assert found.state == "interrupted"
+    assert found.detail.startswith("it has finished, but its summary.json is gone")
+
+
+def test_a_job_that_succeeded_without_a_ledger(store: ObjectStore, stub: Stub) -> None:
+    store.write(run.IDENTITY, b"{}")
+    submitted(store, "job-1")
+    describes(stub, [job("job-1", "SUCCEEDED")])
+    found = looked(store)
+    assert found.state == "failed"
+    assert found.detail == "its job is SUCCEEDED, but its metrics.jsonl is not there"
+
+
+@pytest.mark.parametrize(
+    "change", [{"renewed_at": "now"}, {"renewed_at": 1e30}, {"attempt": None}, {"holder": []}]
+)
+def test_a_lease_that_somebody_has_changed_is_named(
+    local: ObjectStore, change: dict[str, Any]
+) -> None:
+    acquire(local, on_lost=lambda: None).release()
+    text = {**json.loads(local.read(run.LEASE)), **change}
+    local.write(run.LEASE, json.dumps(text).encode())
+    with pytest.raises(StorageError, match=r"lease\.json: not a lease"):
+        looked(local)
 
 
 def test_a_run_that_has_not_begun(local: ObjectStore) -> None:
@@ -203,14 +234,21 @@ def test_a_ledger_that_cannot_be_read_is_named(store: ObjectStore) -> None:
         ({"event": "train", "iteration": 1}, "images_per_s is None, not a number"),
         ({"event": "eval", "iteration": None, "val_miou": 0.5}, "iteration is None, not a number"),
         ({"event": "note", "attempt": "one"}, "attempt is 'one', not a number"),
-        ({"event": "note", "time": None}, "time is None, not a number"),
+        ({"event": "note", "time": None}, "time is None, not seconds since 1970"),
+        ({"event": "note", "time": 1e30}, "time is 1e+30, not seconds since 1970"),
+        ({"event": "machine", "zone": "a"}, "instance_type is None, not text"),
+        ({"event": "machine", "instance_type": "g5", "zone": 5}, "zone is 5, not text"),
+        ({"event": "attempt_ended", "exit_code": 0}, "reason is None, not text"),
+        ({"event": "attempt_started", "gpus": "four"}, "gpus is 'four', not a number"),
+        ({"event": "attempt_started", "gpus": None}, "gpus is None, not a number"),
+        ({"event": "attempt_started", "nodes": 0}, "nodes is 0, not a number"),
     ],
 )
 def test_a_line_without_its_numbers_is_named(
     local: ObjectStore, line: dict[str, Any], said: str
 ) -> None:
     lay(local, [{"attempt": 1, "time": NOW, **line}])
-    with pytest.raises(StorageError, match=rf"metrics\.jsonl: line 1: {said}"):
+    with pytest.raises(StorageError, match=rf"metrics\.jsonl: line 1: {re.escape(said)}"):
         looked(local)
 
 
@@ -441,6 +479,23 @@ def test_several_machines_cost_several_times_as_much(
     assert cost_of(found)["gpu_hours"] == pytest.approx(8)
     print_cost([found], Prices())
     assert "2 x g5.xlarge on-demand" in capsys.readouterr().out
+
+
+def test_of_a_machine_with_more_gpus_the_share_is_counted(local: ObjectStore) -> None:
+    class Dear(FixedPrices):
+        def on_demand(self, machine: str, zone: str) -> float | None:
+            return 8.0
+
+    one = {"life_cycle": "on-demand", "machine": "g5.12xlarge"}
+    lay(local, attempt(1, began=2, resumed_at=0, until=600, code=75, gpus=1, **one))
+    prices = Dear()
+    assert status_of(local, prices).usd == pytest.approx(2.0)
+    assert list(prices.notes) == [
+        "of a g5.12xlarge's price, 1 of its 4 GPUs are counted; what no job uses of it is paid "
+        "for too"
+    ]
+    lay(local, attempt(1, began=2, resumed_at=0, until=600, code=75, gpus=8, nodes=2, **one))
+    assert status_of(local, Dear()).usd == pytest.approx(16.0)
 
 
 @pytest.fixture

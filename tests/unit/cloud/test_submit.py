@@ -362,6 +362,71 @@ def test_of_two_who_submit_the_same_at_once_one_is_told_to_wait(
     submit(one, print)
 
 
+@pytest.mark.parametrize("there", ["place", "run"])
+def test_a_sweep_and_one_of_its_runs_are_not_submitted_at_once(
+    parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    place = f"s3://{parts['Bucket']}/runs/cats"
+    first = f"{place}/seed=0"
+    claim = b'{"by": "another", "lasts_s": 180.2}'
+    open_store(place if there == "place" else first).write(run.CLAIM, claim)
+    if there == "place":
+        said = refused(parts, wish(parts, data, run_uri=first))
+        assert f"{place}: is being submitted by another command" in str(said)
+        return
+    lines: list[str] = []
+    (one,) = submit(wish(parts, data, run_uri=place, seeds=2), lines.append)
+    assert one.run_uri == f"{place}/seed=1"
+    assert lines == [f"left out: {first}: is being submitted by another command"]
+
+
+def test_a_claim_lasts_as_long_as_it_says(
+    parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = wish(parts, data)
+    store = open_store(one.run_uri)
+    store.write(run.CLAIM, b'{"by": "a large sweep", "lasts_s": 1180}')
+    monkeypatch.setattr(type(store), "age_s", lambda self, key: 1000.0)
+    assert "works again 20 minutes after it" in str(refused(parts, one).mend)
+    store.write(run.CLAIM, b'["nobody\'s"]')
+    submit(one, print)
+
+
+def test_a_run_in_another_is_refused(parts: dict[str, str], data: str) -> None:
+    submit(wish(parts, data), print)
+    inner = f"s3://{parts['Bucket']}/runs/first/again"
+    for more in ({}, {"seeds": 2}):
+        with pytest.raises(ConfigError, match=r"lies in the run s3://.*/runs/first"):
+            submit(wish(parts, data, run_uri=inner, **more), print)
+
+
+def test_a_run_around_others_is_refused(parts: dict[str, str], data: str) -> None:
+    submit(wish(parts, data, run_uri=f"s3://{parts['Bucket']}/runs/cats/a"), print)
+    with pytest.raises(ConfigError, match="runs/cats: is the place of other runs, as a"):
+        submit(wish(parts, data, run_uri=f"s3://{parts['Bucket']}/runs/cats"), print)
+
+
+def test_a_whole_bucket_is_no_run() -> None:
+    one = Wish([Point("s3://b", CONFIG)], run_uri="s3://b", data_uri="s3://b/data", stack="s4gan")
+    with pytest.raises(ConfigError, match="--run s3://b: is a whole bucket"):
+        dry_run(one)
+
+
+@pytest.mark.parametrize(
+    "request_", [{}, {"jobQueue": 3}, {"containerOverrides": {"command": ["train"]}}]
+)
+def test_a_changed_record_cannot_be_submitted_again(
+    parts: dict[str, str], data: str, request_: dict[str, Any]
+) -> None:
+    (one,) = submit(wish(parts, data), print)
+    store = open_store(one.run_uri)
+    (record,) = submissions(store)
+    changed = dataclasses.replace(record, request=request_)
+    store.write(run.job_record(record.name), changed.to_json())
+    with pytest.raises(StorageError, match=r"job\.json: is no record of a job"):
+        resubmit(one.run_uri, on_demand=None, say=print)
+
+
 def test_two_threads_submit_once(
     parts: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,8 @@ def test_values_may_be_lists() -> None:
     points = sweep_points(CONFIG, PLACE, sweeps=["data.crop_size=[64,64],[96,128]"])
     assert [point.config.data.crop_size for point in points] == [(64, 64), (96, 128)]
     assert points[1].run_uri == f"{PLACE}/data.crop_size=96x128"
+    (point,) = sweep_points(CONFIG, PLACE, sweeps=["wandb.tags=[a/b,c]"])
+    assert point.run_uri == f"{PLACE}/wandb.tags=a-bxc"
 
 
 @pytest.mark.parametrize(

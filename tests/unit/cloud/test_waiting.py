@@ -10,7 +10,15 @@ import pytest
 from botocore.stub import Stubber
 
 from job.cloud.machines import Needs
-from job.cloud.waiting import environments, needs_of, never, queue_of, too_small, why_waiting
+from job.cloud.waiting import (
+    crowded,
+    environments,
+    needs_of,
+    never,
+    queue_of,
+    too_small,
+    why_waiting,
+)
 
 Stub = Callable[[str], Stubber]
 QUEUE = "arn:aws:batch:us-east-1:123456789012:job-queue/s4gan"
@@ -74,6 +82,33 @@ def with_environments(stub: Stub, *found: dict[str, Any]) -> None:
         {"computeEnvironments": list(found)},
         {"computeEnvironments": [ARN + "spot", ARN + "on-demand"]},
     )
+
+
+@pytest.mark.parametrize(
+    ("needs", "most", "said"),
+    [
+        (Needs(4, 16, 1, nodes=2), 64, "its 2 machines have 96 vCPUs together, and .* start 64"),
+        (Needs(4, 16, 1, nodes=2), 96, ""),
+        (Needs(1, 4, 1, nodes=2), 8, ""),
+        (Needs(1, 4, 1, nodes=3), 8, "3 machines have 12 vCPUs"),
+        (Needs(4, 16, 1), 16, ""),  # Batch goes beyond its limit by one machine
+    ],
+)
+def test_machines_of_a_job_on_several_count_as_a_whole(needs: Needs, most: int, said: str) -> None:
+    found = crowded([environment(resources={"maxvCpus": most})], needs)
+    assert re.search(said, found) if said else found == ""
+
+
+def test_of_machines_that_are_not_known_nothing_is_said() -> None:
+    of_tomorrow = environment(resources={"instanceTypes": ["g9.xlarge", "g4dn.12xlarge"]})
+    assert crowded([of_tomorrow], Needs(4, 16, 1, nodes=9)) == ""
+
+
+def test_a_job_on_several_that_waits_for_vcpus(stub: Stub) -> None:
+    with_environments(stub, environment(), environment("on-demand"))
+    waiting = job(gpus=4, vcpus=16)
+    nodes = {"numNodes": 2, "nodeRangeProperties": [{"container": waiting.pop("container")}]}
+    assert "96 vCPUs together" in why_waiting({**waiting, "nodeProperties": nodes})
 
 
 def test_environments_come_in_the_order_of_the_queue(stub: Stub) -> None:

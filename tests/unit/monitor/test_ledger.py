@@ -75,7 +75,7 @@ def written(path: Path, upto: int, *, step: int = 5) -> None:
         ledger.train(replace(TRAIN, iteration=iteration))
         if iteration % step == 0:
             ledger.evaluation(replace(EVAL, iteration=iteration))
-    ledger.notice(Notice("attempt_ended", "", {"reason": "SIGTERM", "saved_at": upto}))
+    ledger.notice(Notice("attempt_ended", "", {"reason": "SIGTERM", "exit_code": 75}))
     ledger.close()
 
 
@@ -261,11 +261,15 @@ def test_what_a_rollback_keeps_is_kept_to_the_letter(
     tmp_path_factory: pytest.TempPathFactory, upto: int, iteration: int, evaluated: int
 ) -> None:
     path = tmp_path_factory.mktemp("ledger") / "metrics.jsonl"
-    lines = [json.dumps({"event": "attempt_started", "attempt": 1})]
+    head = {"attempt": 1, "time": 1e9}
+    lines = [json.dumps({"event": "attempt_started", **head})]
     for i in range(1, upto + 1):
-        lines.append(json.dumps({"event": "train", "iteration": i, "loss_ce": 0.1 * i}))
+        at = {**head, "iteration": i}
+        loss = {"loss_ce": 0.1 * i, "images_per_s": 1.0}
+        lines.append(json.dumps({"event": "train", **at, **loss}))
         if i % 3 == 0:
-            lines.append(json.dumps({"event": "eval", "iteration": i, "class_iou": [None, 0.5]}))
+            scores = {"train_miou": 0.5, "val_miou": 0.1 * i, "class_iou": [None, 0.5]}
+            lines.append(json.dumps({"event": "eval", **at, **scores}))
     path.write_text("".join(f"{line}\n" for line in lines))
     opened(path, attempt=2, iteration=iteration, evaluated=evaluated).close()
 
@@ -552,7 +556,7 @@ class TestLedgerMirror:
         failing.error = None
         wait_until(lambda: store.read_versioned(run.LEDGER)[0] == ledger.path.read_bytes())
         failing.error = error
-        ledger.notice(Notice("attempt_ended", "", {}))
+        ledger.notice(Notice("attempt_ended", "", {"reason": "", "exit_code": 0}))
         ledger.close()
         mirror.close()
         assert not mirror._thread.is_alive()

@@ -155,6 +155,8 @@ def test_the_summary_holds_best_final_files_data_and_configuration() -> None:
         "run_id": "0123",
         "created_at": "2024-01-01T00:00:00+00:00",
         "attempts": 3,
+        "iterations": 500,
+        "stopped_early": None,
     }
     assert content["best"] == {
         "iteration": 500,

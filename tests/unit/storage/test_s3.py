@@ -172,6 +172,13 @@ def test_a_uri_without_a_bucket_is_the_users_error():
     assert split_uri("s3://bucket/a/b/") == ("bucket", "a/b")
 
 
+def test_a_character_that_nobody_sees_is_refused():
+    for uri in ("s3://bucket/a\nb", "s3://bucket/a\x00", "s3://bucket/a\u200bb"):
+        with pytest.raises(ConfigError, match="not printed") as caught:
+            split_uri(uri)
+        assert str(caught.value).count("\n") == 1
+
+
 def test_an_unusable_endpoint_is_the_users_error(s3_env, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
     with pytest.raises(ConfigError, match="nonsense"):
