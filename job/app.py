@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import hashlib
 import io
 import logging
@@ -12,7 +13,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,15 @@ from job.data.images import IMAGENET_MEAN, IMAGENET_STD
 from job.data.splits import SplitItems, Splits, check_same, items_of, make_splits
 from job.errors import (
     ConfigError,
+    Diverged,
     ExitCode,
     JobError,
     NoProgress,
     ObjectNotFound,
+    OutOfMemory,
     Preempted,
     StorageError,
+    TrainingFailure,
     reason,
 )
 from job.events import Notice, Tracker
@@ -52,6 +56,7 @@ from job.models.files import ModelCard, load_generator, model_file
 from job.monitor import Trackers
 from job.monitor.attempts import crash_loop, fingerprint, interruption_history
 from job.monitor.console import ConsoleTracker
+from job.monitor.divergence import BATCH_HALVED, MAX_ROLLBACKS, ROLLED_BACK, Guard, Remedies
 from job.monitor.health import OUT_OF_MEMORY, Watch
 from job.monitor.health_tracker import HealthTracker
 from job.monitor.ledger import Ledger, LedgerMirror, read_ledger
@@ -81,6 +86,39 @@ SHEET_IMAGES = 6
 
 
 def train(
+    config: Config,
+    *,
+    data_uri: str,
+    run_uri: str,
+    console: Console,
+    gpus: int = 1,
+    resume_anyway: bool = False,
+) -> ExitCode:
+    """Train a run: one attempt, and another one as often as something was done about a failure.
+
+    Args and errors: as `attempt_at`.
+    """
+    while True:
+        try:
+            return attempt_at(
+                config,
+                data_uri=data_uri,
+                run_uri=run_uri,
+                console=console,
+                gpus=gpus,
+                resume_anyway=resume_anyway,
+            )
+        except TrainingFailure as failure:
+            if not failure.goes_on:
+                raise
+            if not Node.here().alone:  # all machines have to begin anew
+                raise Preempted(f"{failure.message}; the next attempt goes on") from None
+        # By now nothing holds the networks any more; without this they would still be there.
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def attempt_at(
     config: Config,
     *,
     data_uri: str,
@@ -139,7 +177,10 @@ def train(
             config, store, scratch, lease, identity, data, device, gpus, console, record
         )
         state = _restore_or_begin(attempt, manager, changed, resume_anyway)
-        stop_rules = StopRules(config, read_ledger(record.ledger.path))
+        before = read_ledger(record.ledger.path)
+        trained_with = Remedies.of(before).applied(config)
+        stop_rules = StopRules(config, before)
+        guard = Guard(trained_with, before)
         ended = _ended_before(state, config, stop_rules)
         if not ended and store.stat(run.SUMMARY):
             # Of a run that is not finished any more.
@@ -149,15 +190,15 @@ def train(
         store.write(run.CONFIG, config.to_yaml().encode())
         store.write(run.SPLITS, data.splits.to_json())
         stop.raise_if_requested()
-        ranks = others.meet(config, data.splits, folder, state, stop)
+        ranks = others.meet(trained_with, data.splits, folder, state, stop)
         # 5. Start the trackers and the publisher.
-        with _tracking(attempt, state, stop) as tracking:
+        with _remedying(attempt, manager, guard), _tracking(attempt, state, stop) as tracking:
             with _publishing(attempt, manager, stop) as publisher:
                 # 6. Train.
                 complete = run_loop(
                     state,
                     Surroundings(
-                        config=config,
+                        config=trained_with,
                         items=data.items,
                         info=data.info,
                         device=device,
@@ -174,6 +215,7 @@ def train(
                         stop=stop,
                         ranks=ranks,
                         stop_rule=stop_rules,
+                        guard=guard,
                     ),
                 )
             if not complete:
@@ -357,7 +399,7 @@ def _recorded(
     failure: BaseException | None = None
     try:
         yield record
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # before the training; `_remedying` sees the others
         failure = _out_of_memory(config)
         raise failure from None
     except BaseException as error:
@@ -560,11 +602,13 @@ def _tracking(attempt: _Attempt, state: TrainState, stop: StopRequest) -> Iterat
     wandb = WandbTracker(
         attempt.config, attempt.identity, attempt.live_folder, attempt.console.print
     )
+    before = read_ledger(attempt.record.ledger.path)
+    trained_with = Remedies.of(before).applied(attempt.config)
     health = HealthTracker(
-        Watch(Setting(attempt.config, attempt.data.info.num_classes)),
+        Watch(Setting(trained_with, attempt.data.info.num_classes)),
         tell=attempt.record.tell,
         say=attempt.console.print,
-        before=read_ledger(attempt.record.ledger.path),
+        before=before,
         rolled_back=attempt.record.rolled_back,
         on_finding=[wandb.finding],
         on_standing=[wandb.standing],
@@ -625,13 +669,82 @@ def _save_schedule(attempt: _Attempt) -> SaveSchedule:
     return SaveSchedule(attempt.config.checkpoint.every, history)
 
 
-def _out_of_memory(config: Config) -> ConfigError:
+@contextlib.contextmanager
+def _remedying(attempt: _Attempt, manager: CheckpointManager, guard: Guard) -> Iterator[None]:
+    """Do about a failure of the training what the configuration says; the next attempt goes on.
+
+    Raises:
+        Diverged, OutOfMemory: always; `goes_on` tells whether something was done.
+    """
+    record, monitor = attempt.record, attempt.config.monitor
+    try:
+        yield
+    except Diverged as failure:
+        done = Remedies.of(read_ledger(record.ledger.path))
+        if monitor.on_divergence == "rollback" and done.rollbacks < MAX_ROLLBACKS:
+            record.tell(_roll_back(attempt, manager, guard, failure, done))
+            failure.goes_on = True
+        elif done.rollbacks >= MAX_ROLLBACKS:
+            failure.message += f" (rolled back {done.rollbacks} times already)"
+        raise
+    except torch.OutOfMemoryError:
+        done = Remedies.of(read_ledger(record.ledger.path))
+        halved = replace(done, halvings=done.halvings + 1)
+        short = _out_of_memory(done.applied(attempt.config))
+        if monitor.on_oom == "halve" and done.can_halve(attempt.config):
+            train = halved.applied(attempt.config).train
+            facts = {"batch_size": train.batch_size, "accumulate": train.accumulate}
+            record.tell(
+                Notice(
+                    BATCH_HALVED,
+                    f"warning: {short.message}; going on with batches of {train.batch_size}, "
+                    f"{train.accumulate} of them an iteration: the same images",
+                    facts,
+                )
+            )
+            short.goes_on = True
+        raise short from None
+
+
+def _roll_back(
+    attempt: _Attempt,
+    manager: CheckpointManager,
+    guard: Guard,
+    failure: Diverged,
+    done: Remedies,
+) -> Notice:
+    """Put aside what was saved since it went wrong; what is done, for console and ledger."""
+    why = failure.message
+    if guard.since is None:
+        to = manager.set_aside(attempt.config.train.iterations + 1, why)  # all of it is finite
+    else:
+        to = manager.set_aside(guard.since, why)
+    then = replace(done, rollbacks=done.rollbacks + 1)
+    train = then.applied(attempt.config).train
+    return Notice(
+        ROLLED_BACK,
+        f"warning: {why}\nRolled back ({then.rollbacks} of {MAX_ROLLBACKS}) to iteration "
+        f"{to or 0}; going on with --learning-rate {train.learning_rate:g} --learning-rate-D "
+        f"{train.learning_rate_D:g}",
+        {
+            "rollback": then.rollbacks,
+            "to": to or 0,
+            "since": guard.since,
+            "learning_rate": train.learning_rate,
+            "learning_rate_D": train.learning_rate_D,
+            "reason": why,
+        },
+    )
+
+
+def _out_of_memory(config: Config) -> OutOfMemory:
     train = config.train
-    return ConfigError(
+    return OutOfMemory(
         f"{OUT_OF_MEMORY} with batches of {train.batch_size}",
         mend="start a new run with the same images an iteration in smaller batches: "
         f"--batch-size {max(1, train.batch_size // 2)} "
-        f"--set train.accumulate={train.accumulate * 2}",
+        f"--set train.accumulate={train.accumulate * 2}; or go on with this one, which then does "
+        "it by itself: --set monitor.on_oom=halve",
     )
 
 

@@ -22,7 +22,9 @@ PRESETS_DIR = Path(__file__).parent / "presets"
 FREE_ON_RESUME = frozenset(
     {"data.workers", "train.log_every", "checkpoint.every", "checkpoint.keep_every"}
 )
-"""Fields a resumed run may change: they alter no weight. All of `stop` and `wandb` too."""
+"""Fields a resumed run may change: they alter no weight."""
+FREE_SECTIONS = ("stop.", "monitor.", "wandb.")
+"""All of these likewise."""
 
 
 def _pair(value: Any) -> Any:
@@ -135,6 +137,16 @@ class StopConfig(_Section):
     """End as soon as validation mIoU is that high."""
 
 
+class MonitorConfig(_Section):
+    """What is done when training goes wrong. May be changed at any time."""
+
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """Of NaN; rollback: to before it (or before Loss_CE has jumped), with half the learning rates,
+    at most three times."""
+    on_oom: Literal["stop", "halve"] = "stop"
+    """When the GPU's memory is not enough; halve: half the batch, accumulated twice as often."""
+
+
 class WandbConfig(_Section):
     """Weights & Biases."""
 
@@ -155,6 +167,7 @@ class Config(_Section):
     loss: LossConfig = LossConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     stop: StopConfig = StopConfig()
+    monitor: MonitorConfig = MonitorConfig()
     wandb: WandbConfig = WandbConfig()
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -234,9 +247,7 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
     return {
         key: (value, other[key])
         for key, value in _flatten(ours)
-        if value != other[key]
-        and key not in FREE_ON_RESUME
-        and not key.startswith(("stop.", "wandb."))
+        if value != other[key] and key not in FREE_ON_RESUME and not key.startswith(FREE_SECTIONS)
     }
 
 

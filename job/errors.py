@@ -10,7 +10,9 @@
     |  `- PreconditionFailed  a conditional write lost against another writer
     |- RunDeleted         74  the run was deleted while it was trained
     |- Fenced             76  another attempt owns the run
-    |- Diverged           70  a loss is NaN or infinite
+    |- TrainingFailure        may be acted upon (`monitor.on_divergence`, `monitor.on_oom`)
+    |  |- Diverged        70  a loss is NaN or infinite
+    |  `- OutOfMemory     78  of the GPU
     |- NoProgress         93  attempt after attempt fails alike at the same place
     |- RankLost           75  a process of another GPU is gone
     |- Stalled            75  nothing was done for too long
@@ -37,7 +39,7 @@ class ExitCode(enum.IntEnum):
     SOFTWARE = 1
     """A fault of this program, or of the machine; Python's own status for a traceback."""
     DIVERGED = 70
-    """A loss became NaN or infinite; the newest good checkpoint is kept."""
+    """A loss became NaN, infinite or far too high; the newest good checkpoint is kept."""
     IO_ERROR = 74
     """The storage behind the run failed (full, read-only, denied)."""
     PREEMPTED = 75
@@ -132,10 +134,39 @@ class Fenced(JobError):
     exit_code = ExitCode.FENCED
 
 
-class Diverged(JobError):
-    """A loss is NaN or infinite: further iterations cannot recover."""
+class TrainingFailure(JobError):
+    """What may not happen again with other learning rates, or smaller batches."""
+
+    goes_on: bool = False
+    """Something was done about it, so that the next attempt need not fail alike."""
+
+
+class Diverged(TrainingFailure):
+    """A loss is NaN or infinite, or far too high: further iterations cannot recover."""
 
     exit_code = ExitCode.DIVERGED
+
+    @classmethod
+    def with_rates(cls, message: str, rate: float, rate_D: float, *, rolls_back: bool) -> Diverged:
+        """With the guide's remedy.
+
+        Args:
+            message: what is wrong.
+            rate: learning rate it was trained with.
+            rate_D: the discriminator's.
+            rolls_back: whether the run rolls back by itself already.
+        """
+        by_itself = "--set monitor.on_divergence=rollback does that by itself; "
+        return cls(
+            message,
+            mend=f"start a new run with half the learning rates: --learning-rate {rate / 2:g} "
+            f"--learning-rate-D {rate_D / 2:g}; {'' if rolls_back else by_itself}"
+            "and look for broken images or masks",
+        )
+
+
+class OutOfMemory(TrainingFailure):
+    """The GPU's memory is not enough for the batches."""
 
 
 class NoProgress(JobError):

@@ -84,6 +84,30 @@ class NeverStop:
         """Nothing."""
 
 
+class LossGuard(Protocol):
+    """Judges by the losses whether a training is still worth going on with."""
+
+    @property
+    def suspects(self) -> bool:
+        """Whether it doubts; nothing is saved meanwhile that would replace what is good."""
+
+    def train(self, event: TrainEvent) -> None:
+        """Called after a line of losses.
+
+        Raises:
+            Diverged: it is not.
+        """
+
+
+class NoGuard:
+    """Goes on."""
+
+    suspects = False
+
+    def train(self, event: TrainEvent) -> None:
+        """Nothing."""
+
+
 class Tracker(Protocol):
     """A listener. No method may block training or raise for an outside failure."""
 

@@ -52,6 +52,15 @@ def attempt_in(unique_id: str) -> int:
     return int(unique_id.split("-")[1].removeprefix("a"))
 
 
+def iteration_in(unique_id: str) -> int:
+    """The iteration of a `unique_id`.
+
+    Raises:
+        ValueError: not one of ours.
+    """
+    return int(unique_id.split("-")[0])
+
+
 def job_config(submission: str) -> str:
     """Key of the configuration that a job was submitted with; never written again."""
     return f"{JOBS}{submission}/{CONFIG}"

@@ -230,6 +230,24 @@ class CheckpointManager:
             )
         return None
 
+    def set_aside(self, since: int, why: str) -> int | None:
+        """Never try the checkpoints of an iteration and of later ones again; the oldest stays.
+
+        Args:
+            since: first iteration of which there is none to go back to.
+            why: for whoever looks.
+
+        Returns:
+            The iteration that the run will go on from; None if it has no checkpoint.
+
+        Raises:
+            StorageError: the storage failed.
+        """
+        good = [id_ for id_ in self._ids if id_ not in self._quarantined]
+        while len(good) > 1 and run.iteration_in(good[0]) >= since:
+            self._quarantine(good.pop(0), why)
+        return run.iteration_in(good[0]) if good else None
+
     def new_best(self, iteration: int, val_miou: float) -> BestModel:
         """Name a new best model, whose files `save_best` is to publish."""
         return BestModel(run.unique_id(iteration, self._lease.attempt), iteration, val_miou)

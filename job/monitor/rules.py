@@ -228,13 +228,15 @@ class Spike:
     def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
         """See `Condition`."""
         del series, setting, is_open
-        before = points[-self.points - 1 : -1]
+        before = _values(points[-self.points - 1 : -1])
+        return points[-1] if points and self.is_above(points[-1][1], before) else None
+
+    def is_above(self, value: float, before: Sequence[float]) -> bool:
+        """Whether a value is far above those before it, of which there are enough to say so."""
         if len(before) < 3:
-            return None
-        usual = statistics.median(_values(before))
-        iteration, value = points[-1]
-        holds = value > usual * self.ratio and value > usual + self.rise
-        return (iteration, value) if holds else None
+            return False
+        usual = statistics.median(before)
+        return value > usual * self.ratio and value > usual + self.rise
 
 
 @dataclass(frozen=True)

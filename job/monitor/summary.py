@@ -13,6 +13,7 @@ import torch
 import torchvision
 
 import job
+from job.monitor.divergence import ROLLED_BACK
 from job.revision import git
 from job.run import RunIdentity
 
@@ -52,7 +53,10 @@ def checklist(
     gap = last["train_miou"] - last["val_miou"] if last else None
     unreadable = sum(event["event"] == "unreadable_image" for event in events)
     given_up = [event["of_iteration"] for event in events if event["event"] == "save_given_up"]
+    rollbacks = sum(event["event"] == ROLLED_BACK for event in events)
     errors = [f"{unreadable} images could not be decoded"] if unreadable else []
+    if rollbacks:
+        errors.append(f"it diverged, and was rolled back {rollbacks} times")
     if given_up:
         errors.append(f"no checkpoint of iterations {', '.join(map(str, given_up))}")
     return [

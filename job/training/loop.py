@@ -18,7 +18,16 @@ from job.data.dataset import DatasetInfo
 from job.data.splits import SplitItems
 from job.data.streams import iteration_loader
 from job.errors import DataError, Diverged
-from job.events import EvalEvent, NeverStop, Notice, StopRule, Tracker, TrainEvent
+from job.events import (
+    EvalEvent,
+    LossGuard,
+    NeverStop,
+    NoGuard,
+    Notice,
+    StopRule,
+    Tracker,
+    TrainEvent,
+)
 from job.heartbeat import beat
 from job.preemption import StopRequest
 from job.training.evaluation import evaluate
@@ -52,6 +61,7 @@ class Surroundings:
     stop: StopRequest
     ranks: Ranks = field(default_factory=Ranks)
     stop_rule: StopRule = field(default_factory=NeverStop)
+    guard: LossGuard = field(default_factory=NoGuard)
 
 
 def train(state: TrainState, around: Surroundings) -> bool:
@@ -63,7 +73,7 @@ def train(state: TrainState, around: Surroundings) -> bool:
     the run is complete. Several ranks go through it together, and decide together.
 
     Raises:
-        Diverged: a loss is NaN or infinite; nothing of it was saved.
+        Diverged: a loss is NaN or infinite, and nothing of it was saved; or the guard says so.
         DataError: too many training images cannot be read.
         Fenced: another attempt has taken over.
         StorageError: the state could not be saved at the end.
@@ -107,7 +117,9 @@ def train(state: TrainState, around: Surroundings) -> bool:
             if iteration % config.train.log_every == 0:
                 _raise_if_diverged(finite, state, config)
                 rate = speed.since_last(iteration)
-                tracker.train(_train_event(losses, iteration, lr_g, lr_d, rate))
+                event = _train_event(losses, iteration, lr_g, lr_d, rate)
+                tracker.train(event)
+                around.guard.train(event)
             stopping = ranks.any(stop.requested)
             if _evaluation_due(iteration, config) and not stopping:
                 _raise_if_diverged(finite, state, config)
@@ -119,7 +131,7 @@ def train(state: TrainState, around: Surroundings) -> bool:
             if stopping:
                 _raise_if_diverged(finite, state, config)
                 break
-            if saving.due(iteration):
+            if saving.due(iteration, hold=around.guard.suspects):
                 _raise_if_diverged(finite, state, config)
                 saving.save(state)
         durable = saving.before_leaving(state)
@@ -216,13 +228,12 @@ def _raise_if_diverged(finite: torch.Tensor, state: TrainState, config: Config) 
     weights = [*state.generator.parameters(), *state.discriminator.parameters()]
     if bool(finite & torch.stack([weight.isfinite().all() for weight in weights]).all()):
         return
-    train = config.train
-    raise Diverged(
+    raise Diverged.with_rates(
         f"training diverged: a loss or weight became NaN or infinite at or before iteration "
         f"{state.iteration}; the newest checkpoint is from before that and stays",
-        mend="start a new run with half the learning rates: "
-        f"--learning-rate {train.learning_rate / 2:g} --learning-rate-D "
-        f"{train.learning_rate_D / 2:g}; and look for broken images or masks",
+        config.train.learning_rate,
+        config.train.learning_rate_D,
+        rolls_back=config.monitor.on_divergence == "rollback",
     )
 
 

@@ -17,7 +17,7 @@ RESERVE_S = 5.0
 class NoSaving:
     """What the loop asks of a rank that is not the leader: nothing."""
 
-    def due(self, iteration: int) -> bool:
+    def due(self, iteration: int, *, hold: bool = False) -> bool:
         """Never."""
         return False
 
@@ -59,8 +59,12 @@ class Saving:
         self._pause_s = 0.0
         self._cost = publisher.cost
 
-    def due(self, iteration: int) -> bool:
+    def due(self, iteration: int, *, hold: bool = False) -> bool:
         """Whether to save after this iteration.
+
+        Args:
+            iteration: that is done.
+            hold: keep the recovery checkpoints that are there for now.
 
         A recovery checkpoint that falls due while the last one is still on its way comes with the
         first iteration after that; a numbered one belongs to its iteration and waits.
@@ -73,7 +77,7 @@ class Saving:
             self._schedule.ask()
         # Asked at every iteration, so that a due save is not forgotten while it has to wait.
         due = self._schedule.due(iteration)
-        return self._is_numbered(iteration) or (due and not self._publisher.busy)
+        return self._is_numbered(iteration) or (due and not hold and not self._publisher.busy)
 
     def save(self, state: TrainState, *, last: bool = False) -> None:
         """Hand the state over; the training goes on as soon as it is copied.

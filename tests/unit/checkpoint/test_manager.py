@@ -834,3 +834,37 @@ def test_a_damaged_checkpoint_is_put_aside_not_deleted(manager, store, reopened)
         save(again, iteration)
     assert bad not in pointer(store)
     assert store.read(run.checkpoint_state(bad)) == b"damaged"
+
+
+# ---------------------------------------------------------------- putting aside
+
+
+def test_what_was_saved_since_it_went_wrong_is_put_aside(manager, store, reopened):
+    for iteration in (5, 10, 15):
+        save(manager, iteration)
+    assert manager.set_aside(10, "Loss_CE has jumped") == 5
+    assert reopened().restore()["iteration"] == 5
+    marks = [json.loads(store.read(info.key)) for info in store.list(run.QUARANTINE)]
+    assert [mark["reason"] for mark in marks] == ["Loss_CE has jumped"] * 2
+    assert {run.iteration_in(mark["id"]) for mark in marks} == {10, 15}
+
+
+def test_the_oldest_stays_as_there_is_nothing_else(manager, reopened):
+    for iteration in (5, 10):
+        save(manager, iteration)
+    assert manager.set_aside(3, "x") == 5
+    assert reopened().restore()["iteration"] == 5
+
+
+def test_without_a_checkpoint_there_is_nothing_to_put_aside(manager):
+    assert manager.set_aside(0, "x") is None
+
+
+def test_a_kill_while_putting_aside_leaves_what_can_be_gone_on_with(manager, store, reopened):
+    for iteration in (5, 10, 15):
+        save(manager, iteration)
+    manager.set_aside(15, "x")  # it came no further
+    other = reopened()
+    assert other.restore()["iteration"] == 10
+    assert other.set_aside(10, "x") == 5
+    assert reopened().restore()["iteration"] == 5

@@ -127,6 +127,12 @@ def test_a_best_model_that_did_not_verify_fails() -> None:
     assert not checked([evaluated(500)], best_verified=False)["file"].passed
 
 
+def test_a_run_that_was_rolled_back_was_not_without_errors() -> None:
+    line = checked([{"event": "rolled_back", "attempt": 1}, evaluated(500)])["errors"]
+    assert not line.passed
+    assert line.detail == "it diverged, and was rolled back 1 times"
+
+
 def test_images_that_could_not_be_decoded_are_errors_and_counted() -> None:
     unreadable = {"event": "unreadable_image", "iteration": 3, "attempt": 1, "path": "a.png"}
     line = checked([unreadable, evaluated(500), unreadable])["errors"]
