@@ -12,11 +12,12 @@ import shlex
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -35,7 +36,13 @@ from job.checkpoint.resumable import (
 from job.config import Config, config_from_dict
 from job.data.checks import check_data
 from job.data.dataset import DatasetInfo, scan_dataset
-from job.data.images import IMAGENET_MEAN, IMAGENET_STD
+from job.data.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    read_index_mask,
+    read_rgb,
+    with_internal_ignore,
+)
 from job.data.splits import SplitItems, Splits, check_same, items_of, make_splits
 from job.errors import (
     ConfigError,
@@ -50,8 +57,8 @@ from job.errors import (
     TrainingFailure,
     reason,
 )
-from job.events import Notice, Tracker
-from job.inference import choose_device, examples
+from job.events import EvalEvent, Notice, Tracker
+from job.inference import choose_device
 from job.models.files import ModelCard, load_generator, model_file
 from job.monitor import Trackers
 from job.monitor.attempts import crash_loop, fingerprint, interruption_history
@@ -60,12 +67,21 @@ from job.monitor.divergence import BATCH_HALVED, MAX_ROLLBACKS, ROLLED_BACK, Gua
 from job.monitor.health import OUT_OF_MEMORY, Watch
 from job.monitor.health_tracker import HealthTracker
 from job.monitor.ledger import Ledger, LedgerMirror, read_ledger
-from job.monitor.pictures import prediction_sheet
-from job.monitor.report import report_html
+from job.monitor.live_report import LiveReport
+from job.monitor.pictures import Example, prediction_sheet
+from job.monitor.report import (
+    BestEvaluation,
+    Report,
+    best_evaluation_json,
+    facts_of,
+    open_checklist,
+    report_html,
+    shown_of,
+)
 from job.monitor.rules import Setting
 from job.monitor.stall import stall_minutes, watch_stall
 from job.monitor.stopping import StopRules
-from job.monitor.summary import Check, checklist, summary, summary_json
+from job.monitor.summary import Check, checklist, provenance, summary, summary_json
 from job.monitor.wandb_tracker import WandbTracker
 from job.nodes import Node
 from job.parallel import check_ranks, crew, follow
@@ -74,15 +90,13 @@ from job.run import RunIdentity
 from job.storage import LocalStore, ObjectStore, open_store
 from job.storage.progress import ConsoleProgress
 from job.storage.sync import data_folder, scratch_root
-from job.training.loop import BestModelWriter, Surroundings
+from job.training.evaluation import Evaluation, Predicted, evaluate
+from job.training.loop import EXAMPLES, BestModelWriter, Show, Surroundings
 from job.training.loop import train as run_loop
 from job.training.saving import Saving
 from job.training.state import TrainState, new_train_state
 
 log = logging.getLogger(__name__)
-
-SHEET_IMAGES = 6
-"""Validation images on `predictions.png`."""
 
 
 def train(
@@ -193,7 +207,7 @@ def attempt_at(
         ranks = others.meet(trained_with, data.splits, folder, state, stop)
         # 5. Start the trackers and the publisher.
         with _remedying(attempt, manager, guard), _tracking(attempt, state, stop) as tracking:
-            with _publishing(attempt, manager, stop) as publisher:
+            with _publishing(attempt, manager, stop) as publisher, _showing(attempt, stop) as show:
                 # 6. Train.
                 complete = run_loop(
                     state,
@@ -216,6 +230,7 @@ def attempt_at(
                         ranks=ranks,
                         stop_rule=stop_rules,
                         guard=guard,
+                        show=show,
                     ),
                 )
             if not complete:
@@ -287,6 +302,16 @@ class _Attempt:
     def live_folder(self) -> Path:
         """Where files grow while training: the run itself if it is a folder."""
         return self.store.local_path("") or self.scratch
+
+    @property
+    def num_images(self) -> dict[str, int]:
+        """By what they are for."""
+        splits = self.data.splits
+        return {
+            "labeled": len(splits.labeled),
+            "unlabeled": len(splits.unlabeled),
+            "validation": len(splits.val),
+        }
 
     @property
     def card(self) -> ModelCard:
@@ -663,6 +688,69 @@ def _publishing(
         publisher.close(within_s=stop.seconds_left)
 
 
+@contextlib.contextmanager
+def _showing(attempt: _Attempt, stop: StopRequest) -> Iterator[Show]:
+    """The run's report, pictures and confusion matrix, after each evaluation."""
+    live = LiveReport(lambda: _publish_report(attempt))
+
+    def show(event: EvalEvent, evaluation: Evaluation) -> None:
+        first = None
+        if event.is_best:
+            found = _best_evaluation(attempt, event.iteration, evaluation)
+            examples = list(evaluation.extremes)
+
+            def first() -> None:
+                _write_best_evaluation(attempt, found, examples)
+
+        live.ask(first)
+
+    try:
+        yield show
+    finally:
+        live.close(within_s=stop.seconds_left)
+
+
+def _publish_report(attempt: _Attempt) -> None:
+    """Of a run that goes on."""
+    attempt.lease.raise_if_lost()
+    events = read_ledger(attempt.record.ledger.path)  # in S3 it comes later
+    best, pictures = shown_of(attempt.store)
+    report = Report(
+        run_uri=attempt.store.uri,
+        config=attempt.config,
+        classes=attempt.data.info.classes,
+        events=events,
+        checks=open_checklist(events),
+        best=best,
+        pictures=pictures,
+        facts=_facts(attempt),
+    )
+    attempt.store.write(run.REPORT, report_html(report).encode())
+
+
+def _facts(attempt: _Attempt) -> dict[str, Any]:
+    images = {f"{name} images": count for name, count in attempt.num_images.items()}
+    return {"data": attempt.data.uri, **images, **provenance()}
+
+
+def _best_evaluation(attempt: _Attempt, iteration: int, evaluation: Evaluation) -> BestEvaluation:
+    counts = evaluation.matrix.counts.cpu().tolist()
+    return BestEvaluation(
+        iteration=iteration,
+        classes=attempt.data.info.classes,
+        confusion=tuple(tuple(row) for row in counts),
+        images=evaluation.scores,
+    )
+
+
+def _write_best_evaluation(
+    attempt: _Attempt, found: BestEvaluation, shown: Sequence[Predicted]
+) -> None:
+    attempt.lease.raise_if_lost()
+    attempt.store.write(run.PREDICTIONS, _prediction_sheet(attempt, shown))
+    attempt.store.write(run.BEST_EVALUATION, best_evaluation_json(found))
+
+
 def _save_schedule(attempt: _Attempt) -> SaveSchedule:
     events = read_ledger(attempt.record.ledger.path)
     history = interruption_history(events, attempt.lease.attempt)
@@ -805,8 +893,7 @@ def _finish(
     assert state.best is not None  # a complete run has evaluated at least once
     final = manager.save_file(_model_file(attempt, state, "generator"), run.FINAL_MODEL)
     best_path = manager.verify_best(state.best)
-    store.write(run.PREDICTIONS, _prediction_sheet(attempt, best_path))
-
+    best_evaluation = _of_best_model(attempt, state.best, best_path)
     events = read_ledger(attempt.record.ledger.path)
     checks = checklist(
         events=events,
@@ -821,11 +908,7 @@ def _finish(
         identity=attempt.identity,
         config=attempt.config.to_dict(),
         classes=data.info.classes,
-        num_images={
-            "labeled": len(data.splits.labeled),
-            "unlabeled": len(data.splits.unlabeled),
-            "validation": len(data.splits.val),
-        },
+        num_images=attempt.num_images,
         files={name: asdict(record) for name, record in manager.best_files(state.best).items()}
         | {run.FINAL_MODEL: asdict(final)},
         events=events,
@@ -834,30 +917,61 @@ def _finish(
         stopped=stopped,
     )
     store.write(run.SUMMARY, summary_json(content))
-    page = report_html(
-        content,
-        events,
-        config_yaml=attempt.config.to_yaml(),
-        predictions_png=store.read(run.PREDICTIONS),
+    report = Report(
+        run_uri=store.uri,
+        config=attempt.config,
+        classes=data.info.classes,
+        events=events,
+        checks=checks,
+        finished=True,
+        stopped=stopped,
+        best=best_evaluation,
+        pictures=store.read(run.PREDICTIONS),
+        facts=facts_of(content),
     )
-    store.write(run.REPORT, page.encode())
+    store.write(run.REPORT, report_html(report).encode())
     _print_end(attempt, state, checks, stopped)
 
 
-def _prediction_sheet(attempt: _Attempt, best_path: Path) -> bytes:
-    """A few validation images, spread over the set, as the best model sees them."""
+def _of_best_model(attempt: _Attempt, best: BestModel, best_path: Path) -> BestEvaluation:
+    """As it was written when the model was found; made again if a kill came before that."""
+    before, pictures = shown_of(attempt.store)
+    if before is not None and before.iteration == best.iteration and pictures:
+        return before
     generator, card, _ = load_generator(best_path, attempt.device)
-    val = attempt.data.items.val
-    step = max(1, len(val) // SHEET_IMAGES)
-    shown = examples(
+    evaluation = evaluate(
         generator,
-        val[::step][:SHEET_IMAGES],
+        attempt.data.items.val,
         attempt.data.info,
         image_scale=card.image_scale,
         device=attempt.device,
+        keep=EXAMPLES,
     )
+    assert evaluation is not None
+    found = _best_evaluation(attempt, best.iteration, evaluation)
+    _write_best_evaluation(attempt, found, evaluation.extremes)
+    return found
+
+
+def _prediction_sheet(attempt: _Attempt, shown: Sequence[Predicted]) -> bytes:
+    """Validation images as the best model sees them, the worst first."""
+    info, card = attempt.data.info, attempt.card
+    worst = len(shown) - len(shown) // 2
+    examples = []
+    for number, one in enumerate(shown):
+        assert one.item.mask is not None
+        which = "worst" if number < worst else "best"
+        examples.append(
+            Example(
+                one.item.id,
+                np.asarray(read_rgb(one.item.image)),
+                with_internal_ignore(np.asarray(read_index_mask(one.item.mask)), info.ignore_index),
+                one.prediction,
+                caption=f"{which}: {one.item.id}, mIoU {one.miou:.4f}",
+            )
+        )
     sheet = io.BytesIO()
-    prediction_sheet(shown, card.palette, card.classes).save(sheet, format="PNG")
+    prediction_sheet(examples, card.palette, card.classes).save(sheet, format="PNG")
     return sheet.getvalue()
 
 

@@ -459,6 +459,29 @@ def diagnose(
 
 
 @app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="Run folder or s3:// address.")],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="File or s3:// address to write. [in the run's folder; of one in S3, here]"
+        ),
+    ] = None,
+) -> None:
+    """Make a run's report.html from its files, whether it is finished or not; with its costs."""
+    from job.cloud.show import cost_sentences
+    from job.monitor.report import report_html, report_of
+    from job.storage import open_store
+    from job.storage.files import write_file
+
+    store = open_store(run)
+    page = report_html(report_of(store, cost_sentences(store)))
+    target = out or str(store.local_path("report.html") or "report.html")
+    write_file(target, page.encode(), name="--out")
+    print(target)
+
+
+@app.command()
 def cost(
     run: Annotated[str, typer.Argument(help="Run, or a place with several.")],
     as_json: options.AsJson = False,

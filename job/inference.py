@@ -25,7 +25,6 @@ from job.models.generator import Generator
 from job.monitor.pictures import Example, index_png, overlay
 from job.storage.progress import TransferProgress
 from job.storage.sync import data_folder
-from job.training.confusion import ConfusionMatrix
 from job.training.evaluation import evaluate, load_ahead, predict
 
 
@@ -82,10 +81,11 @@ def evaluate_weights(
                 mend="check --data and --split",
             )
         check_data(SplitItems(labeled=(), unlabeled=(), val=items, train_sample=()), dataset.info)
-        matrix = evaluate(
+        found = evaluate(
             generator, items, dataset.info, image_scale=card.image_scale, device=device
         )
-    assert isinstance(matrix, ConfusionMatrix)
+    assert found is not None
+    matrix = found.matrix
     return Scores(
         split=split,
         images=len(items),

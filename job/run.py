@@ -21,6 +21,7 @@ BEST_MODEL_D = "best_model_D.pth"
 LATEST_CHECKPOINT = "latest_checkpoint.pth"
 FINAL_MODEL = "final_model.pth"
 PREDICTIONS = "predictions.png"
+BEST_EVALUATION = "best_evaluation.json"
 REPORT = "report.html"
 SUMMARY = "summary.json"
 

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from job.cloud.machines import Prices
-from job.cloud.status import AttemptStatus, RunStatus
+from job.cloud.status import AttemptStatus, RunStatus, status_of
+from job.errors import JobError
+from job.storage import ObjectStore
 
 WIDTH = 140
 """Of a table that is not for a terminal."""
@@ -111,6 +113,21 @@ def cost_of(run: RunStatus) -> dict[str, Any]:
         "attempts": [vars(one) for one in run.attempts],
         "unrecorded": vars(run.unrecorded) if run.unrecorded else None,
     }
+
+
+def cost_sentences(store: ObjectStore) -> list[str]:
+    """What a run has cost, for its report; where nobody knows it, that."""
+    prices = Prices()
+    try:
+        found = status_of(store, prices)
+    except JobError as error:
+        return [f"What it cost is not known: {error.message}."]
+    if not any(one.instance_type for one in found.attempts):
+        return []  # no machine that is paid by the hour
+    said = f"Cost {_run_usd(found)}"
+    if found.saved_usd is not None:
+        said += f", saved against on demand {_saved(found)}"
+    return [f"{said}.", *(f"Note: {note}." for note in prices.notes)]
 
 
 def _attempts(attempts: Sequence[AttemptStatus]) -> Table:

@@ -88,7 +88,8 @@ class Attempt:
     @property
     def startup_s(self) -> float:
         """Of those, before the first iteration."""
-        return (self.training_since or self.last_seen) - self.started
+        began = self.last_seen if self.training_since is None else self.training_since
+        return began - self.started
 
     @property
     def was_interrupted(self) -> bool:

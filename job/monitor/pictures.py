@@ -28,6 +28,7 @@ class Example:
     truth: Array
     """Classes or IGNORE, (H, W)."""
     prediction: Array
+    caption: str = ""
 
 
 def index_png(prediction: Array, palette: Palette) -> Image.Image:
@@ -53,7 +54,10 @@ def overlay(image: Array, prediction: Array, palette: Palette) -> Image.Image:
 def prediction_sheet(
     examples: Sequence[Example], palette: Palette, classes: Sequence[str]
 ) -> Image.Image:
-    """Rows of image, truth and prediction side by side, with a legend of the classes below."""
+    """Rows of image, truth and prediction side by side, with a legend of the classes below.
+
+    A caption stands above its row.
+    """
     font = ImageFont.load_default(14)
     rows = []
     for example in examples:
@@ -65,15 +69,23 @@ def prediction_sheet(
         rows.append([_cell(cell, smooth=index == 0) for index, cell in enumerate(cells)])
     width = 3 * _CELL_WIDTH_PX + 4 * _GAP_PX
     legend = _legend_lines(classes, width, font)
+    captions = sum(_TEXT_PX for example in examples if example.caption)
     height = (
-        _TEXT_PX + sum(row[0].height + _GAP_PX for row in rows) + len(legend) * _TEXT_PX + _GAP_PX
+        _TEXT_PX
+        + captions
+        + sum(row[0].height + _GAP_PX for row in rows)
+        + len(legend) * _TEXT_PX
+        + _GAP_PX
     )
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(("image", "truth", "prediction")):
         draw.text((_GAP_PX + column * (_CELL_WIDTH_PX + _GAP_PX), 2), title, "black", font)
     top = _TEXT_PX
-    for row in rows:
+    for example, row in zip(examples, rows, strict=True):
+        if example.caption:
+            draw.text((_GAP_PX, top + 2), example.caption, "black", font)
+            top += _TEXT_PX
         for column, cell in enumerate(row):
             sheet.paste(cell, (_GAP_PX + column * (_CELL_WIDTH_PX + _GAP_PX), top))
         top += row[0].height + _GAP_PX

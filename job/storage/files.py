@@ -11,6 +11,24 @@ from job.errors import ConfigError, ObjectNotFound
 from job.storage import open_store
 
 
+def write_file(uri: str, data: bytes, *, name: str) -> None:
+    """Write a file, whole or not at all.
+
+    Args:
+        uri: a path, or s3://BUCKET/KEY.
+        data: its content.
+        name: of the flag that holds the path, for the error.
+
+    Raises:
+        ConfigError: it names no file.
+        StorageError: the storage failed.
+    """
+    folder, _, key = uri.rpartition("/")
+    if not key or folder in ("s3:", "s3:/"):
+        raise ConfigError(f"{name} {uri}: names no file", mend="give the name of a file")
+    open_store(folder or ("/" if uri.startswith("/") else ".")).write(key, data)
+
+
 @contextlib.contextmanager
 def local_copy(uri: str, *, name: str, mend: str) -> Iterator[Path]:
     """A local file with what a path or URI names; a copy lasts as long as the block.

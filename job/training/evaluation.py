@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -26,6 +28,35 @@ Source = TypeVar("Source")
 Loaded = TypeVar("Loaded")
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """An image as the generator sees it."""
+
+    miou: float
+    """Of this image alone, over the classes in its truth or prediction."""
+    item: Item
+    prediction: Array
+    """Classes, uint8 (H, W), of the mask's size."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of a generator over labeled images."""
+
+    matrix: ConfusionMatrix
+    scores: dict[str, float]
+    """mIoU of each image alone, by its id; empty if nothing was to be kept."""
+    extremes: list[Predicted]
+    """The worst and the best of them, worst first."""
+
+    def keep(self, one: Predicted, count: int) -> None:
+        """Take an image in; of the worst and of the best, `count` each stay."""
+        self.scores[one.item.id] = one.miou
+        bisect.insort(self.extremes, one, key=lambda other: (other.miou, other.item.id))
+        if len(self.extremes) > 2 * count:
+            del self.extremes[count]  # the middle one
+
+
 def evaluate(
     generator: Generator,
     items: Sequence[Item],
@@ -34,7 +65,8 @@ def evaluate(
     image_scale: float,
     device: torch.device,
     stopped: Callable[[], bool] = lambda: False,
-) -> ConfusionMatrix | None:
+    keep: int = 0,
+) -> Evaluation | None:
     """Confusion matrix of a generator over labeled images, one image at a time, not augmented.
 
     Draws no random number and leaves the generator in the mode it was in.
@@ -46,6 +78,7 @@ def evaluate(
         image_scale: as in training.
         device: where to compute.
         stopped: asked before each image; True gives up.
+        keep: of the worst images, and of the best, whose predictions are kept.
 
     Returns:
         None if given up.
@@ -60,18 +93,26 @@ def evaluate(
         mask = np.asarray(read_index_mask(item.mask))
         return image, with_internal_ignore(mask, info.ignore_index)
 
-    matrix = ConfusionMatrix(info.num_classes, device)
+    found = Evaluation(ConfusionMatrix(info.num_classes, device), {}, [])
     training = generator.training
     generator.eval()
     try:
-        for image, mask in load_ahead(load, items):
+        for item, (image, mask) in zip(items, load_ahead(load, items), strict=True):
             if stopped():
                 return None
             truth = torch.from_numpy(mask).to(device)
-            matrix.update(predict(generator, image, mask.shape[-2:], device), truth)
+            prediction = predict(generator, image, mask.shape[-2:], device)
+            if not keep:
+                found.matrix.update(prediction, truth)
+                continue
+            alone = ConfusionMatrix(info.num_classes, device)
+            alone.update(prediction, truth)
+            found.matrix.counts += alone.counts
+            classes = prediction.to(torch.uint8).cpu().numpy()
+            found.keep(Predicted(alone.miou(), item, classes), keep)
     finally:
         generator.train(training)
-    return matrix
+    return found
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -30,12 +30,14 @@ from job.events import (
 )
 from job.heartbeat import beat
 from job.preemption import StopRequest
-from job.training.evaluation import evaluate
+from job.training.evaluation import Evaluation, evaluate
 from job.training.ranks import Ranks
 from job.training.saving import NoSaving, Saving
 from job.training.state import TrainState
 from job.training.step import StepLosses, train_step
 
+EXAMPLES = 3
+"""Validation images that are worst, and as many that are best, to be shown."""
 MAX_UNREADABLE_SHARE = 0.01
 """More unreadable training images than this (and more than one) end the run."""
 
@@ -45,6 +47,17 @@ class BestModelWriter(Protocol):
 
     def __call__(self, state: TrainState, val_miou: float) -> BestModel:
         """Hand both networks of `state` over for saving, and return where they will be."""
+
+
+class Show(Protocol):
+    """Shows an evaluation to people."""
+
+    def __call__(self, event: EvalEvent, evaluation: Evaluation) -> None:
+        """Called after an evaluation of the validation images. Must not take long."""
+
+
+def show_nobody(event: EvalEvent, evaluation: Evaluation) -> None:
+    """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,7 @@ class Surroundings:
     ranks: Ranks = field(default_factory=Ranks)
     stop_rule: StopRule = field(default_factory=NeverStop)
     guard: LossGuard = field(default_factory=NoGuard)
+    show: Show = show_nobody
 
 
 def train(state: TrainState, around: Surroundings) -> bool:
@@ -166,22 +180,24 @@ def _evaluate_if_due(state: TrainState, around: Surroundings) -> bool:
     if state.evaluated_iteration == iteration or not _evaluation_due(iteration, config):
         return False
     tracker.evaluation_started(iteration)
-    matrices = []
-    for items in (around.items.train_sample, around.items.val):
-        matrix = evaluate(
+    found = []
+    for items, keep in ((around.items.train_sample, 0), (around.items.val, EXAMPLES)):
+        one = evaluate(
             state.generator,
             ranks.mine(items),
             around.info,
             image_scale=config.data.image_scale,
             device=around.device,
             stopped=lambda: ranks.stop_is_near(around.stop.requested),
+            keep=keep,
         )
-        if ranks.any(matrix is None):
+        if ranks.any(one is None):
             return False
-        assert matrix is not None
-        ranks.add_up([matrix.counts])
-        matrices.append(matrix)
-    train_matrix, val_matrix = matrices
+        assert one is not None
+        ranks.add_up([one.matrix.counts])
+        found.append(one)
+    train_matrix, val_matrix = (one.matrix for one in found)
+    shown = _of_all_ranks(found[1], around)
     previous = state.best.val_miou if state.best else None
     val_miou = val_matrix.miou()
     event = EvalEvent(
@@ -198,7 +214,21 @@ def _evaluate_if_due(state: TrainState, around: Surroundings) -> bool:
     state.evaluated_iteration = iteration
     tracker.evaluation(event)
     around.stop_rule.evaluation(event)
+    around.show(event, shown)
     return True
+
+
+def _of_all_ranks(own: Evaluation, around: Surroundings) -> Evaluation:
+    """With the images of the others; the matrix has been added up already."""
+    if around.ranks.alone:
+        return own
+    whole = Evaluation(own.matrix, {}, [])
+    items = {item.id: item for item in around.items.val}
+    for one in around.ranks.gather(own.extremes):
+        # By our own path: the data of another machine may lie elsewhere.
+        whole.keep(replace(one, item=items[one.item.id]), EXAMPLES)
+    whole.scores.update(around.ranks.gather(list(own.scores.items())))
+    return whole
 
 
 def _train_event(

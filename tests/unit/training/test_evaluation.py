@@ -16,7 +16,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from job.data.dataset import Dataset, Item, scan_dataset
-from job.data.images import IMAGENET_MEAN, IMAGENET_STD
+from job.data.images import IMAGENET_MEAN, IMAGENET_STD, read_rgb, scaled_image
 from job.errors import DataError
 from job.models.generator import Generator
 from job.training.evaluation import evaluate, load_ahead, predict
@@ -69,9 +69,9 @@ def test_evaluation_equals_a_slow_count_at_full_resolution(
     generator: Generator, dataset: Dataset, image_scale: float
 ) -> None:
     wanted = slow_counts(generator, dataset.val, image_scale)
-    matrix = evaluate(generator, dataset.val, dataset.info, image_scale=image_scale, device=CPU)
-    assert matrix is not None
-    assert matrix.counts.tolist() == wanted
+    found = evaluate(generator, dataset.val, dataset.info, image_scale=image_scale, device=CPU)
+    assert found is not None
+    assert found.matrix.counts.tolist() == wanted
     assert sum(map(sum, wanted)) == 4 * 36 * 51  # the top row of each mask is ignored
     assert sum(1 for column in zip(*wanted, strict=True) if any(column)) > 1
 
@@ -81,9 +81,9 @@ def test_images_of_different_sizes_are_evaluated_whole(
 ) -> None:
     larger = scan_dataset(make_data(name="larger", labeled=2, unlabeled=1, val=1, height=60))
     items = (*dataset.val[:1], *larger.val)
-    matrix = evaluate(generator, items, dataset.info, image_scale=1.0, device=CPU)
-    assert matrix is not None
-    assert matrix.counts.tolist() == slow_counts(generator, items, 1.0)
+    found = evaluate(generator, items, dataset.info, image_scale=1.0, device=CPU)
+    assert found is not None
+    assert found.matrix.counts.tolist() == slow_counts(generator, items, 1.0)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -112,13 +112,38 @@ def test_evaluating_twice_gives_the_same(generator: Generator, dataset: Dataset)
     )
     assert first is not None
     assert second is not None
-    assert torch.equal(first.counts, second.counts)
+    assert torch.equal(first.matrix.counts, second.matrix.counts)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_worst_and_the_best_images_are_kept(
+    generator: Generator, dataset: Dataset, keep: int
+) -> None:
+    found = evaluate(generator, dataset.val, dataset.info, image_scale=1.0, device=CPU, keep=keep)
+    plain = evaluate(generator, dataset.val, dataset.info, image_scale=1.0, device=CPU)
+    assert found is not None
+    assert plain is not None
+    assert torch.equal(found.matrix.counts, plain.matrix.counts)
+    assert set(found.scores) == {item.id for item in dataset.val}
+    order = sorted(dataset.val, key=lambda item: (found.scores[item.id], item.id))
+    wanted = order[:keep] + order[max(keep, len(order) - keep) :]
+    assert [one.item for one in found.extremes] == wanted
+    for one in found.extremes:
+        alone = slow_counts(generator, [one.item], 1.0)
+        counts = np.array(alone)
+        assert one.miou == found.scores[one.item.id]
+        hits, union = np.diag(counts), counts.sum(0) + counts.sum(1) - np.diag(counts)
+        assert one.miou == pytest.approx(np.mean(hits[union > 0] / union[union > 0]))
+        image = scaled_image(read_rgb(one.item.image), 1.0)
+        generator.eval()
+        again = predict(generator, image, one.prediction.shape, CPU)
+        assert np.array_equal(again.numpy(), one.prediction)
 
 
 def test_no_items_give_an_empty_matrix(generator: Generator, dataset: Dataset) -> None:
-    matrix = evaluate(generator, (), dataset.info, image_scale=1.0, device=CPU)
-    assert matrix is not None
-    assert not matrix.counts.any()
+    found = evaluate(generator, (), dataset.info, image_scale=1.0, device=CPU)
+    assert found is not None
+    assert not found.matrix.counts.any()
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
@@ -127,7 +152,7 @@ def test_a_stop_gives_up_and_leaves_the_mode(
 ) -> None:
     asked = itertools.count()
     generator.train()
-    matrix = evaluate(
+    found = evaluate(
         generator,
         dataset.val,
         dataset.info,
@@ -135,7 +160,7 @@ def test_a_stop_gives_up_and_leaves_the_mode(
         device=CPU,
         stopped=lambda: next(asked) >= after,
     )
-    assert matrix is None
+    assert found is None
     assert generator.training
     assert next(asked) == after + 1
 

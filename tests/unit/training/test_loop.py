@@ -33,6 +33,7 @@ from job.models.files import ModelCard, load_generator, model_file
 from job.preemption import StopRequest
 from job.storage import LocalStore
 from job.training.confusion import ConfusionMatrix
+from job.training.evaluation import Evaluation
 from job.training.loop import Surroundings, train
 from job.training.ranks import Ranks
 from job.training.saving import Saving
@@ -373,7 +374,7 @@ def scripted_scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], 
         answers = iter([answer for score in scores for answer in (0.9, score)])
 
         def evaluate(_generator: Any, _items: Sequence[Item], *_: Any, **__: Any) -> Any:
-            return matrix_of(next(answers))
+            return Evaluation(matrix_of(next(answers)), {}, [])
 
         monkeypatch.setattr("job.training.loop.evaluate", evaluate)
 
