@@ -13,23 +13,33 @@ log = logging.getLogger(__name__)
 
 EVERY_S = 30.0
 """Between two pages, at least: making one takes a second of the processor that also trains."""
+SETTLE_S = 2.0
+"""After an evaluation: those of a small run come fast, and its last page is made at its end."""
 CLOSE_S = 20.0
 
 
 class LiveReport:
-    """Does what is asked for, in order, and makes the page when there is something new.
+    """Does what is asked for, and then makes the page.
 
     Args:
         make_page: makes and publishes it.
-        every_s: seconds between two pages, at least; the last evaluation's may wait for the next.
+        every_s: seconds between two pages, at least.
+        settle_s: seconds between asking and the page, at least.
     """
 
-    def __init__(self, make_page: Callable[[], None], *, every_s: float = EVERY_S) -> None:
+    def __init__(
+        self,
+        make_page: Callable[[], None],
+        *,
+        every_s: float = EVERY_S,
+        settle_s: float = SETTLE_S,
+    ) -> None:
         self._make_page = make_page
         self._every_s = every_s
-        self._made_at: float | None = None
+        self._settle_s = settle_s
         self._first: Callable[[], None] | None = None
-        self._wanted = False
+        self._due_at: float | None = None
+        self._not_before = 0.0
         self._closing = False
         self._failed = False
         self._condition = threading.Condition()
@@ -37,18 +47,18 @@ class LiveReport:
         self._thread.start()
 
     def ask(self, first: Callable[[], None] | None = None) -> None:
-        """Want a new page.
+        """Want a new page, soon.
 
         Args:
-            first: to be done before; takes the place of one that has not begun yet.
+            first: to be done before, at once; takes the place of one that has not begun yet.
         """
         with self._condition:
             self._first = first or self._first
-            self._wanted = True
+            self._due_at = self._due_at or time.monotonic() + self._settle_s
             self._condition.notify()
 
     def close(self, within_s: float | None = None) -> None:
-        """Wait until what is asked for is done.
+        """Do what was to be done first, but make no page: whoever ends a run makes its last one.
 
         Args:
             within_s: seconds, at most; None: some.
@@ -61,16 +71,28 @@ class LiveReport:
     def _serve(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._wanted or self._closing)
-                if not self._wanted:
+                while self._first is None and not self._closing and not self._is_due():
+                    self._condition.wait(self._patience_s())
+                first, self._first = self._first, None
+                is_due = self._is_due() and not self._closing
+                if is_due:
+                    self._due_at = None
+                if first is None and self._closing:
                     return
-                first, self._first, self._wanted = self._first, None, False
             if first is not None:
                 self._try(first)
-            early = self._made_at is not None and time.monotonic() - self._made_at < self._every_s
-            if not early or self._closing:
+            if is_due:
                 self._try(self._make_page)
-                self._made_at = time.monotonic()
+                self._not_before = time.monotonic() + self._every_s
+
+    def _is_due(self) -> bool:
+        return self._due_at is not None and time.monotonic() >= max(self._due_at, self._not_before)
+
+    def _patience_s(self) -> float | None:
+        """Until the next page; None if none is wanted."""
+        if self._due_at is None:
+            return None
+        return max(0.0, max(self._due_at, self._not_before) - time.monotonic())
 
     def _try(self, work: Callable[[], None]) -> None:
         try:

@@ -39,6 +39,7 @@ ARTIFACTS = (
     run.REPORT,
     run.SUMMARY,
     run.PREDICTIONS,
+    run.BEST_EVALUATION,
     run.BEST_MODEL,
     run.BEST_MODEL_D,
     run.FINAL_MODEL,

@@ -16,6 +16,7 @@ from job.monitor.report import BestEvaluation
 from job.storage import open_store
 from tests.conftest import write_data
 from tests.integration.conftest import command
+from tests.services import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +36,16 @@ def test_it_is_there_from_the_first_evaluation_on(
     run = str(tmp_path / "run") if where == "folder" else f"s3://{bucket}/runs/first"
     training = start(command(data, run, train__iterations=4000, train__log_every=5))
     training.wait_for(r"^Iter 25/")
+    store = open_store(run)
+    wait_until(lambda: store.stat(keys.REPORT) is not None)
     training.send(signal.SIGKILL)
     training.finish()
-    store = open_store(run)
     page = store.read(keys.REPORT).decode()
     assert "of 4000." in page
     assert "Confusion matrix" in page
     shown = Image.open(io.BytesIO(store.read(keys.PREDICTIONS)))
     assert shown.width > 800
-    assert best_of(run).iteration in (10, 20)
+    assert best_of(run).iteration % 10 == 0
     made = s4gan(["report", run, "--out", tmp_path / "again.html"])
     assert made.code == 0, made.err
     assert "At iteration" in (tmp_path / "again.html").read_text()
