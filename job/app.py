@@ -68,6 +68,7 @@ from job.monitor.health import OUT_OF_MEMORY, Watch
 from job.monitor.health_tracker import HealthTracker
 from job.monitor.ledger import Ledger, LedgerMirror, read_ledger
 from job.monitor.live_report import LiveReport
+from job.monitor.notify import Notifier
 from job.monitor.pictures import Example, prediction_sheet
 from job.monitor.report import (
     BestEvaluation,
@@ -160,6 +161,7 @@ def attempt_at(
     """
     # 1. Resolve the run.
     patience_minutes = stall_minutes()
+    notifier = Notifier.from_environment(run_uri)
     store = open_store(run_uri)
     refuse_same_place(open_store(data_uri), store)
     refuse_nested(store)
@@ -206,7 +208,10 @@ def attempt_at(
         stop.raise_if_requested()
         ranks = others.meet(trained_with, data.splits, folder, state, stop)
         # 5. Start the trackers and the publisher.
-        with _remedying(attempt, manager, guard), _tracking(attempt, state, stop) as tracking:
+        with (
+            _remedying(attempt, manager, guard),
+            _tracking(attempt, state, stop, notifier) as tracking,
+        ):
             with _publishing(attempt, manager, stop) as publisher, _showing(attempt, stop) as show:
                 # 6. Train.
                 complete = run_loop(
@@ -620,7 +625,9 @@ def _device_name(device: torch.device, count: int) -> str:
 
 
 @contextlib.contextmanager
-def _tracking(attempt: _Attempt, state: TrainState, stop: StopRequest) -> Iterator[_Tracking]:
+def _tracking(
+    attempt: _Attempt, state: TrainState, stop: StopRequest, notifier: Notifier
+) -> Iterator[_Tracking]:
     """Console, ledger, W&B, and the rules; the last two are told how the attempt ended."""
     total = attempt.config.train.iterations
     progress = ConsoleTracker(attempt.console, total, state.iteration)
@@ -635,7 +642,7 @@ def _tracking(attempt: _Attempt, state: TrainState, stop: StopRequest) -> Iterat
         say=attempt.console.print,
         before=before,
         rolled_back=attempt.record.rolled_back,
-        on_finding=[wandb.finding],
+        on_finding=[wandb.finding, notifier.finding],
         on_standing=[wandb.standing],
     )
     trackers = Trackers([attempt.record.ledger, progress, wandb, health])
@@ -650,6 +657,7 @@ def _tracking(attempt: _Attempt, state: TrainState, stop: StopRequest) -> Iterat
         code, why = _how_it_ended(failure)
         health.ended(code, why)
         health.close(within_s=stop.seconds_left)
+        notifier.close(within_s=stop.seconds_left)
         wandb.close(
             exit_code=int(code),
             preempted=code is ExitCode.PREEMPTED,
