@@ -249,8 +249,7 @@ def _look_at_mask(item: Item, info: DatasetInfo, look: _Look) -> None:
     mask = read_index_mask(item.mask)
     if look.facts.size != mask.size:
         raise _other_size(item, look.facts, mask.size)
-    numbers = np.asarray(mask)
-    counts = np.bincount(numbers.ravel(), minlength=256)
+    counts = np.array(mask.histogram(), np.int64)  # twice as fast as bincount
     ignored = int(counts[info.ignore_index])
     counts[info.ignore_index] = 0
     wrong = np.flatnonzero(counts[info.num_classes :]) + info.num_classes
