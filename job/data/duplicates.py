@@ -20,8 +20,8 @@ pairs of different CamVid frames below, the closest at 0.9988 (the car stands)."
 _FLAT_STD = 2.0
 """A thumbnail that varies less (grey levels of 0..255) shows nothing that could be compared."""
 _THUMBNAIL_PX = 16
-_PAIRS_AT_ONCE = 4_000_000
-_CANDIDATES_AT_ONCE = 16_384
+_TILE = 2048
+"""Images compared with as many others at once."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Fingerprints:
         self.digests = np.array([int.from_bytes(one[:8], "big") for one in digests], np.uint64)
         self.dhashes = np.array([one.dhash for one in fingerprints], np.uint64)
         thumbnails = np.frombuffer(b"".join(one.thumbnail for one in fingerprints), np.uint8)
-        self.thumbnails = thumbnails.reshape(len(fingerprints), -1)
+        self.thumbnails = thumbnails.reshape(-1, _THUMBNAIL_PX**2)
 
     def __len__(self) -> int:
         return len(self.dhashes)
@@ -89,37 +89,36 @@ def near_pairs(
     other = left if right is None else right
     found: list[tuple[int, int]] = []
     count = 0
-    rows_at_once = max(1, _PAIRS_AT_ONCE // max(1, len(other)))
-    for start in range(0, len(left), rows_at_once):
-        if stopped():
-            break
-        hashes = left.dhashes[start : start + rows_at_once]
-        distance = np.bitwise_count(hashes[:, None] ^ other.dhashes[None])
-        rows, columns = np.nonzero(distance <= HAMMING_LIMIT)
-        rows += start
-        if right is None:
-            rows, columns = rows[rows < columns], columns[rows < columns]
-        for begin in range(0, len(rows), _CANDIDATES_AT_ONCE):
+    for top in range(0, len(left), _TILE):
+        rows = slice(top, top + _TILE)
+        for start in range(top if right is None else 0, len(other), _TILE):
             if stopped():
-                break
-            i, j = (indices[begin : begin + _CANDIDATES_AT_ONCE] for indices in (rows, columns))
-            alike = _correlation(left.thumbnails[i], other.thumbnails[j]) >= CORRELATION_LIMIT
-            alike &= left.digests[i] != other.digests[j]
+                return found[:limit], count
+            columns = slice(start, start + _TILE)
+            distance = np.bitwise_count(left.dhashes[rows, None] ^ other.dhashes[None, columns])
+            candidates = distance <= HAMMING_LIMIT
+            candidates &= left.digests[rows, None] != other.digests[None, columns]
+            if right is None and start == top:
+                candidates = np.triu(candidates, 1)
+            i, j = np.nonzero(candidates)
+            if len(i) == 0:
+                continue
+            a, b = _units(left.thumbnails[rows]), _units(other.thumbnails[columns])
+            # Pictures on plain ground have all the same hash: then one product is the quicker way.
+            few = len(i) <= 8 * _TILE
+            correlation = (a[i] * b[j]).sum(axis=1) if few else (a @ b.T)[i, j]
+            alike = correlation >= CORRELATION_LIMIT
             count += int(alike.sum())
             if len(found) < limit:
-                found += zip(i[alike].tolist(), j[alike].tolist(), strict=True)
+                found += zip((top + i[alike]).tolist(), (start + j[alike]).tolist(), strict=True)
     return found[:limit], count
 
 
-def _correlation(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Of each row with its counterpart, -1..1; (N, P) -> (N,). 0 where one shows nothing."""
-    x, y = a.astype(np.float32), b.astype(np.float32)
-    x -= x.mean(axis=1, keepdims=True)
-    y -= y.mean(axis=1, keepdims=True)
-    x_std, y_std = x.std(axis=1), y.std(axis=1)
-    shows = (x_std >= _FLAT_STD) & (y_std >= _FLAT_STD)
-    together = (x * y).mean(axis=1)
-    correlation: NDArray[np.float32] = np.divide(
-        together, x_std * y_std, out=np.zeros_like(together), where=shows
-    )
-    return correlation
+def _units(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Vectors whose products are correlations; 0 for what shows nothing. Shape: (N, P)."""
+    centred = thumbnails.astype(np.float32)
+    centred -= centred.mean(axis=1, keepdims=True)
+    length = np.sqrt((centred**2).sum(axis=1, keepdims=True))
+    shows = length >= _FLAT_STD * _THUMBNAIL_PX
+    units: NDArray[np.float32] = np.divide(centred, length, out=np.zeros_like(centred), where=shows)
+    return units
