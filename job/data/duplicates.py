@@ -12,11 +12,12 @@ from PIL import Image
 
 HAMMING_LIMIT = 4
 """Bits of 64 in which the hashes of near duplicates may differ. Of CamVid's 367 training frames,
-taken a second apart, 69 pairs are within it (none between train and val); of copies saved anew as
-JPEG of quality 20 or at a third of the size, 98% are."""
+taken a second apart, 69 pairs are within it, hence the second limit (none with a validation frame);
+of copies saved anew as JPEG of quality 20, 99% are, and all at a third of the size."""
 CORRELATION_LIMIT = 0.999
 """Least correlation of their thumbnails. All those copies are above 0.9996, also darker ones; all
-pairs of different CamVid frames below, the closest at 0.9988 (the car stands)."""
+pairs of CamVid's training frames are below, the closest at 0.9988 (the car stands). Of copies that
+were cropped by 1% or made so bright that colours are cut off, most are below, too."""
 _FLAT_STD = 2.0
 """A thumbnail that varies less (grey levels of 0..255) shows nothing that could be compared."""
 _THUMBNAIL_PX = 16

@@ -162,7 +162,7 @@ def test_many_images_are_compared_in_seconds() -> None:
 
 
 def test_video_frames_a_second_apart_do_not_look_the_same(shared_data: Path) -> None:
-    """The thresholds were chosen on these: CamVid's 367 + 101 frames, without a pair."""
+    """The limits were chosen on CamVid, all of whose training frames are without a pair."""
     found = {}
     for part in ("train", "val"):
         paths = sorted((shared_data / "camvid" / part / "images").iterdir())[:120]
