@@ -35,6 +35,7 @@ from job.config import Config, config_from_dict
 from job.data.checks import check_data
 from job.data.dataset import DatasetInfo, scan_dataset
 from job.data.images import IMAGENET_MEAN, IMAGENET_STD
+from job.data.report import named_as
 from job.data.splits import SplitItems, Splits, check_same, items_of, make_splits
 from job.errors import (
     ConfigError,
@@ -419,7 +420,7 @@ def _prepare_data(
     )
     warnings = check_data(items, dataset.info, stopped=lambda: stop.requested)
     for warning in [*dataset.warnings, *warnings]:
-        console.print(f"warning: {warning}")
+        console.print(f"warning: {named_as(warning, folder, data_uri)}")
     return _Data(data_uri, dataset.info, splits, items)
 
 

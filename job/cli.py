@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -52,6 +53,8 @@ def main() -> None:
     logging.addLevelName(logging.ERROR, "error")
     # It logs a traceback of what it raises, too, and that is said in our words.
     logging.getLogger("botocore.credentials").setLevel(logging.CRITICAL)
+    # Pillow's about broken EXIF blocks, which name no file and harm nothing.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     # Until the run has its own handlers, seconds of imports away, nothing is there to be saved.
     signal.signal(signal.SIGTERM, _stopped_early)
     signal.signal(signal.SIGINT, _stopped_early)

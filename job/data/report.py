@@ -56,6 +56,18 @@ class Pair:
         return f"{self.first.item.image} and {self.second.item.image}"
 
 
+def named_as(text: str, root: Path, uri: str) -> str:
+    """Text about files of a data set, by the place the user gave instead of that of a copy.
+
+    Args:
+        text: names files below `root`.
+        root: where they lie on this machine.
+        uri: what the user calls it.
+    """
+    # A relative folder is the user's own, and may be a word that the text has elsewhere.
+    return text.replace(str(root), uri.rstrip("/")) if root.is_absolute() else text
+
+
 @dataclass(frozen=True)
 class CheckReport:
     """All that was found in a data set."""
@@ -97,9 +109,9 @@ class CheckReport:
 
     def shown(self, text: object) -> str:
         """Text as the user knows it: the original's place instead of the copy's, printable."""
-        local, original = f"{self.root}/", f"{self.uri.rstrip('/')}/"
+        text = named_as(str(text), self.root, self.uri)
         # File names need not be UTF-8.
-        return str(text).replace(local, original).encode("utf-8", "backslashreplace").decode()
+        return text.encode("utf-8", "backslashreplace").decode()
 
     @property
     def headline(self) -> str:

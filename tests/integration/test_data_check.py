@@ -182,6 +182,18 @@ def test_a_page_nobody_asked_for_does_not_fail_a_check(s4gan, make_data, own_fol
     assert "warning: no page of samples: cannot write data-check.html" in ended.err
 
 
+def test_a_broken_exif_block_is_passed_over_without_noise(start, tmp_path):
+    data = write_data(tmp_path / "data")
+    exif = Image.Exif()
+    exif[0x010F] = "a camera's maker"
+    image = Image.open(data / "train/images/train_0009.png")
+    (data / "train/images/train_0009.png").unlink()
+    image.save(data / "train/images/train_0009.jpg", exif=exif.tobytes()[:20])
+    checking = start(["data", "check", str(data), "--no-page"], forked=False)
+    assert checking.finish() == 0, checking.output
+    assert "arning" not in checking.output
+
+
 # ---------------------------------------------------------------- S3
 
 
@@ -190,12 +202,16 @@ def uploaded(tmp_path, bucket, s3_env, s3_server, monkeypatch) -> str:
     monkeypatch.setenv("S4GAN_SCRATCH", str(tmp_path / "scratch"))
     data = write_data(tmp_path / "original")
     spoil(data)
-    with s3_client(s3_server) as client:
+    return upload(s3_server, bucket, data)
+
+
+def upload(server, bucket: str, data: Path) -> str:
+    with s3_client(server) as client:
         for path in sorted(data.rglob("*")):
             if path.is_file():
                 key = f"data/scenes/{path.relative_to(data).as_posix()}"
                 client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
-    return f"s3://{BUCKET}/data/scenes"
+    return f"s3://{bucket}/data/scenes"
 
 
 def test_data_in_s3_are_named_as_there(s4gan, uploaded, tmp_path, own_folder):
@@ -207,6 +223,22 @@ def test_data_in_s3_are_named_as_there(s4gan, uploaded, tmp_path, own_folder):
     page = (own_folder / "data-check.html").read_text()
     assert f"{uploaded}/train/images/train_0002.png" in page
     assert str(tmp_path) not in ended.out + page
+
+    run = tmp_path / "run"
+    training = s4gan(command(uploaded, run, train__iterations=1, train__log_every=1))
+    assert training.code == 0, training.err
+    assert f"first: {uploaded}/train/masks/train_0004.png" in training.out
+
+
+def test_a_data_set_that_is_labeled_throughout_is_named_as_there(
+    s4gan, tmp_path, bucket, s3_env, s3_server, monkeypatch
+):
+    monkeypatch.setenv("S4GAN_SCRATCH", str(tmp_path / "scratch"))
+    uri = upload(s3_server, bucket, write_data(tmp_path / "original", unlabeled=0))
+    ended = s4gan(["data", "check", uri, "--no-page"])
+    assert ended.code == 78
+    assert f"problem: {uri}: every training image is labeled" in ended.out
+    assert "train.supervised_only=true" in ended.out
 
 
 @pytest.mark.parametrize(
