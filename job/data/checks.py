@@ -27,6 +27,7 @@ from job.data.duplicates import (
     fingerprint,
     near_pairs,
     pixel_digest,
+    rows_digest,
 )
 from job.data.formats import Formats
 from job.data.images import ImageFacts, read_facts, read_index_mask, read_rgb_and_facts
@@ -77,6 +78,7 @@ def check_data(
     for place, look in _looked_at(_places(items), info, stopped, thorough=False):
         seen.add(place, look)
         beat()
+    seen.confirm_copies(stopped)
     problems = [finding.text for finding in seen.problems]
     if problems:
         shown = "\n".join(problems[:MAX_SHOWN])
@@ -178,7 +180,7 @@ class _Look:
     facts: ImageFacts | None = None
     problem: str = ""
     digest: bytes = b""
-    """Of the decoded pixels; empty if they were not decoded."""
+    """Of the decoded pixels, or of some rows of them; empty if they were not decoded."""
     mask_digest: bytes = b""
     print: Fingerprint | None = None
     pixels: NDArray[np.int64] | None = None
@@ -232,17 +234,17 @@ def _look(place: Place, info: DatasetInfo, thorough: bool) -> _Look:
             if not thorough:
                 return look
         image, look.facts = read_rgb_and_facts(item.image)
-        look.digest = pixel_digest(image)
+        look.digest = pixel_digest(image) if thorough else rows_digest(image)
         if thorough:
             look.print = fingerprint(image)
         if item.mask is not None:
-            _look_at_mask(item, info, look)
+            _look_at_mask(item, info, look, thorough)
     except DataError as error:
         look.problem = str(error)
     return look
 
 
-def _look_at_mask(item: Item, info: DatasetInfo, look: _Look) -> None:
+def _look_at_mask(item: Item, info: DatasetInfo, look: _Look, thorough: bool) -> None:
     """Decode the mask and compare it with its image and the classes."""
     assert item.mask is not None
     assert look.facts is not None
@@ -261,7 +263,8 @@ def _look_at_mask(item: Item, info: DatasetInfo, look: _Look) -> None:
         )
     look.ignored = ignored
     look.pixels = counts[: info.num_classes]
-    look.mask_digest = hashlib.sha256(mask.tobytes()).digest()
+    if thorough:
+        look.mask_digest = hashlib.sha256(mask.tobytes()).digest()
 
 
 def _other_size(item: Item, facts: ImageFacts, mask_size: tuple[int, int]) -> DataError:
@@ -395,6 +398,17 @@ class _Seen:
             if found:
                 warnings.append(f"{said}: {len(found)} (first: {found[0].headline})")
         return warnings
+
+    def confirm_copies(self, stopped: Callable[[], bool]) -> None:
+        """Look again, thoroughly, at what was the same in the rows that were compared."""
+        again = [
+            place for group in self._by_digest.values() if len(group) > 1 for place, _ in group
+        ]
+        self._by_digest = {}
+        for place, look in _looked_at(again, self._info, stopped, thorough=True):
+            beat()
+            if look.digest:
+                self._by_digest.setdefault(look.digest, []).append((place, look.mask_digest))
 
     def exact_duplicates(self) -> list[tuple[Place, ...]]:
         """Groups of images that are the same, pixel for pixel, of any parts."""

@@ -43,6 +43,17 @@ def pixel_digest(image: Image.Image) -> bytes:
     return digest.digest()
 
 
+def rows_digest(image: Image.Image) -> bytes:
+    """sha256 of an image's size and of every 16th row or so: differs only where pixels do.
+
+    Takes a tenth of the time of `pixel_digest`, which is to confirm what it finds.
+    """
+    digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height}\0".encode())
+    rows = (image.width, max(1, image.height // 16))
+    digest.update(image.resize(rows, Image.Resampling.NEAREST).tobytes())
+    return digest.digest()
+
+
 def fingerprint(image: Image.Image) -> Fingerprint:
     """Of an RGB image."""
     # reducing_gap would be faster for large ones, and makes the hash depend on the size.

@@ -19,6 +19,7 @@ from job.data.duplicates import (
     fingerprint,
     near_pairs,
     pixel_digest,
+    rows_digest,
 )
 
 
@@ -59,6 +60,15 @@ def test_one_pixel_makes_another_digest() -> None:
     before = pixel_digest(image)
     image.putpixel((3, 3), (1, 2, 3))
     assert pixel_digest(image) != before
+
+
+@settings(deadline=None)
+@given(size=st.tuples(st.integers(1, 70), st.integers(1, 70)), seed=st.integers(0, 9))
+def test_copies_have_the_same_rows_too(size: tuple[int, int], seed: int) -> None:
+    image = picture(seed, size)
+    assert rows_digest(image) == rows_digest(image.copy())
+    wider = picture(seed, (size[0] + 1, size[1]))
+    assert rows_digest(image) != rows_digest(wider)
 
 
 def test_the_same_bytes_in_another_shape_are_another_picture() -> None:

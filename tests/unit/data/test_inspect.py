@@ -310,6 +310,18 @@ def test_copies_among_unlabeled_or_validation_images_alone_are_no_warning(
     assert len(report.exact) == 2
 
 
+def test_pictures_that_differ_in_one_pixel_are_no_copies(make_data: MakeData) -> None:
+    """Whichever row it is in: the start of training compares some rows first."""
+    folder = make_data()
+    image = Image.open(image_path(folder, "train_0002"))
+    for row in range(0, HEIGHT, 7):
+        other = image.copy()
+        other.putpixel((3, row), (1, 2, 3))
+        other.save(image_path(folder, "val_0001"))
+        assert at_start(folder) == []
+        assert look(folder).exact == []
+
+
 def test_near_duplicates_are_found_by_the_thorough_look_only(make_data: MakeData) -> None:
     folder = make_data()
     for name, seed in (("train_0001", 1), ("train_0002", 2), ("val_0003", 3)):

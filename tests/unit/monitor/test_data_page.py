@@ -159,7 +159,7 @@ def test_findings_come_first_problems_before_all(make_data: MakeData, tmp_path: 
     assert places == sorted(places)
 
 
-def test_a_pair_stands_side_by_side(make_data: MakeData, tmp_path: Path) -> None:
+def test_a_pair_stands_together(make_data: MakeData, tmp_path: Path) -> None:
     folder = make_data()
     shutil.copy(image_path(folder, "train_0002"), image_path(folder, "val_0001"))
     text = page_of(folder, tmp_path).text
