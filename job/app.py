@@ -43,6 +43,7 @@ from job.data.images import (
     read_rgb,
     with_internal_ignore,
 )
+from job.data.report import named_as
 from job.data.splits import SplitItems, Splits, check_same, items_of, make_splits
 from job.errors import (
     ConfigError,
@@ -491,7 +492,7 @@ def _prepare_data(
     )
     warnings = check_data(items, dataset.info, stopped=lambda: stop.requested)
     for warning in [*dataset.warnings, *warnings]:
-        console.print(f"warning: {warning}")
+        console.print(f"warning: {named_as(warning, folder, data_uri)}")
     return _Data(data_uri, dataset.info, splits, items)
 
 

@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -22,11 +23,14 @@ import typer
 
 import job
 from job import options
-from job.errors import ConfigError, ExitCode, JobError
+from job.errors import ConfigError, DataError, ExitCode, JobError, StorageError
 
 if TYPE_CHECKING:
     from job.cloud.submit import SubmittedRun
     from job.storage.progress import ConsoleProgress
+
+DATA_PAGE = "data-check.html"
+"""Where `data check` writes its page."""
 
 _TYPER_STYLE: dict[str, Any] = {
     "no_args_is_help": True,
@@ -49,6 +53,8 @@ def main() -> None:
     logging.addLevelName(logging.ERROR, "error")
     # It logs a traceback of what it raises, too, and that is said in our words.
     logging.getLogger("botocore.credentials").setLevel(logging.CRITICAL)
+    # Pillow's about broken EXIF blocks, which name no file and harm nothing.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     # Until the run has its own handlers, seconds of imports away, nothing is there to be saved.
     signal.signal(signal.SIGTERM, _stopped_early)
     signal.signal(signal.SIGINT, _stopped_early)
@@ -261,22 +267,61 @@ app.add_typer(data_app, name="data")
 @data_app.command("check")
 def data_check(
     uri: Annotated[str, typer.Argument(help="Data folder or s3:// prefix.")],
+    config: options.ConfigName = None,
+    val_split: options.ValSplit = None,
+    batch_size: options.BatchSize = None,
+    assignments: options.Assignments = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            help="HTML page of samples with their masks over them.", show_default=DATA_PAGE
+        ),
+    ] = None,
+    no_page: Annotated[bool, typer.Option("--no-page", help="Write no page.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Look at every file, as training does before it begins; names what is wrong, exit code 78."""
-    from job.data.checks import check_everything
+    """Look at images and labels, as training does before it begins and more; exit code 78 if wrong.
+
+    Classes, duplicates, formats, and a page to see whether the masks fit. --config and its kin say
+    which images are labeled and which are held out, as for train.
+    """
+    if page is not None:
+        if no_page:
+            raise ConfigError("--page and --no-page are both given", mend="leave out one")
+        _refuse_uri("--page", page)
+        if not page.parent.is_dir() or page.is_dir():
+            raise ConfigError(f"--page {page}: cannot be a file there", mend="give a file's path")
+    changes = options.overrides(val_split=val_split, batch_size=batch_size, assignments=assignments)
+    resolved = options.read_config(config, changes)
+    from job.data.checks import inspect
     from job.data.dataset import scan_dataset
+    from job.monitor.data_page import write_data_page
     from job.storage.sync import data_folder
 
-    with data_folder(uri, progress=_transfer_progress()) as folder:
-        dataset = scan_dataset(folder)
-        warnings = check_everything(dataset)
-    labeled = sum(item.mask is not None for item in dataset.train)
-    for warning in warnings:
-        print(f"warning: {warning}")
-    print(
-        f"{uri}: good; {labeled} labeled, {len(dataset.train) - labeled} unlabeled, "
-        f"{len(dataset.val)} validation images, classes {', '.join(dataset.info.classes)}"
-    )
+    progress = _transfer_progress()
+    with data_folder(uri, progress=progress) as folder:
+        report = inspect(scan_dataset(folder), resolved, uri=uri, progress=progress)
+        if not as_json:
+            print(report.text())
+        written = None
+        if not no_page:
+            written = page or Path(DATA_PAGE)
+            try:
+                samples = write_data_page(report, written)
+            except StorageError as error:
+                if page is not None:
+                    raise
+                written = None  # nobody asked for it, and the folder may be read-only for good
+                print(f"warning: no page of samples: {error.message}", file=sys.stderr)
+    if as_json:
+        _print_json(report.to_dict() | {"page": None if written is None else str(written)})
+    else:
+        if written is not None:
+            print(f"{written}: {samples} samples with their masks over them; open it in a browser")
+        if report.is_good:
+            print(report.headline)
+    if not report.is_good:
+        raise DataError(report.headline, mend="see the problems above")
 
 
 @data_app.command("pack")

@@ -56,15 +56,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def overrides(
     *,
-    learning_rate: float | None,
-    learning_rate_D: float | None,
-    threshold_st: float | None,
-    val_split: float | None,
-    random_mirror: bool | None,
-    random_scale: bool | None,
-    batch_size: int | None,
-    target_miou: float | None,
-    assignments: list[str] | None,
+    learning_rate: float | None = None,
+    learning_rate_D: float | None = None,
+    threshold_st: float | None = None,
+    val_split: float | None = None,
+    random_mirror: bool | None = None,
+    random_scale: bool | None = None,
+    batch_size: int | None = None,
+    target_miou: float | None = None,
+    assignments: list[str] | None = None,
 ) -> dict[str, Any]:
     """What the command line says of the configuration, by "section.key"; flags before `--set`."""
     flags = {

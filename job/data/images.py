@@ -6,6 +6,7 @@ user's mask, and the padding of an image smaller than the crop.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,35 @@ UNREADABLE = (
 
 _PACKED_GREY = {"L;2": 3, "L;4": 15}
 """Largest value of grey PNGs of less than 8 bits; Pillow stretches it to 255."""
+
+_ORIENTATION_TAG = 0x0112
+_EXIF_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+"""Where Pillow keeps what may hold an orientation; without any of them a PNG would be decoded."""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What an image file holds, before it became RGB of 8 bits."""
+
+    size: tuple[int, int]
+    """Width and height as stored."""
+    mode: str
+    """Pillow's: RGB, L (grey), P (palette), CMYK, ..."""
+    bits: int
+    """Of a channel: 8, or 16."""
+    orientation: int
+    """EXIF's, 1..8; 1 is upright. Source: EXIF 2.3, tag 0x0112."""
+    has_alpha: bool
+    """An alpha channel, or a transparent colour."""
+    is_transparent: bool = False
+    """Some pixel is not opaque; only known once it is decoded."""
+    peak: int = 255
+    """Largest value of any channel of the RGB image of 8 bits; only known once it is decoded."""
+
+    @property
+    def turned_size(self) -> tuple[int, int]:
+        """Width and height as a viewer shows it."""
+        return self.size[::-1] if self.orientation >= 5 else self.size
 
 
 @dataclass(frozen=True)
@@ -81,11 +111,45 @@ def random_crop(
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """Decode an image to RGB: colour, grey of 8 or 16 bits, palette, with or without alpha.
+    """Decode an image to RGB: colour, grey of 8 or 16 bits, palette, CMYK, with or without alpha.
+
+    Of 16 bits the upper 8 stay; alpha is dropped, and the colours under it stay; CMYK is converted
+    without its colour profile. Pixels stay where they are stored: an EXIF orientation is not
+    followed, as nothing says which way a mask was drawn (`job.data.checks` warns).
 
     Raises:
         DataError: not an image, a damaged one, or one of floating point numbers.
     """
+    return _read(path, look=False)[0]
+
+
+def read_rgb_and_facts(path: Path) -> tuple[Image.Image, ImageFacts]:
+    """As `read_rgb`, with what the file holds.
+
+    Raises:
+        DataError: as `read_rgb`.
+    """
+    image, facts = _read(path, look=True)
+    assert facts is not None
+    return image, facts
+
+
+def read_facts(path: Path) -> ImageFacts:
+    """What an image's header says; decodes no pixel.
+
+    Raises:
+        DataError: not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return _facts(image)
+    except UNREADABLE as error:
+        raise DataError(
+            f"{path}: cannot be read as an image ({error})", mend="replace or remove it"
+        ) from None
+
+
+def _read(path: Path, *, look: bool) -> tuple[Image.Image, ImageFacts | None]:
     try:
         with Image.open(path) as image:
             if image.mode == "F":
@@ -93,18 +157,60 @@ def read_rgb(path: Path) -> Image.Image:
                     f"{path}: holds floating point numbers, not colours",
                     mend="save it as an image of 8 or 16 bits",
                 )
-            if image.mode.startswith("I"):
-                # Pillow would clip 16 bits at 255 and leave a white image.
-                grey = np.asarray(image, np.int64) // 257
-                return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-            if image.mode == "P" and "transparency" in image.info:
-                return image.convert("RGBA").convert("RGB")  # what Pillow advises for them
-            return image.convert("RGB")
+            # Before decoding, which forgets the bits; the orientation of a PNG may come after it.
+            facts = _facts(image) if look else None
+            rgb = _to_rgb(image)
+            if facts is not None:
+                facts = dataclasses.replace(
+                    facts,
+                    orientation=_orientation(image),
+                    is_transparent=facts.has_alpha and _is_transparent(image),
+                    peak=max(high for _, high in rgb.getextrema()) if facts.bits > 8 else 255,  # type: ignore[misc]
+                )
+            return rgb, facts
     except UNREADABLE as error:
         raise DataError(
             f"{path}: cannot be read as an image ({error})",
             mend="replace the file, or remove it with its mask",
         ) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Pillow would clip 16 bits at 255 and leave a white image.
+        grey = np.asarray(image, np.int64) // 257
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")  # what Pillow advises for them
+    return image.convert("RGB")
+
+
+def _facts(image: Image.Image) -> ImageFacts:
+    tile = getattr(image, "tile", None)  # of every opened file, but not of every Image
+    raw_mode = str(tile[0].args) if tile else ""
+    deep = image.mode.startswith("I") or ";16" in raw_mode
+    return ImageFacts(
+        size=image.size,
+        mode=image.mode,
+        bits=16 if deep else 8,
+        orientation=_orientation(image),
+        has_alpha=image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info,
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    if not any(key in image.info for key in _EXIF_KEYS):
+        return 1
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # whatever a broken block makes of Pillow: viewers show such images upright
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    alpha = image.convert("RGBA").getchannel("A").getextrema()
+    return alpha[0] < 255  # type: ignore[operator]
 
 
 def read_index_mask(path: Path) -> Image.Image:

@@ -1,0 +1,135 @@
+"""How often each class occurs in the masks, and which are too rare to learn or to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from job.data.dataset import Item
+
+RARE_SHARE = 0.001
+"""A class below this share of the labeled pixels is rare: of a crop of 321 x 321 pixels, the guide
+preset's, that is a patch of 10 x 10 on average."""
+NAMES_SHOWN = 6
+"""Classes named in one warning."""
+
+
+@dataclass
+class Balance:
+    """What the masks of one part of the data hold; masks are added one by one."""
+
+    num_classes: int
+    masks: int = 0
+    ignored: int = 0
+    """Pixels of `ignore_index`."""
+    pixels: NDArray[np.int64] = field(init=False)
+    """Of each class; (K,)."""
+    images: NDArray[np.int64] = field(init=False)
+    """Masks that hold it; (K,)."""
+    largest: list[tuple[int, Item] | None] = field(init=False)
+    """The mask that holds most of each class, with its pixels of it; for showing it."""
+
+    def __post_init__(self) -> None:
+        self.pixels = np.zeros(self.num_classes, np.int64)
+        self.images = np.zeros(self.num_classes, np.int64)
+        self.largest = [None] * self.num_classes
+
+    def add(self, item: Item, pixels: NDArray[np.int64], ignored: int) -> None:
+        """Count a mask: its pixels of each class, (K,), and those of `ignore_index`."""
+        self.masks += 1
+        self.ignored += ignored
+        self.pixels += pixels
+        self.images += pixels > 0
+        for index in np.flatnonzero(pixels):
+            best = self.largest[index]
+            if best is None or pixels[index] > best[0]:
+                self.largest[index] = (int(pixels[index]), item)
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """Of the pixels that are not ignored, those of each class, 0..1; (K,)."""
+        return self.pixels / max(1, int(self.pixels.sum()))
+
+    @property
+    def ignored_share(self) -> float:
+        """Of all pixels, those that are ignored, 0..1."""
+        return self.ignored / max(1, self.ignored + int(self.pixels.sum()))
+
+    def __add__(self, other: Balance) -> Balance:
+        both = Balance(self.num_classes, self.masks + other.masks, self.ignored + other.ignored)
+        both.pixels = self.pixels + other.pixels
+        both.images = self.images + other.images
+        both.largest = [
+            max((one for one in pair if one), key=lambda one: one[0], default=None)
+            for pair in zip(self.largest, other.largest, strict=True)
+        ]
+        return both
+
+
+def balance_warnings(
+    classes: Sequence[str], labeled: Balance, val: Balance, set_aside: Balance | None = None
+) -> list[str]:
+    """What the balance says against training or measuring; nothing about a part without masks.
+
+    Args:
+        classes: names in index order.
+        labeled: of the labeled images that are trained on.
+        val: of the validation images.
+        set_aside: of the masks that `data.labeled_ratio` sets aside, if they were looked at.
+    """
+    warnings = []
+    if labeled.masks:
+        absent = labeled.images == 0
+        if set_aside is not None:
+            nowhere = absent & (set_aside.images == 0) & (val.images == 0)
+            if nowhere.any():
+                warnings.append(
+                    f"no mask at all holds {_names(classes, nowhere)}; check the classes in "
+                    "dataset.yaml, and how the masks were made"
+                )
+            elsewhere = absent & (set_aside.images > 0)
+            if elsewhere.any():
+                warnings.append(
+                    f"no labeled image holds {_names(classes, elsewhere)}, which is not learned "
+                    "then; masks that data.labeled_ratio sets aside do: raise it"
+                )
+            absent &= ~(nowhere | elsewhere)
+        if absent.any():
+            warnings.append(
+                f"no labeled image holds {_names(classes, absent)}, which is not learned then; "
+                "label images that do"
+            )
+        shares = labeled.shares
+        rare = (labeled.images > 0) & (shares < RARE_SHARE)
+        if rare.any():
+            warnings.append(
+                f"less than {RARE_SHARE:.1%} of the labeled pixels are "
+                f"{_names(classes, rare, [f'{share:.3%}' for share in shares])}; "
+                "label more images that hold it"
+            )
+        single = (labeled.images == 1) & ~rare
+        if labeled.masks > 1 and single.any():
+            first = labeled.largest[int(np.flatnonzero(single)[0])]
+            assert first is not None
+            warnings.append(
+                f"only one of {labeled.masks} labeled images holds {_names(classes, single)} "
+                f"(first: {first[1].image}); label more that do"
+            )
+    if val.masks and (val.images == 0).any():
+        warnings.append(
+            f"no validation mask holds {_names(classes, val.images == 0)}, "
+            "whose IoU cannot be measured then"
+        )
+    return warnings
+
+
+def _names(classes: Sequence[str], chosen: NDArray[np.bool_], told: Sequence[str] = ()) -> str:
+    indices = [int(index) for index in np.flatnonzero(chosen)]
+    names = [
+        classes[index] + (f" ({told[index]})" if told else "") for index in indices[:NAMES_SHOWN]
+    ]
+    more = len(indices) - NAMES_SHOWN
+    return ", ".join(names) + (f" and {more} more classes" if more > 0 else "")
