@@ -49,18 +49,20 @@ from job.errors import (
 from job.events import Notice, Tracker
 from job.inference import choose_device, examples
 from job.models.files import ModelCard, load_generator, model_file
+from job.models.generator import Generator
 from job.monitor import Trackers
 from job.monitor.attempts import crash_loop, fingerprint, interruption_history
 from job.monitor.console import ConsoleTracker
 from job.monitor.health import OUT_OF_MEMORY, Watch
 from job.monitor.health_tracker import HealthTracker
 from job.monitor.ledger import Ledger, LedgerMirror, read_ledger
-from job.monitor.pictures import prediction_sheet
+from job.monitor.pictures import Example, prediction_sheet
 from job.monitor.report import report_html
 from job.monitor.rules import Setting
 from job.monitor.stall import stall_minutes, watch_stall
 from job.monitor.stopping import StopRules
-from job.monitor.summary import Check, checklist, summary, summary_json
+from job.monitor.summary import Check, checklist, provenance, summary, summary_json
+from job.monitor.wandb_run import ModelFile, RunFacts
 from job.monitor.wandb_tracker import WandbTracker
 from job.nodes import Node
 from job.parallel import check_ranks, crew, follow
@@ -77,7 +79,7 @@ from job.training.state import TrainState, new_train_state
 log = logging.getLogger(__name__)
 
 SHEET_IMAGES = 6
-"""Validation images on `predictions.png`."""
+"""Validation images on `predictions.png`, and in W&B."""
 
 
 def train(
@@ -170,7 +172,7 @@ def train(
                             tracking.trackers,
                             state.iteration,
                         ),
-                        save_best=_best_writer(attempt, publisher),
+                        save_best=_best_writer(attempt, publisher, tracking.wandb),
                         stop=stop,
                         ranks=ranks,
                         stop_rule=stop_rules,
@@ -186,7 +188,8 @@ def train(
             if state.iteration < config.train.iterations and not ended:
                 told = {"iteration": state.iteration, "reason": stop_rules.reason}
                 record.tell(Notice("stopped_early", f"Stopped: {stop_rules.reason}", told))
-            # 8. Done: final weights, pictures, checklist, report. Doing this twice is harmless.
+            # 8. Done: pictures, final weights, checklist, report. Doing this twice is harmless.
+            _show_best(attempt, manager, state, tracking.wandb)
         _finish(attempt, manager, state, tracking, stop_rules.reason)
         return ExitCode.OK
 
@@ -556,15 +559,24 @@ def _device_name(device: torch.device, count: int) -> str:
 def _tracking(attempt: _Attempt, state: TrainState, stop: StopRequest) -> Iterator[_Tracking]:
     """Console, ledger, W&B, and the rules; the last two are told how the attempt ended."""
     total = attempt.config.train.iterations
+    data = attempt.data
+    facts = {"uri": data.uri, "classes": list(data.info.classes)}
+    attempt.record.tell(Notice("data", "", facts))
+    before = read_ledger(attempt.record.ledger.path)
     progress = ConsoleTracker(attempt.console, total, state.iteration)
     wandb = WandbTracker(
-        attempt.config, attempt.identity, attempt.live_folder, attempt.console.print
+        attempt.config,
+        attempt.identity,
+        attempt.live_folder,
+        attempt.record.tell,
+        facts=RunFacts(attempt.store.uri, data.uri, data.info.classes, provenance()),
+        before=before,
     )
     health = HealthTracker(
-        Watch(Setting(attempt.config, attempt.data.info.num_classes)),
+        Watch(Setting(attempt.config, data.info.num_classes)),
         tell=attempt.record.tell,
         say=attempt.console.print,
-        before=read_ledger(attempt.record.ledger.path),
+        before=before,
         rolled_back=attempt.record.rolled_back,
         on_finding=[wandb.finding],
         on_standing=[wandb.standing],
@@ -635,8 +647,10 @@ def _out_of_memory(config: Config) -> ConfigError:
     )
 
 
-def _best_writer(attempt: _Attempt, publisher: Publisher) -> BestModelWriter:
+def _best_writer(attempt: _Attempt, publisher: Publisher, wandb: WandbTracker) -> BestModelWriter:
     def save_best(state: TrainState, val_miou: float) -> BestModel:
+        if wandb.wants_pictures(state.iteration):
+            _picture(attempt, state, wandb)
         return publisher.save_best(
             {
                 run.BEST_MODEL: _model_file(attempt, state, "generator", val_miou=val_miou),
@@ -647,6 +661,16 @@ def _best_writer(attempt: _Attempt, publisher: Publisher) -> BestModelWriter:
         )
 
     return save_best
+
+
+def _picture(attempt: _Attempt, state: TrainState, wandb: WandbTracker) -> None:
+    """Show a new best model in W&B, which is no reason for a training to end."""
+    try:
+        shown = _examples(attempt, state.generator, attempt.config.data.image_scale)
+    except JobError as error:
+        log.warning("no pictures of iteration %d: %s", state.iteration, error.message)
+        return
+    wandb.pictures(state.iteration, shown)
 
 
 def _model_file(attempt: _Attempt, state: TrainState, kind: str, **facts: Any) -> dict[str, Any]:
@@ -670,6 +694,29 @@ def _ended_before(state: TrainState, config: Config, stop_rules: StopRules) -> b
 # ------------------------------------------------------------------------- 8: the end
 
 
+def _show_best(
+    attempt: _Attempt, manager: CheckpointManager, state: TrainState, wandb: WandbTracker
+) -> None:
+    """Verify the best model and leave its pictures, in the run and in W&B, while that is open."""
+    store = attempt.store
+    assert state.best is not None  # a complete run has evaluated at least once
+    path = manager.verify_best(state.best)
+    generator, card, _ = load_generator(path, attempt.device)
+    shown = _examples(attempt, generator, card.image_scale)
+    sheet = io.BytesIO()
+    prediction_sheet(shown, card.palette, card.classes).save(sheet, format="PNG")
+    store.write(run.PREDICTIONS, sheet.getvalue())
+    key = run.best_file(state.best.id, run.BEST_MODEL)
+    model = ModelFile(
+        uri=str(store.local_path(key) or f"{store.uri}/{key}"),
+        path=path,
+        sha256=manager.best_files(state.best)[run.BEST_MODEL].sha256,
+        iteration=state.best.iteration,
+        val_miou=state.best.val_miou,
+    )
+    wandb.ended(state.iteration, shown, model)
+
+
 def _finish(
     attempt: _Attempt,
     manager: CheckpointManager,
@@ -689,10 +736,8 @@ def _finish(
     if state.iteration == attempt.config.train.iterations:
         stopped = ""  # it had come to its end by itself
     store, data = attempt.store, attempt.data
-    assert state.best is not None  # a complete run has evaluated at least once
+    assert state.best is not None  # it has been shown
     final = manager.save_file(_model_file(attempt, state, "generator"), run.FINAL_MODEL)
-    best_path = manager.verify_best(state.best)
-    store.write(run.PREDICTIONS, _prediction_sheet(attempt, best_path))
 
     events = read_ledger(attempt.record.ledger.path)
     checks = checklist(
@@ -719,6 +764,7 @@ def _finish(
         checks=checks,
         iterations=state.iteration,
         stopped=stopped,
+        wandb_url=tracking.wandb.url,
     )
     store.write(run.SUMMARY, summary_json(content))
     page = report_html(
@@ -731,21 +777,17 @@ def _finish(
     _print_end(attempt, state, checks, stopped)
 
 
-def _prediction_sheet(attempt: _Attempt, best_path: Path) -> bytes:
-    """A few validation images, spread over the set, as the best model sees them."""
-    generator, card, _ = load_generator(best_path, attempt.device)
+def _examples(attempt: _Attempt, generator: Generator, image_scale: float) -> list[Example]:
+    """A few validation images as a model sees them: the same each time, spread over the set."""
     val = attempt.data.items.val
     step = max(1, len(val) // SHEET_IMAGES)
-    shown = examples(
+    return examples(
         generator,
         val[::step][:SHEET_IMAGES],
         attempt.data.info,
-        image_scale=card.image_scale,
+        image_scale=image_scale,
         device=attempt.device,
     )
-    sheet = io.BytesIO()
-    prediction_sheet(shown, card.palette, card.classes).save(sheet, format="PNG")
-    return sheet.getvalue()
 
 
 def _print_end(attempt: _Attempt, state: TrainState, checks: list[Check], stopped: str) -> None:
