@@ -17,7 +17,7 @@ from wandb.errors import CommError
 
 from job.config import Config, config_from_dict
 from job.events import EvalEvent, Notice, TrainEvent
-from job.monitor import wandb_tracker
+from job.monitor import wandb_run, wandb_tracker
 from job.monitor.wandb_run import RunFacts
 from job.monitor.wandb_tracker import WandbTracker
 from job.run import RunIdentity
@@ -171,7 +171,7 @@ def test_without_a_key_a_real_run_is_written_offline_and_one_line_said(
     (record,) = files.rglob("*.wandb")
     assert comes_to_hold(record, b"Training Loss/Cross Entropy")
     assert comes_to_hold(record, b"Metrics/Train-Val Gap")
-    assert ours.tracker.outcome == f"offline; upload with: wandb sync {record.parent}"
+    assert ours.tracker.outcome == "offline; upload with: s4gan wandb-sync s3://b/runs/x"
     assert not ours.tracker.finished_online
     assert capfd.readouterr() == ("", "")
 
@@ -190,15 +190,14 @@ def test_a_server_that_does_not_answer_leads_to_a_real_offline_run(
 ) -> None:
     log_in(monkeypatch)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(wandb_tracker, "INIT_TIMEOUT_S", 4)
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT_S", 4)
     ours = mirror()
     ours.tracker.train(TRAIN)
     ours.end()
     (line,) = ours.said
     assert line.startswith("W&B: not reachable (")
     assert line.endswith("); going on offline")
-    folder = Path(ours.tracker.outcome.removeprefix("offline; upload with: wandb sync "))
-    (record,) = folder.glob("*.wandb")
+    (record,) = (ours.folder / "wandb").glob("offline-run-*/*.wandb")
     assert comes_to_hold(record, b"Training Loss/Cross Entropy")
     assert not ours.tracker.finished_online
 
@@ -297,6 +296,7 @@ def test_with_a_key_the_run_is_online_and_its_address_said(
     ours = mirror().end()
     assert init.modes == ["online"]
     assert ours.said == [f"W&B: {RecordedRun.url}"]
+    assert ours.told[0].fields["url"] == ours.tracker.url == RecordedRun.url
     assert ours.tracker.finished_online
     assert ours.tracker.outcome == RecordedRun.url
     assert init.runs[0].ending == ["finished 0"]
