@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the real images and weights in {folder}, which is not there")
     return folder
+
+
+@pytest.fixture
+def _wandb_leaves_folders() -> Iterator[None]:
+    """The temporary folders that wandb leaves to Python to remove, which is a warning, go here."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture

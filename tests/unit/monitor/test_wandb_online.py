@@ -28,6 +28,11 @@ from job.run import RunIdentity
 from tests import wandb_files
 from tests.wandb_server import WandbServer
 
+pytestmark = [
+    pytest.mark.usefixtures("_wandb_leaves_folders"),
+    pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
+]
+
 ID = "s4gan-0123"
 IDENTITY = RunIdentity(run_id="0123", wandb_id=ID, created_at="2024-01-01T00:00:00+00:00")
 CLASSES = ("sky", "road")

@@ -20,6 +20,11 @@ from tests import wandb_files
 from tests.series import CLASSES, lines
 from tests.wandb_server import KeptRun, WandbServer
 
+pytestmark = [
+    pytest.mark.usefixtures("_wandb_leaves_folders"),
+    pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
+]
+
 ID = "s4gan-0123"
 CONFIG = config_from_dict(
     {"train": {"iterations": 1000}, "loss": {"st_start": 100}, "wandb": {"project": "p"}},
