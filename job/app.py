@@ -560,8 +560,9 @@ def _tracking(attempt: _Attempt, state: TrainState, stop: StopRequest) -> Iterat
     """Console, ledger, W&B, and the rules; the last two are told how the attempt ended."""
     total = attempt.config.train.iterations
     data = attempt.data
-    facts = {"uri": data.uri, "classes": list(data.info.classes)}
-    attempt.record.tell(Notice("data", "", facts))
+    origin = provenance()
+    told = {"data_uri": data.uri, "classes": list(data.info.classes), "provenance": origin}
+    attempt.record.tell(Notice("origin", "", told))
     before = read_ledger(attempt.record.ledger.path)
     progress = ConsoleTracker(attempt.console, total, state.iteration)
     wandb = WandbTracker(
@@ -569,7 +570,7 @@ def _tracking(attempt: _Attempt, state: TrainState, stop: StopRequest) -> Iterat
         attempt.identity,
         attempt.live_folder,
         attempt.record.tell,
-        facts=RunFacts(attempt.store.uri, data.uri, data.info.classes, provenance()),
+        facts=RunFacts(attempt.store.uri, data.uri, data.info.classes, origin),
         before=before,
     )
     health = HealthTracker(

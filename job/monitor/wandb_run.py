@@ -91,6 +91,7 @@ def start_run(
     resume: Literal["allow", "never"],
     directory: Path,
     finish_timeout_s: float,
+    is_training: bool = True,
 ) -> Any:
     """Start or resume a W&B run, with everything drawn over the iteration.
 
@@ -102,6 +103,7 @@ def start_run(
         resume: "allow" goes on with a run that is there; "never" refuses to.
         directory: for wandb's files.
         finish_timeout_s: how long `finish` waits for what is still on its way.
+        is_training: whether it is this program that trains, and this machine.
 
     Raises:
         wandb.Error: the server is not there, or does not want it.
@@ -127,7 +129,7 @@ def start_run(
             x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
             console="off",
             silent=True,
-            **_git_settings(),
+            **_git_settings(facts, is_training),
         ),
     )
     run.define_metric("iteration", hidden=True)
@@ -138,15 +140,16 @@ def start_run(
     return run
 
 
-def _git_settings() -> dict[str, str]:
-    """Of the program's own checkout; wandb would take that of the folder it is started in.
+def _git_settings(facts: RunFacts, is_training: bool) -> dict[str, Any]:
+    """What trained; wandb would say of which commit the folder is that it is started in.
 
     In an image there is no checkout, and the image says what it was built from.
     """
-    if commit := os.environ.get("S4GAN_GIT_SHA"):
-        return {"git_commit": commit}
     root = revision.checkout()
-    return {} if root is None else {"git_root": str(root)}
+    if is_training and root is not None and not os.environ.get("S4GAN_GIT_SHA"):
+        return {"git_root": str(root)}
+    commit = facts.provenance.get("git")
+    return {"git_commit": str(commit)} if commit else {"disable_git": True}
 
 
 def log_pictures(

@@ -66,14 +66,14 @@ class _Past:
     def facts(self) -> RunFacts:
         """As the run itself sent them."""
         told: Mapping[str, Any] = next(
-            (one for one in reversed(self.events) if one["event"] == "data"), {}
+            (one for one in reversed(self.events) if one["event"] == "origin"), {}
         )
         best = self.summary.get("best") or {}
         return RunFacts(
             uri=self.store.uri,
-            data_uri=str(told.get("uri") or self.summary.get("data", {}).get("uri", "")),
+            data_uri=str(told.get("data_uri") or self.summary.get("data", {}).get("uri", "")),
             classes=tuple(told.get("classes") or best.get("class_iou", ())),
-            provenance=self.summary.get("provenance", {}),
+            provenance=told.get("provenance") or self.summary.get("provenance", {}),
         )
 
     @property
@@ -172,6 +172,7 @@ class _Sender:
                 run_id=run_id,
                 mode="online" if self._is_online else "offline",
                 resume="never",
+                is_training=False,
                 directory=folder,
                 finish_timeout_s=FINISH_TIMEOUT_S,
             )

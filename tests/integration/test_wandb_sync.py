@@ -59,7 +59,7 @@ def test_an_interrupted_run_is_one_run_online(make_data, tmp_path, start, wandb_
     summary = json.loads((run / "summary.json").read_text())
     assert summary["run"]["wandb_url"] == url
     assert url in [event.get("url") for event in events if event["event"] == "wandb"]
-    (data,) = {tuple(event["classes"]) for event in events if event["event"] == "data"}
+    (data,) = {tuple(event["classes"]) for event in events if event["event"] == "origin"}
     assert data == CLASSES
 
 

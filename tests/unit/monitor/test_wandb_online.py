@@ -24,6 +24,7 @@ from job.monitor.health import Finding, Standing
 from job.monitor.pictures import Example
 from job.monitor.wandb_run import ModelFile, RunFacts
 from job.monitor.wandb_tracker import WandbTracker
+from job.revision import revision
 from job.run import RunIdentity
 from tests import wandb_files
 from tests.wandb_server import WandbServer
@@ -108,9 +109,13 @@ def iterations(server: WandbServer, key: str = "Training Loss/Cross Entropy") ->
 
 
 def test_a_run_has_its_configuration_origin_and_address(
-    attempt: Callable[..., Attempt], server: WandbServer, monkeypatch: pytest.MonkeyPatch
+    attempt: Callable[..., Attempt],
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("S4GAN_GIT_SHA", "c0ffee")
+    monkeypatch.setenv("S4GAN_GIT_SHA", "abc")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret-indeed")
     ours = attempt(tags=["a"])
     ours.train(100)
@@ -119,7 +124,7 @@ def test_a_run_has_its_configuration_origin_and_address(
     assert kept.config["train"]["value"]["iterations"] == 1000
     assert kept.config["provenance"]["value"] == {"s4gan": "1", "git": "abc"}
     assert kept.config["data_uri"]["value"] == "s3://b/data"
-    assert kept.commit == "c0ffee"
+    assert kept.commit == "abc"
     assert kept.tags == ["a"]
     assert (kept.complete, kept.exit_code) == (True, 0)
     (told,) = ours.told
@@ -127,6 +132,27 @@ def test_a_run_has_its_configuration_origin_and_address(
     assert told.fields["url"] == ours.tracker.url == f"{server.url}/team/s4gan/runs/{ID}"
     everything = [repr(vars(kept)).encode(), *kept.files.values()]
     assert not any(b"very-secret-indeed" in text for text in everything)
+
+
+def test_the_commit_is_the_programs_and_not_that_of_the_folder_it_is_started_in(
+    attempt: Callable[..., Attempt],
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "other"], check=True)
+    monkeypatch.chdir(tmp_path)
+    attempt().end()
+    ours = revision()
+    assert server.runs[ID].commit == (ours.commit if ours else None)
+    wandb.teardown()
+
+    monkeypatch.setattr("job.revision.checkout", lambda: None)
+    server.runs.clear()
+    attempt().end()
+    assert server.runs[ID].commit == "abc"
 
 
 def test_what_is_rolled_back_and_trained_again_is_not_doubled(

@@ -109,6 +109,7 @@ def test_each_iteration_is_there_once_in_order_and_the_run_is_finished(
     assert kept.config["train"]["value"]["iterations"] == 1000
     assert kept.config["data_uri"]["value"] == "s3://b/data"
     assert kept.config["provenance"]["value"] == {"s4gan": "1"}
+    assert kept.commit is None  # that of what sends it is another one
     assert kept.summary["Metrics/Validation mIoU"]["max"] == max(
         value for _, value in kept.series("Metrics/Validation mIoU")
     )
@@ -187,12 +188,16 @@ def test_an_unfinished_run_is_shown_as_it_ended(
     (run / "summary.json").unlink()
     (run / "predictions.png").unlink()
     first = notice("attempt_ended", exit_code=75, reason="SIGTERM")
-    told = notice("data", uri="s3://b/other", classes=NAMES)
+    told = notice(
+        "origin", data_uri="s3://b/other", classes=NAMES, provenance={"s4gan": "2", "git": "beef"}
+    )
     write_ledger(run, [told, *read_ledger(run), first, last])
     sync()
     kept = kept_run(wandb_server)
     assert (kept.exit_code, kept.preempting) == (code, preempting)
     assert kept.config["data_uri"]["value"] == "s3://b/other"
+    assert kept.config["provenance"]["value"] == {"s4gan": "2", "git": "beef"}
+    assert kept.commit == "beef"
     assert kept.series("IoU/c3")
     assert [one for one in wandb_server.artifacts.values() if one.type == "model"] == []
     assert kept.series("Best Model/Predictions") == []
