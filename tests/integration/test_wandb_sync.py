@@ -9,7 +9,7 @@ import pytest
 
 from job.storage.s3 import S3Store
 from tests.conftest import CLASSES
-from tests.integration.conftest import command
+from tests.integration.conftest import assert_same_result, command
 from tests.services import BUCKET
 
 LOSSES = "Training Loss/Cross Entropy"
@@ -64,8 +64,10 @@ def test_an_interrupted_run_is_one_run_online(make_data, tmp_path, start, wandb_
 
 
 def test_a_run_that_was_offline_is_sent_as_one(make_data, tmp_path, start, s4gan, wandb_server):
-    run = tmp_path / "run"
-    trained_in_two_attempts(start, command(make_data(), run, wandb__mode="offline"))
+    data, run, twin = make_data(), tmp_path / "run", tmp_path / "twin"
+    trained_in_two_attempts(start, command(data, run, wandb__mode="offline"))
+    assert start(command(data, twin)).finish() == 0
+    assert_same_result(run, twin, 40)  # pictures are made without a trace in the training
     assert wandb_server.runs == {}
     result = s4gan(["wandb-sync", run])
     assert result.code == 0, result.err

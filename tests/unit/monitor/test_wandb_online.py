@@ -155,6 +155,29 @@ def test_the_commit_is_the_programs_and_not_that_of_the_folder_it_is_started_in(
     assert server.runs[ID].commit == "abc"
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_diff_is_sent_to_those_who_have_asked_for_it(
+    attempt: Callable[..., Attempt],
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    *,
+    wanted: bool,
+) -> None:
+    checkout = tmp_path / "checkout"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(checkout)]
+    subprocess.run(["git", "init", "-q", str(checkout)], check=True)
+    (checkout / "file").write_text("before\n")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
+    (checkout / "file").write_text("after\n")
+    monkeypatch.setattr("job.revision.checkout", lambda: checkout)
+    if wanted:
+        monkeypatch.setenv("WANDB_SAVE_CODE", "true")
+    attempt().end()
+    assert ("diff.patch" in server.runs[ID].files) is wanted
+
+
 def test_what_is_rolled_back_and_trained_again_is_not_doubled(
     attempt: Callable[..., Attempt], server: WandbServer
 ) -> None:
