@@ -346,3 +346,20 @@ def test_a_file_in_place_of_the_folder_is_said(sync: Sync, tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
         sync(offline=tmp_path / "file" / "sub")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"data_uri": 3, "classes": [], "provenance": {}},
+        {"data_uri": "", "classes": "abc", "provenance": {}},
+        {"data_uri": "", "classes": [], "provenance": []},
+        {},
+    ],
+)
+def test_an_origin_that_was_changed_by_hand_is_named(
+    sync: Sync, run: Path, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    write_ledger(run, [notice("origin", **fields), *read_ledger(run)])
+    with pytest.raises(StorageError, match="line 1"):
+        sync(offline=tmp_path)
