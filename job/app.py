@@ -59,8 +59,9 @@ from job.errors import (
     reason,
 )
 from job.events import EvalEvent, Notice, Tracker
-from job.inference import choose_device
+from job.inference import choose_device, examples
 from job.models.files import ModelCard, load_generator, model_file
+from job.models.generator import Generator
 from job.monitor import Trackers
 from job.monitor.attempts import crash_loop, fingerprint, interruption_history
 from job.monitor.console import ConsoleTracker
@@ -84,6 +85,7 @@ from job.monitor.rules import Setting
 from job.monitor.stall import stall_minutes, watch_stall
 from job.monitor.stopping import StopRules
 from job.monitor.summary import Check, checklist, provenance, summary, summary_json
+from job.monitor.wandb_run import ModelFile, RunFacts
 from job.monitor.wandb_tracker import WandbTracker
 from job.nodes import Node
 from job.parallel import check_ranks, crew, follow
@@ -99,6 +101,9 @@ from job.training.saving import Saving
 from job.training.state import TrainState, new_train_state
 
 log = logging.getLogger(__name__)
+
+WANDB_IMAGES = 6
+"""Validation images in W&B: the same each time, so that one sees them change."""
 
 
 def train(
@@ -231,7 +236,7 @@ def attempt_at(
                             tracking.trackers,
                             state.iteration,
                         ),
-                        save_best=_best_writer(attempt, publisher),
+                        save_best=_best_writer(attempt, publisher, tracking.wandb),
                         stop=stop,
                         ranks=ranks,
                         stop_rule=stop_rules,
@@ -249,8 +254,9 @@ def attempt_at(
             if state.iteration < config.train.iterations and not ended:
                 told = {"iteration": state.iteration, "reason": stop_rules.reason}
                 record.tell(Notice("stopped_early", f"Stopped: {stop_rules.reason}", told))
-            # 8. Done: final weights, pictures, checklist, report. Doing this twice is harmless.
-        _finish(attempt, manager, state, tracking, stop_rules.reason)
+            # 8. Done: pictures, final weights, checklist, report. Doing this twice is harmless.
+            shown = _show_best(attempt, manager, state, tracking.wandb)
+        _finish(attempt, manager, state, tracking, stop_rules.reason, shown)
         return ExitCode.OK
 
 
@@ -631,11 +637,20 @@ def _tracking(
 ) -> Iterator[_Tracking]:
     """Console, ledger, W&B, and the rules; the last two are told how the attempt ended."""
     total = attempt.config.train.iterations
+    data = attempt.data
+    origin = provenance()
+    told = {"data_uri": data.uri, "classes": list(data.info.classes), "provenance": origin}
+    attempt.record.tell(Notice("origin", "", told))
+    before = read_ledger(attempt.record.ledger.path)
     progress = ConsoleTracker(attempt.console, total, state.iteration)
     wandb = WandbTracker(
-        attempt.config, attempt.identity, attempt.live_folder, attempt.console.print
+        attempt.config,
+        attempt.identity,
+        attempt.live_folder,
+        attempt.record.tell,
+        facts=RunFacts(attempt.store.uri, data.uri, data.info.classes, origin),
+        before=before,
     )
-    before = read_ledger(attempt.record.ledger.path)
     trained_with = Remedies.of(before).applied(attempt.config)
     health = HealthTracker(
         Watch(Setting(trained_with, attempt.data.info.num_classes)),
@@ -845,8 +860,10 @@ def _out_of_memory(config: Config) -> OutOfMemory:
     )
 
 
-def _best_writer(attempt: _Attempt, publisher: Publisher) -> BestModelWriter:
+def _best_writer(attempt: _Attempt, publisher: Publisher, wandb: WandbTracker) -> BestModelWriter:
     def save_best(state: TrainState, val_miou: float) -> BestModel:
+        if wandb.wants_pictures(state.iteration):
+            _picture(attempt, state, wandb)
         return publisher.save_best(
             {
                 run.BEST_MODEL: _model_file(attempt, state, "generator", val_miou=val_miou),
@@ -857,6 +874,16 @@ def _best_writer(attempt: _Attempt, publisher: Publisher) -> BestModelWriter:
         )
 
     return save_best
+
+
+def _picture(attempt: _Attempt, state: TrainState, wandb: WandbTracker) -> None:
+    """Show a new best model in W&B, which is no reason for a training to end."""
+    try:
+        shown = _examples(attempt, state.generator, attempt.config.data.image_scale)
+    except JobError as error:
+        log.warning("no pictures of iteration %d: %s", state.iteration, error.message)
+        return
+    wandb.pictures(state.iteration, shown)
 
 
 def _model_file(attempt: _Attempt, state: TrainState, kind: str, **facts: Any) -> dict[str, Any]:
@@ -880,12 +907,35 @@ def _ended_before(state: TrainState, config: Config, stop_rules: StopRules) -> b
 # ------------------------------------------------------------------------- 8: the end
 
 
+def _show_best(
+    attempt: _Attempt, manager: CheckpointManager, state: TrainState, wandb: WandbTracker
+) -> BestEvaluation:
+    """Verify the best model and leave its pictures, in the run and in W&B, while that is open."""
+    store = attempt.store
+    assert state.best is not None  # a complete run has evaluated at least once
+    path = manager.verify_best(state.best)
+    generator, card, _ = load_generator(path, attempt.device)
+    found = _of_best_model(attempt, state.best, generator)
+    key = run.best_file(state.best.id, run.BEST_MODEL)
+    model = ModelFile(
+        uri=str(store.local_path(key) or f"{store.uri}/{key}"),
+        path=path,
+        sha256=manager.best_files(state.best)[run.BEST_MODEL].sha256,
+        iteration=state.best.iteration,
+        val_miou=state.best.val_miou,
+    )
+    shown = _examples(attempt, generator, card.image_scale) if wandb.is_on else []
+    wandb.ended(state.iteration, shown, model)
+    return found
+
+
 def _finish(
     attempt: _Attempt,
     manager: CheckpointManager,
     state: TrainState,
     tracking: _Tracking,
     stopped: str,
+    shown: BestEvaluation,
 ) -> None:
     """Leave the files of a finished run.
 
@@ -895,14 +945,13 @@ def _finish(
         state: after the last iteration.
         tracking: closed.
         stopped: why the last evaluation ended it, if it did.
+        shown: of its best model.
     """
     if state.iteration == attempt.config.train.iterations:
         stopped = ""  # it had come to its end by itself
     store, data = attempt.store, attempt.data
-    assert state.best is not None  # a complete run has evaluated at least once
+    assert state.best is not None  # it has been shown
     final = manager.save_file(_model_file(attempt, state, "generator"), run.FINAL_MODEL)
-    best_path = manager.verify_best(state.best)
-    best_evaluation = _of_best_model(attempt, state.best, best_path)
     events = read_ledger(attempt.record.ledger.path)
     checks = checklist(
         events=events,
@@ -924,6 +973,7 @@ def _finish(
         checks=checks,
         iterations=state.iteration,
         stopped=stopped,
+        wandb_url=tracking.wandb.url,
     )
     store.write(run.SUMMARY, summary_json(content))
     report = Report(
@@ -934,7 +984,7 @@ def _finish(
         checks=checks,
         finished=True,
         stopped=stopped,
-        best=best_evaluation,
+        best=shown,
         pictures=store.read(run.PREDICTIONS),
         facts=facts_of(content),
     )
@@ -942,17 +992,29 @@ def _finish(
     _print_end(attempt, state, checks, stopped)
 
 
-def _of_best_model(attempt: _Attempt, best: BestModel, best_path: Path) -> BestEvaluation:
+def _examples(attempt: _Attempt, generator: Generator, image_scale: float) -> list[Example]:
+    """A few validation images as a model sees them: the same each time, spread over the set."""
+    val = attempt.data.items.val
+    step = max(1, len(val) // WANDB_IMAGES)
+    return examples(
+        generator,
+        val[::step][:WANDB_IMAGES],
+        attempt.data.info,
+        image_scale=image_scale,
+        device=attempt.device,
+    )
+
+
+def _of_best_model(attempt: _Attempt, best: BestModel, generator: Generator) -> BestEvaluation:
     """As it was written when the model was found; made again if a kill came before that."""
     before, pictures = shown_of(attempt.store)
     if before is not None and before.iteration == best.iteration and pictures:
         return before
-    generator, card, _ = load_generator(best_path, attempt.device)
     evaluation = evaluate(
         generator,
         attempt.data.items.val,
         attempt.data.info,
-        image_scale=card.image_scale,
+        image_scale=attempt.card.image_scale,
         device=attempt.device,
         keep=EXAMPLES,
     )

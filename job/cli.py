@@ -503,6 +503,38 @@ def diagnose(
     raise typer.Exit(0 if found.is_healthy else 1)
 
 
+@app.command("wandb-sync")
+def wandb_sync(
+    run: Annotated[str, typer.Argument(help="Run folder or s3:// prefix.")],
+    entity: Annotated[str | None, typer.Option(help="Team or user. [as configured]")] = None,
+    project: Annotated[str | None, typer.Option(help="Project. [as configured]")] = None,
+    run_id: Annotated[
+        str | None, typer.Option("--id", help="Of the W&B run. [the run's own]")
+    ] = None,
+    offline: Annotated[
+        Path | None,
+        typer.Option(help="Send nothing; write files for `wandb sync` into this folder."),
+    ] = None,
+) -> None:
+    """Make one clean Weights & Biases run of a run's ledger, whatever interrupted it.
+
+    For runs that were offline; a run that W&B has already is never added to.
+    """
+    from job.monitor.wandb_sync import replay
+
+    for flag, value in (("--entity", entity), ("--project", project), ("--id", run_id)):
+        if value is not None and not value.strip():
+            raise ConfigError(f"{flag} is empty", mend="say a name, or leave it out")
+    if offline is not None:
+        _refuse_uri("--offline", offline)
+    made = replay(
+        run, entity=entity, project=project, run_id=run_id, offline=offline, say=_to_stderr
+    )
+    print(f"{made.rows} rows up to iteration {made.last_iteration} as W&B run {made.run_id}")
+    upload = f"upload with: wandb sync {shlex.quote(made.where)}"
+    print(made.where if offline is None else upload)
+
+
 @app.command()
 def report(
     run: Annotated[str, typer.Argument(help="Run folder or s3:// address.")],

@@ -156,6 +156,9 @@ class WandbConfig(_Section):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online with a key, else offline."""
     tags: tuple[str, ...] = ()
+    model_artifact: Literal["none", "reference", "upload"] = "reference"
+    """The best model as an artifact of the W&B run, at the end: where it is (s3:// or a path, which
+    sends no weights and takes no storage there), the file itself, or nothing."""
 
 
 class Config(_Section):

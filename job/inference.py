@@ -154,16 +154,24 @@ def examples(
     image_scale: float,
     device: torch.device,
 ) -> list[Example]:
-    """Predictions of a generator (in evaluation mode) beside the truth, for pictures."""
+    """Predictions of a generator beside the truth, for pictures.
+
+    Draws no random number and leaves the generator in the mode it was in.
+    """
     found = []
-    for item in items:
-        assert item.mask is not None
-        image = read_rgb(item.image)
-        truth: Array = with_internal_ignore(
-            np.asarray(read_index_mask(item.mask)), info.ignore_index
-        )
-        scaled = scaled_image(image, image_scale)
-        classes = predict(generator, scaled, truth.shape, device)
-        prediction = classes.to(torch.uint8).cpu().numpy()
-        found.append(Example(item.id, np.asarray(image), truth, prediction))
+    training = generator.training
+    generator.eval()
+    try:
+        for item in items:
+            assert item.mask is not None
+            image = read_rgb(item.image)
+            truth: Array = with_internal_ignore(
+                np.asarray(read_index_mask(item.mask)), info.ignore_index
+            )
+            scaled = scaled_image(image, image_scale)
+            classes = predict(generator, scaled, truth.shape, device)
+            prediction = classes.to(torch.uint8).cpu().numpy()
+            found.append(Example(item.id, np.asarray(image), truth, prediction))
+    finally:
+        generator.train(training)
     return found

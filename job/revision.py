@@ -45,10 +45,16 @@ def _untracked() -> bytes:
     return found
 
 
+def checkout() -> Path | None:
+    """Folder of the checkout that this program runs from; None if it runs from none."""
+    folder = Path(job.__file__).parent.parent
+    return folder if (folder / ".git").exists() else None
+
+
 def git(*arguments: str) -> bytes | None:
     """What git says of the checkout that this program runs from; None as for `revision`."""
-    folder = Path(job.__file__).parent.parent
-    if not (folder / ".git").exists():
+    folder = checkout()
+    if folder is None:
         return None
     try:
         return subprocess.run(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import yaml
 from PIL import Image
 
 from tests.services import bucket, fault_proxy, imds, s3_env, s3_server
+from tests.wandb_server import WandbServer
 
 __all__ = ["bucket", "fault_proxy", "imds", "s3_env", "s3_server"]
 
@@ -107,3 +110,29 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the real images and weights in {folder}, which is not there")
     return folder
+
+
+@pytest.fixture
+def _wandb_leaves_folders() -> Iterator[None]:
+    """The temporary folders that wandb leaves to Python to remove, which is a warning, go here."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.fixture
+def wandb_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A server that the real wandb client reports to, with a key for it."""
+    from wandb import teardown
+
+    teardown()  # it reads the environment once a process
+    for name in ("WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "S4GAN_GIT_SHA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
+    with WandbServer() as ours:
+        monkeypatch.setenv("WANDB_BASE_URL", ours.url)
+        yield ours
+        teardown()

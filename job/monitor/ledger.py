@@ -53,6 +53,10 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 _Kind = tuple[Callable[[Any], bool], str]
 _NUMBER: _Kind = (_is_number, "a number")
 _COUNT: _Kind = (_is_count, "a number from 0 on")
@@ -60,11 +64,13 @@ _POSITIVE: _Kind = (_is_positive, "a number from 1 on")
 _TIME: _Kind = (_is_time, "seconds since 1970")
 _TEXT: _Kind = (_is_text, "text")
 _LIST: _Kind = (_is_list, "a list")
+_MAPPING: _Kind = (_is_mapping, "an object")
 
 _ALWAYS: Mapping[str, Mapping[str, _Kind]] = {
     "train": {"iteration": _COUNT, "images_per_s": _NUMBER},
     "eval": {"iteration": _COUNT, "train_miou": _NUMBER, "val_miou": _NUMBER},
     "training_started": {"resumed_at": _COUNT},
+    "origin": {"data_uri": _TEXT, "classes": _LIST, "provenance": _MAPPING},
     "machine": {"instance_type": _TEXT},
     "checkpoint": {"saved_at": _COUNT},
     "attempt_ended": {"exit_code": _NUMBER, "reason": _TEXT},

@@ -93,6 +93,7 @@ def summary(
     checks: Sequence[Check],
     iterations: int,
     stopped: str,
+    wandb_url: str | None,
 ) -> dict[str, Any]:
     """Content of `summary.json`."""
     evaluations = [event for event in events if event["event"] == "eval"]
@@ -105,6 +106,7 @@ def summary(
             "attempts": max((event["attempt"] for event in events), default=0),
             "iterations": iterations,
             "stopped_early": stopped or None,
+            "wandb_url": wandb_url,
         },
         "best": {
             "iteration": best["iteration"],

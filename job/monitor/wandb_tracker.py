@@ -7,54 +7,105 @@ take minutes when the server does not answer, and must neither delay nor end the
 from __future__ import annotations
 
 import logging
-import netrc
 import os
 import queue
+import shlex
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from job.config import Config
 from job.errors import reason
 from job.events import EvalEvent, Notice, TrainEvent
+from job.monitor import wandb_run
 from job.monitor.health import Finding, Standing
+from job.monitor.pictures import Example
+from job.monitor.rules import Setting
+from job.monitor.wandb_rows import (
+    NOTHING,
+    Kind,
+    Row,
+    best_of,
+    eval_row,
+    findings_of,
+    health_row,
+    rows_of,
+    sent_so_far,
+    target_charts,
+    train_row,
+)
+from job.monitor.wandb_run import INIT_TIMEOUT_S, ModelFile, RunFacts, has_key
 from job.run import RunIdentity
 
 log = logging.getLogger(__name__)
 
-INIT_TIMEOUT_S = 30
-"""wandb adds about 10 s of its own."""
 FINISH_TIMEOUT_S = 20
 """A spot notice leaves two minutes for everything."""
 JOIN_TIMEOUT_S = INIT_TIMEOUT_S + FINISH_TIMEOUT_S + 15
+UPLOAD_TIMEOUT_S = 300
+"""More, for a model that is uploaded when the training is over and nothing waits any more."""
 ALERT_EVERY_S = 900
 """Between two alerts of the same rule; W&B drops what comes sooner."""
-FLUSH_INTERVAL_S = 1
-"""wandb's own 15 s would lose that much of an offline run at a kill."""
+SHOWN_TIMES = 10
+"""Most pictures of new best models in a run; with the charts and tables beside them they are what
+costs room in W&B. Those of the end come on top."""
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Pictures of the best model so far."""
+
+    iteration: int
+    examples: Sequence[Example]
 
 
 class WandbTracker:
     """A tracker that mirrors to W&B.
 
+    What the ledger has and W&B does not, since an earlier attempt was offline or killed, is sent
+    first; what W&B has already, since it was rolled back and is trained again, is not sent twice.
+
     Args:
         config: the run's.
         identity: gives the W&B run its fixed id, so that every attempt continues it.
         directory: for wandb's files.
-        say: prints a line to the user.
+        tell: for console and ledger.
+        facts: of the run.
+        before: the run's ledger up to where it goes on from.
     """
 
     def __init__(
-        self, config: Config, identity: RunIdentity, directory: Path, say: Callable[[str], None]
+        self,
+        config: Config,
+        identity: RunIdentity,
+        directory: Path,
+        tell: Callable[[Notice], None],
+        *,
+        facts: RunFacts | None = None,
+        before: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         self._config = config
         self._identity = identity
         self._directory = directory
-        self._say = say
-        self._queue: queue.Queue[Callable[[Any], None] | None] = queue.Queue()
+        self._tell = tell
+        self._facts = facts or RunFacts()
+        self._setting = Setting(config, len(self._facts.classes) or None)
+        self._queue: queue.Queue[Callable[[Any], object] | None] = queue.Queue()
         self._run: Any = None
+        self._events = list(before)
+        """The ledger, as far as it is known here. Of the thread, once that is started."""
+        self._sent: dict[Kind, int] = {}
+        """Up to where W&B has rows of each kind; empty where that is not known. Of the thread."""
+        self._pictured = NOTHING
+        """Iteration of the last pictures. Of the training's thread."""
+        self._pictures: _Shown | None = None
+        """To be shown with the evaluation that they belong to. Of the training's thread."""
+        self._uploads = False
         self._finished_online = False
+        self.url: str | None = None
+        """Of the W&B run; None while it is not online."""
         self.outcome = "disabled by wandb.mode"
         """How the mirror ended, for the checklist."""
         self._mode = _resolve_mode(config.wandb.mode)
@@ -64,39 +115,40 @@ class WandbTracker:
             self._thread.start()
 
     @property
+    def is_on(self) -> bool:
+        """Whether anything is kept, online or offline."""
+        return self._thread is not None
+
+    @property
     def finished_online(self) -> bool:
         """Whether everything reached the server. Only meaningful after `close`."""
         return self._finished_online
 
     def train(self, event: TrainEvent) -> None:
         """Queue the guide's charts of one line of losses."""
-        self._log(
-            event.iteration,
-            {
-                "Training Loss/Cross Entropy": event.loss_ce,
-                "Training Loss/Feature Matching": event.loss_fm,
-                "Training Loss/Self-Training": event.loss_st,
-                "Training Loss/Discriminator": event.loss_d,
-                "Training Loss/Total Generator": event.loss_g,
-                "Self-Training/Confidence Count": event.st_count,
-                "Learning Rate/Generator": event.lr_g,
-                "Learning Rate/Discriminator": event.lr_d,
-            },
-        )
+        line = {"event": "train", **asdict(event)}
+
+        def send(run: Any) -> None:
+            self._events.append(line)
+            self._send(run, train_row(line))
+
+        self._put(send)
 
     def evaluation_started(self, iteration: int) -> None:
         """Nothing."""
 
     def evaluation(self, event: EvalEvent) -> None:
-        """Queue the guide's charts of one evaluation."""
-        self._log(
-            event.iteration,
-            {
-                "Metrics/Training mIoU": event.train_miou,
-                "Metrics/Validation mIoU": event.val_miou,
-                "Metrics/Train-Val Gap": event.train_miou - event.val_miou,
-            },
-        )
+        """Queue the guide's charts of one evaluation, with the pictures of a new best model."""
+        line = {"event": "eval", **asdict(event)}
+        pictures, self._pictures = self._pictures, None
+
+        def send(run: Any) -> None:
+            self._events.append(line)
+            is_new = self._send(run, eval_row(line, self._facts.classes))
+            if is_new and pictures is not None:
+                self._exhibit(run, event.iteration, pictures)
+
+        self._put(send)
 
     def step_done(self, iteration: int) -> None:
         """Nothing."""
@@ -106,8 +158,6 @@ class WandbTracker:
 
     def finding(self, finding: Finding) -> None:
         """Queue an alert, which W&B sends on as the user has set it up there."""
-        if self._thread is None:
-            return
         levels = {"note": "INFO", "warning": "WARN", "problem": "ERROR"}
         since = f"Since iteration {finding.since}. To try:"
         text = "\n".join([finding.message, since, *finding.remedies])
@@ -120,18 +170,56 @@ class WandbTracker:
                 wait_duration=ALERT_EVERY_S,
             )
 
-        self._queue.put(alert)
+        self._put(alert)
 
     def standing(self, standing: Standing, open_findings: int) -> None:
         """Queue the charts of the run's health."""
-        self._log(
-            standing.iteration,
-            {
-                "Health/Phase": standing.number,
-                "Health/On Track": int(standing.on_track),
-                "Health/Open Findings": open_findings,
-            },
-        )
+        self._put(lambda run: self._send(run, health_row(standing, open_findings)))
+
+    def wants_pictures(self, iteration: int) -> bool:
+        """Whether a new best model of this iteration is to be shown.
+
+        The first is, and later ones after another tenth of the run.
+        """
+        if not self.is_on:
+            return False
+        every = self._config.train.iterations / SHOWN_TIMES
+        return self._pictured == NOTHING or iteration - self._pictured >= every
+
+    def pictures(self, iteration: int, examples: Sequence[Example]) -> None:
+        """Predictions of the new best model, to be sent with its evaluation.
+
+        Args:
+            iteration: of the model.
+            examples: validation images, the same each time.
+        """
+        self._pictured = iteration
+        self._pictures = _Shown(iteration, tuple(examples))
+
+    def ended(self, iteration: int, examples: Sequence[Example], model: ModelFile) -> None:
+        """Queue what a finished run shows: pictures, tables, targets, and its model.
+
+        Args:
+            iteration: the last one.
+            examples: validation images as the best model sees them.
+            model: the best one.
+        """
+        how = self._config.wandb.model_artifact
+        self._uploads = how == "upload"
+
+        def show(run: Any) -> None:
+            if iteration > self._sent.get("end", NOTHING):
+                self._exhibit(run, iteration, _Shown(model.iteration, examples), at_end=True)
+                self._send(run, Row("end", iteration, {}))
+            # wandb keeps offline no copy of a file; `wandb-sync` sends it.
+            if how == "none" or (how == "upload" and self._mode == "offline"):
+                return
+            self._extra(
+                f"{how} of the model",
+                lambda: self._send_model(run, model, how),
+            )
+
+        self._put(show)
 
     def close(self, *, exit_code: int, preempted: bool, within_s: float | None = None) -> None:
         """Send what is queued and finish the W&B run, within a bounded time. Never raises.
@@ -143,7 +231,8 @@ class WandbTracker:
         """
         if self._thread is None:
             return
-        timeout_s = JOIN_TIMEOUT_S if within_s is None else max(0.0, min(JOIN_TIMEOUT_S, within_s))
+        most_s = JOIN_TIMEOUT_S + (UPLOAD_TIMEOUT_S if self._uploads else 0)
+        timeout_s = most_s if within_s is None else max(0.0, min(most_s, within_s))
 
         def finish(run: Any) -> None:
             if preempted:
@@ -158,17 +247,55 @@ class WandbTracker:
                 f"did not finish within {round(timeout_s, 1):g} s; its files are in "
                 + str(self._directory / "wandb")
             )
-            self._say(f"W&B: {self.outcome}")
+            self._say("unfinished", self.outcome)
 
-    def _log(self, iteration: int, values: dict[str, float]) -> None:
+    def _put(self, act: Callable[[Any], object]) -> None:
         if self._thread is not None:
-            # Our own step: wandb's counter cannot go back after a rollback.
-            self._queue.put(lambda run: run.log({"iteration": iteration, **values}))
+            self._queue.put(act)
+
+    def _send(self, run: Any, row: Row) -> bool:
+        """Log a row, unless W&B has one of its kind for that iteration; whether it was logged."""
+        if row.iteration <= self._sent.get(row.kind, NOTHING):
+            return False
+        # Without a step: wandb's own counter cannot go back after a rollback.
+        run.log(row.to_dict())
+        self._sent[row.kind] = row.iteration
+        return True
+
+    def _exhibit(self, run: Any, at: int, shown: _Shown, *, at_end: bool = False) -> None:
+        """The best model so far, in pictures and tables, and the targets."""
+        classes, best = self._facts.classes, best_of(self._events)
+        self._extra("pictures", lambda: wandb_run.log_pictures(run, shown.examples, classes, at))
+        if best is not None:
+            self._extra("table of classes", lambda: self._show_best(run, best, at))
+        charts = target_charts(self._events, self._setting)
+        self._extra("targets", lambda: wandb_run.log_targets(run, charts, at))
+        findings = findings_of(self._events, self._setting) if at_end else []
+        if findings:
+            self._extra("table of findings", lambda: wandb_run.log_findings(run, findings, at))
+
+    def _show_best(self, run: Any, best: Mapping[str, Any], at: int) -> None:
+        wandb_run.note_best(run, best)
+        wandb_run.log_class_table(run, best, self._facts.classes, at)
+
+    def _send_model(self, run: Any, model: ModelFile, how: str) -> None:
+        artifact = wandb_run.log_model(run, model, how, self._facts.data_uri)
+        if self._mode == "online" and how == "upload":
+            artifact.wait(timeout=UPLOAD_TIMEOUT_S)
+
+    def _extra(self, what: str, send: Callable[[], object]) -> None:
+        """Send what the curves do not depend on: they go on without it."""
+        try:
+            send()
+        except Exception as error:
+            self._say("not_sent", f"the {what} could not be sent ({reason(error)})")
 
     def _serve(self) -> None:
         """The thread: start, work off the queue, end. No error leaves it."""
         try:
             self._run = self._start()
+            if self._mode == "online":
+                self._catch_up(self._run)
         except Exception as error:
             self._give_up(f"could not start ({reason(error)})")
         while (act := self._queue.get()) is not None:
@@ -189,52 +316,49 @@ class WandbTracker:
         wandb.setup(wandb.Settings(silent=True))
         if self._mode == "online":
             try:
-                run = self._init(wandb)
-                self._say(f"W&B: {run.url}")
+                run = self._init()
+                self.url = run.url
+                self._say("online", run.url, url=run.url)
                 return run
             except wandb.Error as error:
-                self._say(f"W&B: not reachable ({reason(error)}); going on offline")
+                self._mode = "offline"
+                self._say("offline", f"not reachable ({reason(error)}); going on offline")
                 # Without it the next init fails with "run ID is in use" (seen with wandb 0.31).
                 wandb.teardown()
-                self._mode = "offline"
         else:
             files = self._directory / "wandb"
-            hint = " (set WANDB_API_KEY to go online)" if not _has_key() else ""
-            self._say(f"W&B: offline, files in {files}{hint}")
-        return self._init(wandb)
+            hint = "" if has_key() else " (set WANDB_API_KEY to go online)"
+            self._say("offline", f"offline, files in {files}{hint}")
+        return self._init()
 
-    def _init(self, wandb: Any) -> Any:
-        settings = self._config.wandb
-        run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            tags=list(settings.tags),
-            id=self._identity.wandb_id,
+    def _init(self) -> Any:
+        return wandb_run.start_run(
+            self._config,
+            self._facts,
+            run_id=self._identity.wandb_id,
+            mode="online" if self._mode == "online" else "offline",
             resume="allow",
-            mode=self._mode,
-            dir=str(self._directory),
-            config=self._config.to_dict(),
-            settings=wandb.Settings(
-                init_timeout=INIT_TIMEOUT_S,
-                finish_timeout=FINISH_TIMEOUT_S,
-                finish_timeout_raises=True,
-                x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
-                console="off",
-                silent=True,
-            ),
+            directory=self._directory,
+            finish_timeout_s=FINISH_TIMEOUT_S,
         )
-        run.define_metric("iteration", hidden=True)
-        run.define_metric("*", step_metric="iteration")
-        run.define_metric("Metrics/Validation mIoU", step_metric="iteration", summary="max")
-        return run
+
+    def _catch_up(self, run: Any) -> None:
+        """Send what the ledger has and W&B does not."""
+        self._sent = sent_so_far(run.summary) if run.resumed else {}
+        for row in rows_of(self._events, self._setting, self._facts.classes):
+            self._send(run, row)
 
     def _give_up(self, why: str) -> None:
         self._run = None
         self.outcome = f"{why}; training was not affected, the ledger has everything"
-        self._say(f"W&B: {self.outcome}")
+        self._say("given_up", self.outcome)
 
     def _offline_outcome(self) -> str:
-        return f"offline; upload with: wandb sync {Path(self._run.dir).parent}"
+        # Not `wandb sync`: it would lay the files of several attempts over each other.
+        return f"offline; upload with: s4gan wandb-sync {shlex.quote(self._facts.uri)}"
+
+    def _say(self, state: str, what: str, **fields: Any) -> None:
+        self._tell(Notice("wandb", f"W&B: {what}", {"state": state, "said": what, **fields}))
 
 
 def _resolve_mode(wanted: str) -> str:
@@ -242,20 +366,4 @@ def _resolve_mode(wanted: str) -> str:
         return wanted
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return os.environ["WANDB_MODE"]
-    return "online" if _has_key() else "offline"
-
-
-def _has_key() -> bool:
-    """Whether wandb would find a key: in the environment, or in the netrc file of `wandb login`."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    try:
-        path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-        hosts = netrc.netrc(path).hosts
-    except (netrc.NetrcParseError, OSError, ValueError, RuntimeError):
-        return False  # no such file, not one we can read, or a user without a home
-    import wandb
-
-    server = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
-    # Logins of wandb before 0.31 are kept under its former server, and still used.
-    return bool({urlparse(server).netloc, "api.wandb.ai"} & set(hosts))
+    return "online" if has_key() else "offline"

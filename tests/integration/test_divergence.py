@@ -94,11 +94,11 @@ def test_it_goes_back_to_the_last_checkpoint_from_before(
     training = start([*again, "--resume-anyway"])
     training.finish()
     first = events(run, "rolled_back")[0]
-    assert first["to"] == saved
-    assert first["since"] is None or first["since"] > saved
+    assert first["to"] >= saved  # it may have saved once more before it diverged
+    assert first["since"] is None or first["since"] > first["to"]
     assert len(events(run, "rolled_back")) <= 3
     resumed = [one["resumed_at"] for one in events(run, "training_started")]
-    assert resumed[2] == saved
+    assert resumed[2] == first["to"]
 
 
 def trained(data: Path, run: Path, **changes: Any) -> str:

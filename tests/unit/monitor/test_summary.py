@@ -59,6 +59,7 @@ def summed_up(events: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
         "checks": [Check("a", True, "b")],
         "iterations": 500,
         "stopped": "",
+        "wandb_url": "https://wandb.example/r",
     } | changes
     return summary(**arguments)
 
@@ -163,6 +164,7 @@ def test_the_summary_holds_best_final_files_data_and_configuration() -> None:
         "attempts": 3,
         "iterations": 500,
         "stopped_early": None,
+        "wandb_url": "https://wandb.example/r",
     }
     assert content["best"] == {
         "iteration": 500,

@@ -7,6 +7,7 @@ import pwd
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from wandb.errors import CommError
 
 from job.config import Config, config_from_dict
 from job.events import EvalEvent, Notice, TrainEvent
-from job.monitor import wandb_tracker
+from job.monitor import wandb_run, wandb_tracker
+from job.monitor.wandb_run import RunFacts
 from job.monitor.wandb_tracker import WandbTracker
 from job.run import RunIdentity
 
@@ -42,6 +44,12 @@ EVAL = EvalEvent(
     best_miou=0.5,
     previous_best=None,
 )
+
+
+def losses_at(iteration: int) -> TrainEvent:
+    return replace(TRAIN, iteration=iteration)
+
+
 WANDB_VARIABLES = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE")
 
 
@@ -64,6 +72,9 @@ class RecordedRun:
         self.metrics: dict[str, dict[str, Any]] = {}
         self.logged: list[dict[str, Any]] = []
         self.ending: list[str] = []
+        self.resumed = False
+        self.summary: dict[str, Any] = {}
+        self.id = arguments["id"]
 
     def define_metric(self, name: str, **options: Any) -> None:
         self.metrics[name] = options
@@ -108,8 +119,15 @@ class Mirror:
     def __init__(self, folder: Path, **wandb_settings: Any) -> None:
         self.config = config_from_dict({"wandb": wandb_settings}, source="test")
         self.folder = folder
-        self.said: list[str] = []
-        self.tracker = WandbTracker(self.config, IDENTITY, folder, self.said.append)
+        self.told: list[Notice] = []
+        self.tracker = WandbTracker(
+            self.config, IDENTITY, folder, self.told.append, facts=RunFacts(uri="s3://b/runs/x")
+        )
+
+    @property
+    def said(self) -> list[str]:
+        """What the console shows."""
+        return [notice.message for notice in self.told]
 
     def end(self, *, exit_code: int = 0, preempted: bool = False) -> Mirror:
         self.tracker.close(exit_code=exit_code, preempted=preempted)
@@ -153,7 +171,7 @@ def test_without_a_key_a_real_run_is_written_offline_and_one_line_said(
     (record,) = files.rglob("*.wandb")
     assert comes_to_hold(record, b"Training Loss/Cross Entropy")
     assert comes_to_hold(record, b"Metrics/Train-Val Gap")
-    assert ours.tracker.outcome == f"offline; upload with: wandb sync {record.parent}"
+    assert ours.tracker.outcome == "offline; upload with: s4gan wandb-sync s3://b/runs/x"
     assert not ours.tracker.finished_online
     assert capfd.readouterr() == ("", "")
 
@@ -172,15 +190,14 @@ def test_a_server_that_does_not_answer_leads_to_a_real_offline_run(
 ) -> None:
     log_in(monkeypatch)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(wandb_tracker, "INIT_TIMEOUT_S", 4)
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT_S", 4)
     ours = mirror()
     ours.tracker.train(TRAIN)
     ours.end()
     (line,) = ours.said
     assert line.startswith("W&B: not reachable (")
     assert line.endswith("); going on offline")
-    folder = Path(ours.tracker.outcome.removeprefix("offline; upload with: wandb sync "))
-    (record,) = folder.glob("*.wandb")
+    (record,) = (ours.folder / "wandb").glob("offline-run-*/*.wandb")
     assert comes_to_hold(record, b"Training Loss/Cross Entropy")
     assert not ours.tracker.finished_online
 
@@ -203,6 +220,7 @@ def test_losses_go_to_the_guides_charts(init: RecordedInit, mirror: Callable[...
             "Self-Training/Confidence Count": 2,
             "Learning Rate/Generator": 2.5e-4,
             "Learning Rate/Discriminator": 1e-4,
+            "sent/train": 500,
         }
     ]
 
@@ -219,6 +237,8 @@ def test_evaluations_go_to_the_guides_charts(
             "Metrics/Training mIoU": 0.75,
             "Metrics/Validation mIoU": 0.5,
             "Metrics/Train-Val Gap": 0.25,
+            "IoU/class 0": 0.5,
+            "sent/eval": 500,
         }
     ]
 
@@ -261,7 +281,7 @@ def test_every_attempt_continues_the_one_run_with_its_whole_configuration(
 def test_events_keep_their_order(init: RecordedInit, mirror: Callable[..., Mirror]) -> None:
     ours = mirror()
     for iteration in range(200):
-        ours.tracker.train(TrainEvent(iteration, 1, 1, 1, 1, 1, 1, 1, 1, 1))
+        ours.tracker.train(losses_at(iteration))
     ours.end()
     assert [values["iteration"] for values in init.runs[0].logged] == list(range(200))
 
@@ -276,6 +296,7 @@ def test_with_a_key_the_run_is_online_and_its_address_said(
     ours = mirror().end()
     assert init.modes == ["online"]
     assert ours.said == [f"W&B: {RecordedRun.url}"]
+    assert ours.told[0].fields["url"] == ours.tracker.url == RecordedRun.url
     assert ours.tracker.finished_online
     assert ours.tracker.outcome == RecordedRun.url
     assert init.runs[0].ending == ["finished 0"]
@@ -306,7 +327,7 @@ def test_a_failed_start_goes_on_offline_with_one_line(
     assert len(init.runs[0].logged) == 1
     assert init.runs[0].ending == ["finished 0"]
     assert not ours.tracker.finished_online
-    assert ours.tracker.outcome.startswith("offline; upload with: wandb sync ")
+    assert ours.tracker.outcome == "offline; upload with: s4gan wandb-sync s3://b/runs/x"
 
 
 @pytest.mark.parametrize(
@@ -354,8 +375,8 @@ def test_an_error_while_sending_is_said_once_and_ends_the_mirror_alone(
     log_in(monkeypatch)
     init.make = RefusingRun
     ours = mirror()
-    for _ in range(10):
-        ours.tracker.train(TRAIN)
+    for iteration in range(10):
+        ours.tracker.train(losses_at(iteration))
     ours.end()
     assert ours.said[1:] == [
         "W&B: stopped working (connection lost); training was not affected, "
@@ -391,8 +412,8 @@ def test_a_start_that_hangs_delays_neither_training_nor_end(
     try:
         start = time.monotonic()
         ours = mirror()
-        for _ in range(100):
-            ours.tracker.train(TRAIN)
+        for iteration in range(100):
+            ours.tracker.train(losses_at(iteration))
         ours.end()
         assert time.monotonic() - start < 5
         assert ours.tracker.outcome == (
@@ -418,8 +439,8 @@ def test_what_is_queued_while_wandb_starts_is_sent_once_it_has(
 
     init.make = slow
     ours = mirror()
-    for _ in range(3):
-        ours.tracker.train(TRAIN)
+    for iteration in range(3):
+        ours.tracker.train(losses_at(iteration))
     answered.set()
     ours.end()
     assert len(init.runs[0].logged) == 3
