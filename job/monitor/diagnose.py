@@ -12,6 +12,7 @@ from typing import Any
 from job import run
 from job.config import Config, config_from_yaml
 from job.errors import ConfigError, ExitCode, JobError, ObjectNotFound, StorageError
+from job.monitor.divergence import Remedies
 from job.monitor.guide import Fit
 from job.monitor.health import OUT_OF_MEMORY, Finding, Standing, Watch
 from job.monitor.ledger import parse_ledger
@@ -107,7 +108,7 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
             )
     chosen = config or _config_of(store) or _guessed(events)
     classes = next((len(e["class_iou"]) for e in events if e.get("class_iou")), None)
-    watch = Watch(Setting(chosen, classes))
+    watch = Watch(Setting(Remedies.of(events).applied(chosen), classes))
     for event in events:
         watch.observe(event)
     scores = next((event for event in reversed(events) if event["event"] == "eval"), None)

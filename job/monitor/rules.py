@@ -10,6 +10,7 @@ continuously"), the number is ours and its reason stands beside it.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -302,12 +303,16 @@ class NeverActive:
     """Not one point so far is above 0, and there are enough to say so."""
 
     points: int = 10
+    images: int = 60
+    """Unlabeled images of those points together, at least: where an iteration has one or two, ten
+    of them may all fail the gate by chance."""
 
     def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
         """See `Condition`."""
-        del series, setting
+        del series
+        enough = max(self.points, math.ceil(self.images / setting.scale.max_st_count))
         # Once told, the first that is ends it.
-        if len(points) < self.points and not is_open:
+        if len(points) < enough and not is_open:
             return None
         return (points[0][0], 0.0) if not any(value for _, value in points) else None
 
@@ -499,7 +504,7 @@ RULES: Sequence[Rule] = (
         "fm_rising",
         "Loss_FM increases continuously",
         "loss_fm",
-        Rises(above=0.05),  # beyond the last of the guide's own targets, which rise too
+        Rises(above=0.1),  # twice the highest of the guide's own targets, which rise too
         "warning",
         "Loss_FM keeps rising and is at {value:.3f}: the GAN is unstable",
         _HALF_BOTH,

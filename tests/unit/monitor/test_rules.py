@@ -248,7 +248,7 @@ def test_a_healthy_run_is_silent(seed: int, preset: str) -> None:
     seed=st.integers(0, 2**32),
     iterations=st.sampled_from([2_000, 20_000, 100_000]),
     share=st.sampled_from([0.02, 0.1, 0.3]),
-    batch=st.sampled_from([(1, 8), (2, 8), (8, 1), (16, 2)]),
+    batch=st.sampled_from([(1, 8), (2, 8), (8, 1), (16, 2), (4, 1), (1, 1)]),
 )
 def test_so_is_one_of_another_length_and_other_batches(
     seed: int, iterations: int, share: float, batch: tuple[int, int]
