@@ -183,7 +183,7 @@ def _evaluate_if_due(state: TrainState, around: Surroundings) -> bool:
     found = []
     for items, keep in ((around.items.train_sample, 0), (around.items.val, EXAMPLES)):
         one = evaluate(
-            state.generator,
+            state.predictor,
             ranks.mine(items),
             around.info,
             image_scale=config.data.image_scale,

@@ -105,7 +105,7 @@ def test_one_number_is_a_square_crop():
         ({"data.crop_size": [64]}, "data.crop_size"),
         ({"data.workers": -1}, "data.workers"),
         ({"data.workers": "many"}, "data.workers"),
-        ({"model.backbone": "resnet19"}, "model.backbone: input should be 'tiny', 'resnet18'"),
+        ({"model.backbone": "resnet19"}, "model.backbone: input should be tiny, resnet18"),
         ({"wandb.mode": "on"}, "wandb.mode"),
     ],
 )

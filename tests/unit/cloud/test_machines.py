@@ -21,7 +21,7 @@ from job.cloud.machines import (
 )
 from job.config import config_from_yaml, load_config, preset_names
 from job.models.discriminator import Discriminator, discriminator_input
-from job.models.generator import Generator
+from job.models.generator import Architecture, Generator
 
 Stub = Callable[[str], Stubber]
 ZONE = "us-east-1a"
@@ -187,7 +187,8 @@ def test_the_memory_foreseen_is_what_torch_keeps(backbone: str) -> None:
         source="x",
         overrides={"model.backbone": backbone, "data.crop_size": 97, "train.batch_size": 2},
     )
-    generator, discriminator = Generator(backbone, 21).train(), Discriminator(21, 64).train()
+    generator = Generator(Architecture(backbone, 21)).train()
+    discriminator = Discriminator(21, 64).train()
     images, valid = torch.rand(2, 3, 97, 97), torch.ones(2, 97, 97, dtype=torch.bool)
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -24,12 +24,12 @@ from job.checkpoint.manager import BestModel, CheckpointManager
 from job.checkpoint.publisher import Publisher
 from job.config import Config
 from job.data.dataset import DatasetInfo, Item, scan_dataset
-from job.data.images import IMAGENET_MEAN, IMAGENET_STD
 from job.data.splits import SplitItems, items_of, make_splits
 from job.data.streams import Batch
 from job.errors import DataError, Diverged, Fenced
 from job.events import EvalEvent, Notice, TrainEvent
 from job.models.files import ModelCard, load_generator, model_file
+from job.models.generator import Architecture
 from job.preemption import StopRequest
 from job.storage import LocalStore
 from job.training.confusion import ConfusionMatrix
@@ -189,12 +189,10 @@ class Run:
 
     def best_writer(self, checkpoints: Publisher) -> Callable[[TrainState, float], BestModel]:
         card = ModelCard(
-            backbone="tiny",
+            architecture=Architecture("tiny", self.info.num_classes),
             classes=self.info.classes,
             ignore_index=self.info.ignore_index,
             palette=self.info.palette,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
             image_scale=1.0,
         )
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from job.data.images import IGNORE
 from job.training.losses import (
@@ -146,9 +147,19 @@ def test_the_gate_is_outside_the_graph() -> None:
 # ---------------------------------------------------------------------------- self-training
 
 
+def self_trained(logits: Tensor, accepted: Tensor, valid: Tensor) -> Tensor:
+    """With the own most likely class, and confidence in all."""
+    return self_training(
+        logits,
+        logits.detach().argmax(dim=1),
+        accepted[:, None, None] & valid,
+        torch.ones_like(valid),
+    )
+
+
 def test_self_training_is_the_cross_entropy_with_the_own_most_likely_class() -> None:
     logits = logits_of((2.0, 0.0), (0.0, 1.0))
-    loss = self_training(logits, torch.tensor([True]), torch.ones(1, 1, 2, dtype=torch.bool))
+    loss = self_trained(logits, torch.tensor([True]), torch.ones(1, 1, 2, dtype=torch.bool))
     wanted = (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1))) / 2
     assert loss.item() == pytest.approx(wanted)
 
@@ -157,7 +168,7 @@ def test_self_training_leaves_out_padding_and_refused_images() -> None:
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     valid = torch.ones(2, 4, 4, dtype=torch.bool)
     valid[0, :, 2:] = False
-    loss = self_training(logits, torch.tensor([True, False]), valid)
+    loss = self_trained(logits, torch.tensor([True, False]), valid)
     loss.backward()
     kept = logits[0, :, :, :2]
     wanted = F.cross_entropy(kept[None], kept[None].argmax(dim=1))
@@ -170,7 +181,7 @@ def test_self_training_leaves_out_padding_and_refused_images() -> None:
 @pytest.mark.parametrize("why", ["none accepted", "none valid"])
 def test_self_training_on_nothing_is_0_with_zero_gradient(why: str) -> None:
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
-    loss = self_training(
+    loss = self_trained(
         logits,
         torch.full((2,), why != "none accepted"),
         torch.full((2, 4, 4), why != "none valid"),
@@ -187,7 +198,7 @@ def test_masking_equals_selecting(seed: int, count: int) -> None:
     logits = torch.randn(count, 4, 5, 6, generator=generator, requires_grad=True)
     accepted = torch.rand(count, generator=generator) < 0.5
     valid = torch.rand(count, 5, 6, generator=generator) < 0.8
-    masked = self_training(logits, accepted, valid)
+    masked = self_trained(logits, accepted, valid)
     masked_gradient = torch.autograd.grad(masked, logits)[0]
 
     # As the reference does: pick images, then pixels; nothing picked gives no loss at all.
@@ -204,7 +215,7 @@ def test_masking_equals_selecting(seed: int, count: int) -> None:
 def test_self_training_makes_the_prediction_more_certain() -> None:
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     valid = torch.ones(1, 4, 4, dtype=torch.bool)
-    self_training(logits, torch.tensor([True]), valid).backward()
+    self_trained(logits, torch.tensor([True]), valid).backward()
     before = logits.detach()
     after = before - logits.grad
     assert (after.softmax(1).amax(1) > before.softmax(1).amax(1)).all()

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from job.checkpoint.manager import BestModel
 from job.errors import ConfigError
-from job.models.generator import Generator
-from job.training.schedule import HEAD_FACTOR
+from job.models.generator import Architecture, Generator
 from job.training.state import TrainState, new_train_state
 from job.training.step import StepLosses, train_step
 from tests.unit.training.tiny import CLASSES, CPU, new_state, random_batch, tiny_config
@@ -185,7 +184,7 @@ def test_the_largest_seed_works() -> None:
 
 def backbone_file(folder: Path) -> str:
     """Weights to begin with, unlike any seed's."""
-    state = Generator("tiny", CLASSES).backbone.state_dict()
+    state = Generator(Architecture("tiny", CLASSES)).backbone.state_dict()
     path = folder / "backbone.pth"
     torch.save({name: torch.full_like(value, 0.5) for name, value in state.items()}, path)
     return str(path)
@@ -266,7 +265,7 @@ def test_the_optimizers_are_set_as_configured() -> None:
     state = new_state(config)
     backbone, head = state.optimizer_G.param_groups
     assert isinstance(state.optimizer_G, torch.optim.SGD)
-    assert (backbone["lr"], head["lr"]) == (0.02, 0.02 * HEAD_FACTOR)
+    assert (backbone["lr"], head["lr"]) == (0.02, 0.02 * 10)
     for group in (backbone, head):
         assert (group["momentum"], group["weight_decay"]) == (0.8, 0.01)
         assert not group["nesterov"]
@@ -284,5 +283,5 @@ def test_learning_rates_of_an_iteration_depend_on_nothing_else() -> None:
     assert lr_d == pytest.approx(1e-3 / 2)
     backbone, head = state.optimizer_G.param_groups
     assert {id(p) for p in head["params"]} == {id(p) for p in state.generator.head.parameters()}
-    assert (backbone["lr"], head["lr"]) == (lr_g, HEAD_FACTOR * lr_g)
+    assert (backbone["lr"], head["lr"]) == (lr_g, 10 * lr_g)
     assert state.optimizer_D.param_groups[0]["lr"] == lr_d
