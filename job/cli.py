@@ -152,6 +152,7 @@ def train(
     random_scale: options.RandomScale = None,
     batch_size: options.BatchSize = None,
     target_miou: options.TargetMiou = None,
+    weights: options.Weights = None,
     assignments: options.Assignments = None,
     gpus: Annotated[int, typer.Option(help="GPUs of this machine that train together.")] = 1,
     resume_anyway: options.ResumeAnyway = False,
@@ -170,6 +171,7 @@ def train(
         random_scale=random_scale,
         batch_size=batch_size,
         target_miou=target_miou,
+        weights=weights,
         assignments=assignments,
     )
     if array is not None:
@@ -368,6 +370,7 @@ def submit(
     random_scale: options.RandomScale = None,
     batch_size: options.BatchSize = None,
     target_miou: options.TargetMiou = None,
+    weights: options.Weights = None,
     assignments: options.Assignments = None,
     gpus: Annotated[int, typer.Option(help="GPUs of one machine that train together.")] = 1,
     nodes: Annotated[
@@ -413,6 +416,7 @@ def submit(
         random_scale=random_scale,
         batch_size=batch_size,
         target_miou=target_miou,
+        weights=weights,
         assignments=assignments,
     )
     resolved = options.read_config(config, changes)
