@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,3 +124,91 @@ def test_frozen_batch_norm_still_uses_and_follows_the_batch() -> None:
         features = generator.backbone.bn1(generator.backbone.conv1(images))
     torch.testing.assert_close(features.mean(dim=(0, 2, 3)), torch.zeros(24), atol=1e-5, rtol=0)
     assert generator.backbone.bn1.weight.grad is None
+
+
+# ---------------------------------------------------------------------------- DeepLabv3+
+
+
+def decoding(backbone: str = "tiny", **changes: Any) -> Generator:
+    return Generator(Architecture(backbone, 5, head="deeplabv3plus", **changes))
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("size", [(32, 32), (65, 97), (321, 321)])
+def test_the_decoders_logits_have_the_images_size(stride: int, size: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        generator = decoding("resnet50", output_stride=stride)
+        assert generator(torch.zeros(2, 3, *size)).shape == (2, 5, *size)
+
+
+@pytest.mark.parametrize(("stride", "rates"), [(8, [12, 24, 36]), (16, [6, 12, 18])])
+def test_the_decoders_pyramid_has_the_papers_rates(stride: int, rates: list[int]) -> None:
+    with torch.device("meta"):
+        head = decoding("resnet50", output_stride=stride).head
+    dilations = [
+        layer.dilation[0]
+        for layer in head.pyramid.modules()
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)
+    ]
+    assert dilations == rates
+
+
+def test_the_decoder_sees_the_low_level_features() -> None:
+    generator = decoding().eval()
+    low, features = generator.backbone(torch.randn(1, 3, 64, 64))
+    with torch.no_grad():
+        one = generator.head(low, features)
+        other = generator.head(low + 1, features)
+    assert one.shape[-2:] == low.shape[-2:] == (16, 16)
+    assert not torch.allclose(one, other)
+
+
+def test_every_parameter_of_the_decoder_learns() -> None:
+    generator = decoding()
+    generator(torch.rand(2, 3, 64, 64) * 255).square().sum().backward()
+    for name, parameter in generator.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_pyramid_of_two_branches_is_what_the_reference_computes() -> None:
+    generator = Generator(Architecture("tiny", 3, aspp_branches=2))
+    assert [branch.dilation for branch in generator.head.branches] == [(6, 6), (12, 12)]
+
+
+# ---------------------------------------------------------------------------- batch norm
+
+
+def test_a_fixed_batch_norm_keeps_its_statistics_in_training() -> None:
+    generator = decoding()
+    generator.freeze_batch_norm()
+    before = {name: value.clone() for name, value in generator.state_dict().items()}
+    generator.train()
+    generator(torch.rand(2, 3, 64, 64) * 255).sum().backward()
+    moved = {
+        name
+        for name, value in generator.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
+    assert moved  # the head's go on
+    assert all(name.startswith("head.") for name in moved)
+    assert generator.backbone.bn1.weight.grad is None
+    assert generator.head.decoder[0][1].weight.grad is not None
+
+
+def test_a_fixed_batch_norm_is_fixed_after_an_evaluation_too() -> None:
+    generator = decoding()
+    generator.freeze_batch_norm()
+    generator.eval()
+    generator.train()
+    norms = [m for m in generator.modules() if isinstance(m, nn.BatchNorm2d)]
+    in_backbone = [m for m in generator.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not any(norm.training for norm in in_backbone)
+    assert all(norm.training for norm in norms if norm not in in_backbone)
+
+
+def test_freezing_leaves_the_heads_batch_norm_alone() -> None:
+    generator = decoding()
+    generator.freeze_batch_norm_affine()
+    assert all(p.requires_grad for p in generator.head.parameters())
+    assert not generator.backbone.bn1.weight.requires_grad

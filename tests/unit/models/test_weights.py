@@ -6,16 +6,21 @@ import http.client
 import io
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor
 
 from job.errors import ConfigError
 from job.models.backbones import RESNETS
+from job.models.discriminator import Discriminator
+from job.models.files import ModelCard, model_file
 from job.models.generator import Architecture, Generator
 from job.models.weights import load_weights
+from job.storage import LocalStore
 
 State = dict[str, Tensor]
 
@@ -103,6 +108,108 @@ def test_none_leaves_the_random_weights(tiny: Generator) -> None:
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
     assert "random" in load_weights(tiny, "none")
     assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
+
+
+# ---------------------------------------------------------------- files as users have them
+
+
+def random_state(generator: Generator) -> State:
+    return {
+        name: torch.rand(value.shape)
+        for name, value in generator.backbone.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "Scale.", "module.backbone.", "encoder."])
+def test_names_and_wrappings_of_other_programs_are_known(
+    tiny: Generator, tmp_path: Path, wrapper: str, prefix: str
+) -> None:
+    state = random_state(tiny)
+    content = {"epoch": 3, wrapper: {f"{prefix}{name}": v for name, v in state.items()}}
+    load_weights(tiny, saved(content, tmp_path / "w.pth"))
+    assert_arrived_but_counts(tiny, state)
+
+
+def assert_arrived_but_counts(generator: Generator, state: State) -> None:
+    own = generator.backbone.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in state.items())
+
+
+def reference_file(generator: Generator, classes: int) -> State:
+    """As resnet101COCO-41f33a49.pth is: DeepLabv2's head under the reference's names."""
+    state = random_state(generator)
+    channels = generator.backbone.out_channels
+    for index in range(4):
+        state[f"layer5.conv2d_list.{index}.weight"] = torch.rand(classes, channels, 3, 3)
+        state[f"layer5.conv2d_list.{index}.bias"] = torch.rand(classes)
+    return state
+
+
+def test_a_coco_file_brings_its_head_along(tmp_path: Path) -> None:
+    generator = Generator(Architecture("tiny", 21))
+    state = reference_file(generator, 21)
+    note = load_weights(generator, saved(state, tmp_path / "coco.pth"))
+    assert "and its head (8 tensors)" in note
+    assert "left out" not in note
+    for index, branch in enumerate(generator.head.branches):
+        assert torch.equal(branch.weight, state[f"layer5.conv2d_list.{index}.weight"])
+        assert torch.equal(branch.bias, state[f"layer5.conv2d_list.{index}.bias"])
+
+
+def test_a_head_for_other_classes_stays_behind_and_is_named(tmp_path: Path) -> None:
+    generator = Generator(Architecture("tiny", 3))
+    before = {name: value.clone() for name, value in generator.head.state_dict().items()}
+    state = reference_file(generator, 21)
+    note = load_weights(generator, saved(state, tmp_path / "coco.pth"))
+    assert "its head is random (that of the file is for 21 classes" in note
+    assert "left out of it: head.branches.0.bias, head.branches.0.weight" in note
+    assert "and 4 more" in note
+    assert all(torch.equal(v, before[name]) for name, v in generator.head.state_dict().items())
+    assert_arrived_but_counts(
+        generator, {name: v for name, v in state.items() if not name.startswith("layer5")}
+    )
+
+
+def test_a_head_of_another_kind_stays_behind(tmp_path: Path) -> None:
+    generator = Generator(Architecture("tiny", 21, head="deeplabv3plus"))
+    state = reference_file(generator, 21)
+    note = load_weights(generator, saved(state, tmp_path / "coco.pth"))
+    assert "that of the file is another one" in note
+
+
+@pytest.mark.parametrize("head", ["deeplabv2", "deeplabv3plus"])
+def test_a_best_model_is_a_start_for_another_run(head: Any, tmp_path: Path) -> None:
+    architecture = Architecture("tiny", 3, head=head)
+    trained, generator = Generator(architecture), Generator(architecture)
+    card = ModelCard(architecture, ("a", "b", "c"), 255, ((0, 0, 0),) * 3, 1.0)
+    content = model_file(trained, card, kind="generator", iteration=5)
+    note = load_weights(generator, saved(content, tmp_path / "best_model.pth"))
+    assert "and its head" in note
+    wanted = trained.state_dict()
+    assert all(torch.equal(v, wanted[name]) for name, v in generator.state_dict().items())
+
+
+def test_a_checkpoint_is_a_start_for_another_run(tiny: Generator, tmp_path: Path) -> None:
+    trained = Generator(Architecture("tiny", 3))
+    content = {"iteration": 5, "generator": trained.state_dict()}
+    load_weights(tiny, saved(content, tmp_path / "checkpoint_5.pth"))
+    wanted = trained.state_dict()
+    assert all(torch.equal(v, wanted[name]) for name, v in tiny.state_dict().items())
+
+
+def test_a_discriminator_is_no_start(tiny: Generator, tmp_path: Path) -> None:
+    card = ModelCard(Architecture("tiny", 3), ("a", "b", "c"), 255, ((0, 0, 0),) * 3, 1.0)
+    content = model_file(Discriminator(3, 8), card, kind="discriminator", iteration=5)
+    with pytest.raises(ConfigError, match="does not fit tiny"):
+        load_weights(tiny, saved(content, tmp_path / "best_model_D.pth"))
+
+
+def test_what_is_left_of_a_file_is_named(tiny: Generator, tmp_path: Path) -> None:
+    state = random_state(tiny) | {"fc.weight": torch.rand(1000, 96), "fc.bias": torch.rand(1000)}
+    note = load_weights(tiny, saved(state, tmp_path / "w.pth"))
+    assert note.endswith("its head is random; left out of it: fc.bias, fc.weight")
 
 
 # ---------------------------------------------------------------------------- what is refused
@@ -273,3 +380,45 @@ def test_a_damaged_cached_file_is_a_configuration_error(torch_home: Path) -> Non
         generator = Generator(Architecture("resnet18", 3))
     with pytest.raises(ConfigError):
         load_weights(generator, "imagenet")
+
+
+def test_without_a_network_imagenet_may_lie_in_the_run(
+    resnet18_state: State, torch_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_args: object, **_options: object) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    generator = Generator(Architecture("resnet18", 3))
+    run = LocalStore(tmp_path / "run")
+    with pytest.raises(ConfigError) as caught:
+        load_weights(generator, "imagenet", mirror=run)
+    place = f"{tmp_path}/run/weights/{cached_name('resnet18')}"
+    assert place in caught.value.mend
+    Path(place).parent.mkdir(parents=True)
+    torch.save(resnet18_state, place)
+    assert place in load_weights(generator, "imagenet", mirror=run)
+    assert_arrived(generator, resnet18_state)
+
+
+def test_weights_of_timms_networks_have_timms_names(tmp_path: Path) -> None:
+    generator = Generator(Architecture("timm:resnet26d", 3))
+    other = timm.create_model("resnet26d")
+    note = load_weights(generator, saved(other.state_dict(), tmp_path / "w.pth"))
+    assert "left out of it: fc.bias, fc.weight" in note
+    wanted = other.state_dict()
+    own = generator.backbone.body.state_dict()
+    assert own
+    assert all(torch.equal(value, wanted[name]) for name, value in own.items())
+
+
+def test_timm_without_a_network_is_a_configuration_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    generator = Generator(Architecture("timm:resnet26d", 3))
+    with pytest.raises(ConfigError, match="timm could not get those of resnet26d") as caught:
+        load_weights(generator, "imagenet")
+    assert "model.weights=FILE" in caught.value.mend

@@ -521,14 +521,29 @@ def test_an_attempt_goes_on_after_the_last_saved_iteration(make_run: MakeRun) ->
     assert attempt.heard.iterations("step_done") == [4, 5]
 
 
-@pytest.mark.parametrize("stops", [(1,), (2,), (3, 4), (1, 2, 3, 4, 5)])
-def test_stops_change_nothing(make_run: MakeRun, stops: tuple[int, ...]) -> None:
+MODERN = {
+    "data__strong_augment": True,
+    "data__cutmix": 0.5,
+    "train__ema_decay": 0.9,
+    "loss__gate_warmup": 3,
+    "model__head": "deeplabv3plus",
+}
+
+
+@pytest.mark.parametrize(
+    ("stops", "more"),
+    [((1,), {}), ((2,), {}), ((3, 4), {}), ((1, 2, 3, 4, 5), {}), ((1, 2, 4), MODERN)],
+)
+def test_stops_change_nothing(
+    make_run: MakeRun, stops: tuple[int, ...], more: dict[str, Any]
+) -> None:
     changes: dict[str, Any] = {
         "train__eval_every": 2,
         "data__random_scale": True,
         "data__random_mirror": True,
         "loss__threshold_st": 0.49,
         "loss__st_start": 2,
+        **more,
     }
     straight = make_run("straight", **changes)()
     the_run = make_run("stopped", **changes)
@@ -543,7 +558,7 @@ def test_stops_change_nothing(make_run: MakeRun, stops: tuple[int, ...]) -> None
 
     assert losses_of(heard) == losses_of(straight.heard)
     assert heard.of("evaluation") == straight.heard.of("evaluation")
-    for name in ("generator", "discriminator"):
+    for name in ("generator", "discriminator", "predictor"):
         wanted = getattr(straight.state, name).state_dict()
         for key, value in getattr(attempt.state, name).state_dict().items():
             assert torch.equal(value, wanted[key]), key

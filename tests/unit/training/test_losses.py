@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from job.config import LossConfig
 from job.data.images import IGNORE
 from job.training.losses import (
     cross_entropy,
     discriminator_loss,
     feature_matching,
     gate,
+    gate_threshold,
     one_hot_maps,
     self_training,
 )
@@ -219,6 +221,35 @@ def test_self_training_makes_the_prediction_more_certain() -> None:
     before = logits.detach()
     after = before - logits.grad
     assert (after.softmax(1).amax(1) > before.softmax(1).amax(1)).all()
+
+
+def test_pixels_that_are_not_confident_count_as_0() -> None:
+    logits = logits_of((2.0, 0.0), (0.0, 1.0))
+    everything = torch.ones(1, 1, 2, dtype=torch.bool)
+    confident = torch.tensor([[[True, False]]])
+    loss = self_training(logits, torch.tensor([[[0, 1]]]), everything, confident)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-2)) / 2)
+    loss.backward()
+    assert not logits.grad[..., 1].any()
+
+
+def test_labels_may_come_from_somebody_else() -> None:
+    logits = logits_of((2.0, 0.0), (0.0, 1.0))
+    everything = torch.ones(1, 1, 2, dtype=torch.bool)
+    loss = self_training(logits, torch.tensor([[[1, 1]]]), everything, everything)
+    wanted = (math.log1p(math.exp(2)) + math.log1p(math.exp(-1))) / 2
+    assert loss.item() == pytest.approx(wanted)
+
+
+def test_the_threshold_comes_down_to_its_place() -> None:
+    loss = LossConfig(threshold_st=0.2, st_start=100, gate_warmup=400)
+    found = [gate_threshold(loss, iteration) for iteration in (1, 100, 200, 500, 501, 10**6)]
+    assert found == pytest.approx([1, 1, 0.8, 0.2, 0.2, 0.2])
+
+
+def test_without_a_warmup_the_threshold_stays() -> None:
+    loss = LossConfig(threshold_st=0.6, st_start=100)
+    assert {gate_threshold(loss, iteration) for iteration in (1, 100, 101, 10**6)} == {0.6}
 
 
 # ---------------------------------------------------------------------------- discriminator

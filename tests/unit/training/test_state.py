@@ -69,6 +69,48 @@ def test_everything_comes_back_from_a_file(tmp_path: Path) -> None:
     assert same(other.state_dict(), state.state_dict())
 
 
+def test_a_teacher_comes_back_from_a_file(tmp_path: Path) -> None:
+    state = trained_state(train__ema_decay=0.9)
+    assert not same(state.teacher.state_dict(), state.generator.state_dict())
+    other = new_state(tiny_config(train__ema_decay=0.9, train__seed=5))
+    other.load_state_dict(through_a_file(state, tmp_path))
+    assert same(other.state_dict(), state.state_dict())
+    assert other.predictor is other.teacher
+    assert not any(p.requires_grad for p in other.teacher.parameters())
+
+
+def test_a_teacher_that_a_run_did_not_begin_with_starts_as_its_generator(tmp_path: Path) -> None:
+    state = trained_state()
+    other = new_state(tiny_config(train__ema_decay=0.9))
+    other.load_state_dict(through_a_file(state, tmp_path))
+    assert same(other.teacher.state_dict(), state.generator.state_dict())
+
+
+def test_without_a_teacher_the_generator_is_what_is_used() -> None:
+    state = new_state(tiny_config())
+    assert state.predictor is state.generator
+    assert "teacher" not in state.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("wish", "scale_learns", "statistics_move"),
+    [("trained", True, True), ("affine_frozen", False, True), ("frozen", False, False)],
+)
+def test_batch_norm_is_as_configured(
+    wish: str, scale_learns: bool, statistics_move: bool, tmp_path: Path
+) -> None:
+    weights = tmp_path / "w.pth"
+    torch.save(Generator(Architecture("tiny", CLASSES)).backbone.state_dict(), weights)
+    config = tiny_config(model__weights=str(weights), model__batch_norm=wish)
+    state = new_state(config)
+    norm = state.generator.backbone.bn1
+    scale, mean = norm.weight.clone(), norm.running_mean.clone()
+    state.set_learning_rates(1, config)
+    train_step(state, random_batch(config), config, 1)
+    assert (not torch.equal(norm.weight, scale)) == scale_learns
+    assert (not torch.equal(norm.running_mean, mean)) == statistics_move
+
+
 def test_a_state_without_a_best_model_comes_back_without(tmp_path: Path) -> None:
     saved = through_a_file(trained_state(), tmp_path)
     other = new_state(tiny_config())

@@ -22,7 +22,7 @@ from job.models.discriminator import Discriminator, discriminator_input
 from job.models.normalization import IMAGENET_MEAN, IMAGENET_STD
 from job.training.losses import one_hot_maps
 from job.training.state import TrainState
-from job.training.step import StepLosses, train_step
+from job.training.step import StepLosses, _view, train_step
 from tests.unit.training.tiny import CLASSES, SIZE, new_state, random_batch, tiny_config
 
 Gradients = dict[str, Tensor]
@@ -617,3 +617,155 @@ def test_real_samples_show_the_labels_and_fakes_the_predictions() -> None:
         sums = given.sum(dim=1)
         torch.testing.assert_close(sums[~void], torch.ones_like(sums[~void]))
         assert float(given.max()) < 1
+
+
+# ------------------------------------------------------------------ a teacher and changed views
+
+
+MODERN = {
+    "data__strong_augment": True,
+    "data__cutmix": 1.0,
+    "train__ema_decay": 0.9,
+    "loss__confidence": 0.45,
+}
+
+
+def slow_modern_losses(state: TrainState, batch: Batch, config: Config) -> dict[str, float]:
+    """Feature matching, self-training and the discriminator's loss, image by image.
+
+    The boxes and colours are taken as they come: their own tests are in test_views.py.
+    """
+    shown, mixed = _view(batch.unlabeled_images, config, 1, 0)
+    images, masks = mixed(batch.unlabeled_images), mixed(batch.real_masks)
+    valid = mixed(batch.unlabeled_valid) & (masks != IGNORE)
+    maps = F.one_hot(masks.long().clamp_max(CLASSES), CLASSES + 1)[..., :CLASSES]
+    with torch.no_grad():
+        logits = copy.deepcopy(state.generator)(shown)
+        fake = discriminator_input(logits.softmax(dim=1), images.float(), valid)
+        real = discriminator_input(
+            maps.permute(0, 3, 1, 2).float(), mixed(batch.real_images).float(), valid
+        )
+        teacher_maps = state.teacher(batch.unlabeled_images).softmax(dim=1)
+        plain = discriminator_input(
+            teacher_maps,
+            batch.unlabeled_images.float(),
+            batch.unlabeled_valid & (batch.real_masks != IGNORE),
+        )
+        (fake_score, fake_features), (real_score, real_features) = map(
+            state.discriminator, (fake, real)
+        )
+        scores = state.discriminator(plain)[0].sigmoid()
+    accepted = scores > config.loss.threshold_st
+    probability, label = teacher_maps.max(dim=1)
+    per_pixel = F.cross_entropy(logits, mixed(label), reduction="none")
+    counts = mixed((accepted[:, None, None] & batch.unlabeled_valid).clone())
+    sure = mixed(probability) > config.loss.confidence
+    total, counted = float(per_pixel[counts & sure].sum()), int(counts.sum())
+    halves = [
+        F.binary_cross_entropy(score.sigmoid(), torch.full_like(score, truth))
+        for score, truth in ((fake_score, 0.0), (real_score, 1.0))
+    ]
+    return {
+        "fm": float((fake_features.mean(0) - real_features.mean(0)).abs().mean()),
+        "st": total / counted,
+        "d": float(sum(halves) / 2),
+        "st_count": float(accepted.sum()),
+    }
+
+
+def modern_state(config: Config) -> TrainState:
+    """With a teacher that differs from its generator."""
+    state = still_state(config, dropout=False)
+    assert state.teacher is not None
+    with torch.no_grad():
+        for branch in state.teacher.head.branches:
+            branch.weight.mul_(300)  # of some pixels it is sure, of others not
+        state.teacher.head.branches[0].bias.add_(0.05)
+    return state
+
+
+def test_a_modern_step_computes_what_it_says() -> None:
+    config = tiny_config(**MODERN)
+    batch = random_batch(config)
+    state = modern_state(config)
+    wanted = slow_modern_losses(copy.deepcopy(state), batch, config)
+    losses = train_step(state, batch, config, 1)
+    assert wanted["st"] > 0
+    for name, value in wanted.items():
+        assert getattr(losses, name).item() == pytest.approx(value, rel=1e-4), name
+
+
+def test_confidence_leaves_pixels_out() -> None:
+    batch = random_batch(tiny_config())
+    found = []
+    for confidence in (0.0, 0.45, 0.999):
+        config = tiny_config(**MODERN | {"loss__confidence": confidence})
+        found.append(train_step(modern_state(config), batch, config, 1).st.item())
+    assert found[0] > found[1] > found[2] == 0
+
+
+@pytest.mark.parametrize("change", ["data__strong_augment", "data__cutmix"])
+def test_a_changed_view_changes_what_is_learned_and_not_what_is_labeled(change: str) -> None:
+    on, off = {change: 1}, {change: 0}
+    batch = random_batch(tiny_config())
+    config = tiny_config(**MODERN | on)
+    one = train_step(modern_state(config), batch, config, 1)
+    config = tiny_config(**MODERN | off)
+    other = train_step(modern_state(config), batch, config, 1)
+    assert one.ce.item() == other.ce.item()
+    assert one.st_count.item() == other.st_count.item()
+    assert one.st.item() != other.st.item()
+    assert one.fm.item() != other.fm.item()
+
+
+def test_without_a_teacher_the_generator_labels_its_own_weak_view() -> None:
+    config = tiny_config(data__strong_augment=True)
+    batch = random_batch(config)
+    state = still_state(config, dropout=False)
+    before = state.generator.backbone.bn1.num_batches_tracked.item()
+    losses = train_step(state, batch, config, 1)
+    assert losses.st.item() > 0
+    # Labeled and unlabeled; labeling moves no statistics and leaves the network in training.
+    assert state.generator.backbone.bn1.num_batches_tracked.item() == before + 2
+    assert state.generator.training
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    config = tiny_config(**MODERN)
+    state = modern_state(config)
+    train_step(state, random_batch(config), config, 1)
+    assert all(p.grad is None for p in state.teacher.parameters())
+
+
+@pytest.mark.parametrize(("iteration", "keep"), [(1, 0.5), (3, 0.75), (1000, 0.9)])
+def test_the_teacher_moves_towards_the_generator(iteration: int, keep: float) -> None:
+    config = tiny_config(**MODERN, train__iterations=2000)
+    state = new_state(config)
+    before = {name: value.clone() for name, value in state.teacher.state_dict().items()}
+    state.set_learning_rates(iteration, config)
+    train_step(state, random_batch(config), config, iteration)
+    after, own = state.teacher.state_dict(), state.generator.state_dict()
+    moved = 0
+    for name, value in after.items():
+        if value.is_floating_point():
+            wanted = keep * before[name] + (1 - keep) * own[name]
+            torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
+            moved += not torch.equal(value, before[name])
+        else:
+            assert torch.equal(value, own[name])
+    assert moved > 20
+    assert not any(module.training for module in state.teacher.modules())
+
+
+def test_views_depend_on_seed_iteration_and_part_alone() -> None:
+    images = random_batch(tiny_config()).unlabeled_images
+
+    def seen(iteration: int, part: int, seed: int = 0) -> bytes:
+        config = tiny_config(**MODERN, train__seed=seed)
+        return bytes(_view(images, config, iteration, part)[0].numpy().tobytes())
+
+    torch.manual_seed(1)
+    one = seen(4, 0)
+    torch.manual_seed(2)
+    assert seen(4, 0) == one
+    assert len({one, seen(5, 0), seen(4, 1), seen(4, 0, seed=1)}) == 4
