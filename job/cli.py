@@ -357,6 +357,49 @@ def drill(
     raise typer.Exit(0 if run_drill(data, folder, config=config, iterations=iterations) else 1)
 
 
+@app.command("bench-recipe")
+def bench_recipe(
+    data: Annotated[str, typer.Option(help="Data to train on; folder or s3:// prefix.")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the table.")],
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PRESET[,KEY=VALUE]",
+            help="Repeatable; the first is what the others are compared with.",
+            show_default="supervised, guide, modern",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe.")] = 3,
+    test: Annotated[
+        str | None,
+        typer.Option(
+            help="Data whose val/ scores the best models; else the last ones are scored on the "
+            "validation images."
+        ),
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    assignments: options.Assignments = None,
+) -> None:
+    """Train recipes over several seeds and print one Markdown table; the same command goes on.
+
+    --set goes to every recipe: the same iterations, network and crop for all.
+    """
+    _refuse_uri("--out", out)
+    from job.recipes import DEFAULT_RECIPES, Recipe, bench_recipes
+
+    table = bench_recipes(
+        [Recipe.parse(text) for text in recipe or DEFAULT_RECIPES],
+        data=data,
+        out=out,
+        seeds=seeds,
+        common=options.overrides(assignments=assignments),
+        test=test,
+        parallel=parallel,
+        tell=_to_stderr,
+    )
+    print(table)
+
+
 @app.command()
 def submit(
     data: Annotated[str, typer.Option(help="s3:// prefix of the data set.")],
