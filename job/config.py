@@ -125,6 +125,11 @@ class ModelConfig(_Section):
     """Of the backbone. trained: all of it; affine_frozen: statistics of the batch, but scale and
     shift as they are, as in the S4GAN reference; frozen: statistics as they are, too; auto:
     affine_frozen with pretrained weights, else trained."""
+    mlmt_threshold: float | None = Field(None, gt=0, lt=1)
+    """Adds the paper's second branch, multi-label mean teacher: which classes does an image hold?
+    In use, classes less probable than this are ruled out (0.2 in the S4GAN reference); null: none.
+    It shares the backbone here; in the paper it is a network of its own. Of no use where every
+    image holds nearly every class (the paper leaves it out on Cityscapes)."""
     weights: str = "imagenet"
     """Where the network starts: `imagenet` (torchvision's or timm's, downloaded once), `none`, or a
     file (also s3://): a state dict with torchvision's names, or a model of this program."""
@@ -188,6 +193,8 @@ class LossConfig(_Section):
     """Weight of the feature matching loss."""
     lambda_st: float = Field(1.0, ge=0)
     """Weight of the self-training loss."""
+    lambda_mlmt: float = Field(1.0, ge=0)
+    """Weight of the losses of `model.mlmt_threshold`'s branch."""
     threshold_st: float = Field(0.2, ge=0, le=1)
     """An unlabeled image trains on its own prediction when the discriminator's score is above."""
     st_start: int = Field(1000, ge=0)
@@ -263,6 +270,10 @@ class Config(_Section):
             raise ValueError(
                 "train.batch_size 1: the head deeplabv3plus needs 2 or more, as batch norm after "
                 "its global pooling has one value an image"
+            )
+        if self.model.mlmt_threshold is not None and not self.train.ema_decay:
+            raise ValueError(
+                "model.mlmt_threshold: a mean teacher needs train.ema_decay, for example 0.99"
             )
         return self
 

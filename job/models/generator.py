@@ -41,6 +41,8 @@ class Architecture:
     output_stride: Literal[8, 16] = 8
     stride_in: Literal["3x3", "1x1"] = "3x3"
     normalization: Normalization = NORMALIZATIONS["imagenet"]
+    mlmt_threshold: float | None = None
+    """Classes less probable in an image than this are ruled out; None: no branch says so."""
 
     @classmethod
     def of(cls, model: ModelConfig, num_classes: int) -> Architecture:
@@ -53,6 +55,7 @@ class Architecture:
             output_stride=model.output_stride,
             stride_in=model.stride_in,
             normalization=NORMALIZATIONS[model.normalization],
+            mlmt_threshold=model.mlmt_threshold,
         )
 
 
@@ -156,13 +159,31 @@ class Generator(nn.Module):
                 architecture.output_stride,
             )
         )
+        self.presence = (
+            None
+            if architecture.mlmt_threshold is None
+            else nn.Linear(self.backbone.out_channels, architecture.num_classes)
+        )
         self._statistics_are_fixed = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits in the size of the images."""
+        """Logits in the size of the images.
+
+        In evaluation mode, classes that the branch of `mlmt_threshold` does not see are ruled out.
+        """
+        logits, presence = self.with_presence(images)
+        if presence is None or self.training:
+            return logits
+        return ruled_out(logits, presence.sigmoid(), self.architecture.mlmt_threshold or 0.0)
+
+    def with_presence(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits as they are, and those of which classes an image holds, (N, K), if it is asked."""
         low, features = self.backbone(self.architecture.normalization.apply(images))
-        logits = self.head(low, features)
-        return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=True)
+        logits = F.interpolate(
+            self.head(low, features), images.shape[-2:], mode="bilinear", align_corners=True
+        )
+        presence = None if self.presence is None else self.presence(features.mean(dim=(2, 3)))
+        return logits, presence
 
     def freeze_batch_norm_affine(self) -> None:
         """Fix scale and shift of the backbone's batch norms, as the reference does.
@@ -193,7 +214,23 @@ class Generator(nn.Module):
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Trainable parameters of the head, each once."""
-        return (p for p in self.head.parameters() if p.requires_grad)
+        heads = [self.head] if self.presence is None else [self.head, self.presence]
+        return (p for head in heads for p in head.parameters() if p.requires_grad)
+
+
+RULED_OUT = -1e4
+"""A logit that no other falls below; finite in half precision, and so that differences are, too."""
+
+
+def ruled_out(logits_NKHW: Tensor, presence_NK: Tensor, threshold: float) -> Tensor:
+    """Logits without the classes that an image does not hold; its likeliest one always stays.
+
+    Shape: logits unbounded; probabilities.
+    Source: Mittal et al. 2019, arXiv:1908.05724, the MLMT branch. The reference multiplies logits
+    by 0, which then may still exceed negative ones.
+    """
+    absent = (presence_NK < threshold) & (presence_NK < presence_NK.amax(dim=1, keepdim=True))
+    return logits_NKHW.masked_fill(absent[:, :, None, None], RULED_OUT)
 
 
 def _batch_norms(network: nn.Module) -> Iterator[nn.BatchNorm2d]:

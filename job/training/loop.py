@@ -132,6 +132,8 @@ def train(state: TrainState, around: Surroundings) -> bool:
                 _raise_if_diverged(finite, state, config)
                 rate = speed.since_last(iteration)
                 event = _train_event(losses, iteration, lr_g, lr_d, rate)
+                if config.model.mlmt_threshold is not None:
+                    event = replace(event, loss_mlmt=losses.mlmt.item())
                 tracker.train(event)
                 around.guard.train(event)
             stopping = ranks.any(stop.requested)

@@ -68,6 +68,27 @@ def self_training(
     return torch.where(chosen, losses, 0.0).sum() / accepted_NHW.sum().clamp_min(1)
 
 
+def presence(logits_NK: Tensor, labels_NHW: Tensor) -> Tensor:
+    """Binary cross-entropy of which classes an image holds with those of its mask.
+
+    Shape: float logits; uint8 labels, classes or IGNORE. Images without a label count for nothing.
+    Source: Mittal et al. 2019, arXiv:1908.05724, the MLMT branch.
+    """
+    truth = one_hot_maps(labels_NHW, logits_NK.shape[1]).amax(dim=(2, 3))
+    known = truth.amax(dim=1, keepdim=True)
+    losses = F.binary_cross_entropy_with_logits(logits_NK, truth, reduction="none")
+    return (known * losses).mean(dim=1).sum() / known.sum().clamp_min(1)
+
+
+def presence_consistency(logits_NK: Tensor, teacher_logits_NK: Tensor, counted_N: Tensor) -> Tensor:
+    """Mean squared difference of probabilities from the teacher's, over the images that count.
+
+    Source: Tarvainen and Valpola 2017, arXiv:1703.01780; the reference takes the cosine.
+    """
+    difference = (logits_NK.sigmoid() - teacher_logits_NK.detach().sigmoid()).square().mean(dim=1)
+    return torch.where(counted_N, difference, 0.0).sum() / counted_N.sum().clamp_min(1)
+
+
 def discriminator_loss(fake_logits_N: Tensor, real_logits_N: Tensor) -> Tensor:
     """Binary cross-entropy of telling predictions (0) from labels (1), mean of the two halves.
 

@@ -39,11 +39,13 @@ class StepLosses:
     g: Tensor
     st_count: Tensor
     """Accepted unlabeled images of the whole iteration."""
+    mlmt: Tensor
+    """Of the branch that says which classes an image holds; 0 without it."""
 
     @classmethod
     def zeros(cls, device: torch.device) -> StepLosses:
         """To add to."""
-        return cls(*(torch.zeros((), device=device) for _ in range(6)))
+        return cls(*(torch.zeros((), device=device) for _ in range(7)))
 
 
 def train_step(
@@ -66,10 +68,14 @@ def train_step(
         torch.manual_seed(_seed(config, iteration, number))
         # Supervised: its own forward and backward, so that only one graph is alive at a time
         # and batch norm sees labeled and unlabeled images apart (as in the reference).
-        logits = state.generator(part.labeled_images)
+        logits, presence = state.generator.with_presence(part.labeled_images)
         ce = losses.cross_entropy(logits, part.labeled_masks)
-        backward(share * ce)
+        mlmt = torch.zeros_like(ce)
+        if presence is not None:
+            mlmt = losses.presence(presence, part.labeled_masks)
+        backward(share * (ce + config.loss.lambda_mlmt * mlmt))
         total.ce += share * ce.detach()
+        total.mlmt += share * mlmt.detach()
         if part.unlabeled_images is not None:
             _unlabeled_part(state, part, config, iteration, number, total)
 
@@ -81,7 +87,12 @@ def train_step(
     if batch.unlabeled_images is not None:
         state.optimizer_D.step()
     state.update_teacher(iteration, config.train.ema_decay)
-    total.g = total.ce + config.loss.lambda_fm * total.fm + config.loss.lambda_st * total.st
+    total.g = (
+        total.ce
+        + config.loss.lambda_fm * total.fm
+        + config.loss.lambda_st * total.st
+        + config.loss.lambda_mlmt * total.mlmt
+    )
     return total
 
 
@@ -106,7 +117,7 @@ def _unlabeled_part(
     discriminator = state.discriminator
     shown, mixed = _view(part.unlabeled_images, config, iteration, number)
 
-    logits = state.generator(shown)
+    logits, presence = state.generator.with_presence(shown)
     maps = logits.softmax(dim=1)
     # One mask for the pair: padding of the fake and void of the real are blank in both, or the
     # discriminator would tell them apart by their holes. By the boxes it may not tell them apart
@@ -124,17 +135,22 @@ def _unlabeled_part(
         with torch.no_grad():
             _, real_features = discriminator(real)
         fm = losses.feature_matching(fake_features, real_features)
+        mlmt = torch.zeros_like(fm)
         if _labels_itself(config):
             score = _score(discriminator, fake)
             label_maps = maps.detach()
         else:
-            unmixed = _teacher_maps(state, part.unlabeled_images)
+            unmixed, taught = _teachers(state, part.unlabeled_images)
             unmixed_valid = part.unlabeled_valid & (part.real_masks != IGNORE)
             score = _score(
                 discriminator,
                 discriminator_input(unmixed, part.unlabeled_images.float(), unmixed_valid),
             )
             label_maps = mixed(unmixed)
+            if presence is not None and taught is not None:
+                # Not of images with a box of another one: nobody knows what is left in them.
+                whole = torch.tensor(mixed.whole, device=presence.device)
+                mlmt = losses.presence_consistency(presence, taught, whole)
         accepted = losses.gate(score, losses.gate_threshold(config.loss, iteration))
         if iteration > config.loss.st_start:
             counted = mixed(accepted[:, None, None] & part.unlabeled_valid)
@@ -142,7 +158,8 @@ def _unlabeled_part(
             st = losses.self_training(logits, label_maps.argmax(dim=1), counted, confident)
         else:
             st = torch.zeros_like(fm)
-        backward(share * (config.loss.lambda_fm * fm + config.loss.lambda_st * st))
+        of_generator = config.loss.lambda_fm * fm + config.loss.lambda_st * st
+        backward(share * (of_generator + config.loss.lambda_mlmt * mlmt))
 
     # Discriminator: labels are real, predictions are not. `detach` keeps it from the generator.
     fake_logits, _ = discriminator(fake.detach())
@@ -153,6 +170,7 @@ def _unlabeled_part(
     total.fm += share * fm.detach()
     total.st += share * st.detach()
     total.d += share * d.detach()
+    total.mlmt += share * mlmt.detach()
     total.st_count += accepted.sum()
 
 
@@ -174,16 +192,18 @@ def _labels_itself(config: Config) -> bool:
     return not (config.train.ema_decay or data.strong_augment or data.cutmix)
 
 
-def _teacher_maps(state: TrainState, images: Tensor) -> Tensor:
-    """Class maps of the images as they are, by the teacher, or the generator if there is none."""
+def _teachers(state: TrainState, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Class maps, and logits of which classes there are, of the images as they are.
+
+    By the teacher, or the generator if there is none.
+    """
     labeler = state.predictor
     training = labeler.training
     labeler.eval()
     with torch.no_grad():
-        maps = labeler(images).softmax(dim=1)
+        logits, presence = labeler.with_presence(images)
     labeler.train(training)
-    assert isinstance(maps, Tensor)
-    return maps
+    return logits.softmax(dim=1), presence
 
 
 def _gradients(state: TrainState) -> list[Tensor]:

@@ -24,12 +24,12 @@ HUE = 0.25
 GREY_SHARE = 0.2
 BLUR_SHARE = 0.5
 BLUR_SIGMA = (0.1, 2.0)
-"""Pixels. Source of the seven numbers: Yang et al. 2023, arXiv:2208.09910 (UniMatch), section 3."""
+"""Pixels. Source of the six: the published code of UniMatch (arXiv:2208.09910)."""
 
 BOX_AREA = (0.02, 0.4)
 """Of the image."""
 BOX_ASPECT = (0.3, 1 / 0.3)
-"""Height over width. Source of both: Yun et al. 2019 (arXiv:1905.04899) as UniMatch draws it."""
+"""Height over width. Source of both: as UniMatch draws the boxes of CutMix (arXiv:1905.04899)."""
 
 
 def changed_colours(images_NCHW: Tensor, rng: np.random.Generator) -> Tensor:
@@ -97,6 +97,11 @@ class Mix:
             rng: drawn from.
         """
         return cls([_box(size, share, rng) if count > 1 else Box() for _ in range(count)])
+
+    @property
+    def whole(self) -> list[bool]:
+        """Of each image, whether nothing of another one is in it."""
+        return [box.height == 0 for box in self._boxes]
 
     def __call__(self, values: Tensor) -> Tensor:
         """Shape: (N, ..., H, W) -> the same; the values given are left as they are."""

@@ -154,6 +154,10 @@ def test_one_number_is_a_square_crop():
             "guide: train.batch_size 1: the head deeplabv3plus needs 2 or more",
         ),
         ({"train.ema_decay": 1}, "train.ema_decay"),
+        (
+            {"model.mlmt_threshold": 0.2},
+            "a mean teacher needs train.ema_decay",
+        ),
         ({"loss.confidence": 1}, "loss.confidence"),
     ],
 )

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from job.models.generator import ATROUS_RATES, Architecture, Generator, PyramidHead
+from job.models.generator import (
+    ATROUS_RATES,
+    RULED_OUT,
+    Architecture,
+    Generator,
+    PyramidHead,
+    ruled_out,
+)
 from job.models.normalization import NORMALIZATIONS
 
 
@@ -212,3 +219,40 @@ def test_freezing_leaves_the_heads_batch_norm_alone() -> None:
     generator.freeze_batch_norm_affine()
     assert all(p.requires_grad for p in generator.head.parameters())
     assert not generator.backbone.bn1.weight.requires_grad
+
+
+# ----------------------------------------------------------------- which classes an image holds
+
+
+def test_a_class_that_is_not_seen_is_ruled_out() -> None:
+    logits = torch.tensor([[-3.0, -5.0, -4.0]]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    kept = ruled_out(logits, torch.tensor([[0.1, 0.9, 0.3]]), 0.2)
+    # In the reference the first would get 0, and win.
+    assert kept.argmax(dim=1).unique().tolist() == [2]
+    assert kept[:, 1:].equal(logits[:, 1:])
+
+
+def test_the_likeliest_class_stays_whatever_the_threshold() -> None:
+    logits = torch.randn(2, 3, 4, 4)
+    kept = ruled_out(logits, torch.tensor([[0.1, 0.05, 0.02], [0.3, 0.1, 0.4]]), 0.5)
+    assert kept.argmax(dim=1).flatten(1).unique(dim=1).T.unique(dim=0).tolist() == [[0, 2]]
+
+
+def test_classes_are_ruled_out_in_use_and_not_in_training() -> None:
+    generator = Generator(Architecture("tiny", 3, mlmt_threshold=0.2))
+    images = torch.rand(2, 3, 32, 32) * 255
+    with torch.no_grad():
+        generator.presence.bias.copy_(torch.tensor([5.0, -5.0, 5.0]))
+        assert generator(images)[:, 1].min() > RULED_OUT
+        generator.eval()
+        logits, presence = generator.with_presence(images)
+        used = generator(images)
+    assert presence.shape == (2, 3)
+    assert (used[:, 1] == RULED_OUT).all()
+    assert torch.equal(used[:, ::2], logits[:, ::2])
+
+
+def test_the_branch_is_trained_with_the_head() -> None:
+    generator = Generator(Architecture("tiny", 3, mlmt_threshold=0.2))
+    given = {id(p) for p in (*generator.backbone_parameters(), *generator.head_parameters())}
+    assert given == {id(p) for p in generator.parameters()}

@@ -20,6 +20,7 @@ from job.training.losses import (
     gate,
     gate_threshold,
     one_hot_maps,
+    presence,
     self_training,
 )
 
@@ -250,6 +251,26 @@ def test_the_threshold_comes_down_to_its_place() -> None:
 def test_without_a_warmup_the_threshold_stays() -> None:
     loss = LossConfig(threshold_st=0.6, st_start=100)
     assert {gate_threshold(loss, iteration) for iteration in (1, 100, 101, 10**6)} == {0.6}
+
+
+# ---------------------------------------------------------- which classes an image holds
+
+
+def test_presence_is_the_cross_entropy_with_the_classes_of_the_mask() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.0]])
+    loss = presence(logits, labels(0, 0, IGNORE, 2))
+    wanted = (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)) + math.log(2)) / 3
+    assert loss.item() == pytest.approx(wanted)
+
+
+def test_an_image_without_a_label_says_nothing_of_what_it_holds() -> None:
+    logits = torch.randn(2, 3, requires_grad=True)
+    masks = torch.cat([labels(0, 1), labels(IGNORE, IGNORE)])
+    loss = presence(logits, masks)
+    loss.backward()
+    assert loss.item() == pytest.approx(presence(logits[:1], masks[:1]).item())
+    assert not logits.grad[1].any()
+    assert presence(logits, torch.full_like(masks, IGNORE)).item() == 0
 
 
 # ---------------------------------------------------------------------------- discriminator

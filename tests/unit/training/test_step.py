@@ -484,6 +484,9 @@ class PerPixel(nn.Module):
         result: Tensor = self.weights(images.float() / 255)
         return result
 
+    def with_presence(self, images: Tensor) -> tuple[Tensor, None]:
+        return self(images), None
+
 
 def per_pixel_losses(batch: Batch, config: Config) -> dict[str, Tensor]:
     """Losses and the discriminator's gradients, everything from one seed."""
@@ -769,3 +772,48 @@ def test_views_depend_on_seed_iteration_and_part_alone() -> None:
     torch.manual_seed(2)
     assert seen(4, 0) == one
     assert len({one, seen(5, 0), seen(4, 1), seen(4, 0, seed=1)}) == 4
+
+
+# ----------------------------------------------------------------- which classes an image holds
+
+
+MLMT = {"model__mlmt_threshold": 0.2, "train__ema_decay": 0.9}
+
+
+def test_the_branch_learns_from_masks_and_from_the_teacher() -> None:
+    config = tiny_config(**MLMT, loss__lambda_mlmt=0.5)
+    batch = random_batch(config)
+    state = still_state(config, dropout=False)
+    with torch.no_grad():
+        state.teacher.presence.bias.add_(1.0)
+        apart = copy.deepcopy(state.generator)
+        _, of_labeled = apart.with_presence(batch.labeled_images)
+        _, of_unlabeled = apart.with_presence(batch.unlabeled_images)
+        _, taught = state.teacher.with_presence(batch.unlabeled_images)
+    held = [[float((mask == k).any()) for k in range(CLASSES)] for mask in batch.labeled_masks]
+    wanted = F.binary_cross_entropy(of_labeled.sigmoid(), torch.tensor(held))
+    wanted += (of_unlabeled.sigmoid() - taught.sigmoid()).square().mean()
+    losses = train_step(state, batch, config, 1)
+    assert losses.mlmt.item() == pytest.approx(wanted.item(), rel=1e-4)
+    rest = losses.ce + 0.1 * losses.fm + losses.st
+    assert losses.g.item() == pytest.approx((rest + 0.5 * losses.mlmt).item(), rel=1e-5)
+    assert state.generator.presence.weight.grad.abs().sum() > 0
+    assert state.teacher.presence.weight.grad is None
+
+
+def test_images_with_a_box_of_another_one_teach_nothing_about_what_they_hold() -> None:
+    batch = random_batch(tiny_config())
+    found = []
+    for cutmix in (0.0, 1.0):
+        config = tiny_config(**MLMT, data__cutmix=cutmix)
+        state = still_state(config, dropout=False)
+        with torch.no_grad():
+            state.teacher.presence.bias.add_(1.0)
+        found.append(train_step(state, batch, config, 1).mlmt.item())
+    of_masks = found[1]
+    assert found[0] > of_masks + 0.01
+
+
+def test_without_the_branch_there_is_no_such_loss() -> None:
+    config = tiny_config()
+    assert train_step(new_state(config), random_batch(config), config, 1).mlmt.item() == 0
