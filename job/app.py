@@ -35,15 +35,10 @@ from job.checkpoint.resumable import (
 )
 from job.config import Config, config_from_dict
 from job.data.checks import check_data
-from job.data.dataset import DatasetInfo, scan_dataset
-from job.data.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    read_index_mask,
-    read_rgb,
-    with_internal_ignore,
-)
+from job.data.dataset import DatasetInfo
+from job.data.images import IMAGENET_MEAN, IMAGENET_STD, read_labels, read_rgb
 from job.data.report import named_as
+from job.data.scan import scan_dataset
 from job.data.splits import SplitItems, Splits, check_same, items_of, make_splits
 from job.errors import (
     ConfigError,
@@ -486,7 +481,7 @@ def _prepare_data(
     console: Console,
     resume_anyway: bool,
 ) -> _Data:
-    dataset = scan_dataset(folder)
+    dataset = scan_dataset(folder, config.data)
     splits = make_splits(dataset, config)
     before = _splits_of_run(store)
     if before is not None and not resume_anyway:
@@ -1036,7 +1031,7 @@ def _prediction_sheet(attempt: _Attempt, shown: Sequence[Predicted]) -> bytes:
             Example(
                 one.item.id,
                 np.asarray(read_rgb(one.item.image)),
-                with_internal_ignore(np.asarray(read_index_mask(one.item.mask)), info.ignore_index),
+                read_labels(one.item.mask, info),
                 one.prediction,
                 caption=f"{which}: {one.item.id}, mIoU {one.miou:.4f}",
             )

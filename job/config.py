@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from job.errors import ConfigError
 
@@ -41,6 +48,20 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Which images are trained on, and how they are cut and varied."""
 
+    layout: Literal["auto", "folder", "voc", "cityscapes", "context"] = "auto"
+    """How the data folder is laid out: as our own (`folder`), or as PASCAL VOC 2012, Cityscapes or
+    PASCAL-Context come; auto looks."""
+    labeled_list: str | None = Field(None, min_length=1)
+    """File that names the labeled images, or images and their masks, one a line. Relative to the
+    data folder; or an absolute path, or s3://. `labeled_ratio` then stays at 1."""
+    unlabeled_list: str | None = Field(None, min_length=1)
+    """The same for the unlabeled images; without it, all other training images are unlabeled."""
+    val_list: str | None = Field(None, min_length=1)
+    """The same for the validation images, instead of the layout's own."""
+    permutation: str | None = Field(None, min_length=1)
+    """File with the numbers 0..N-1 in another order (text, .npy, .pkl): the first
+    int(labeled_ratio * N) are the places of the labeled images in the layout's training list, or in
+    `labeled_list`. Rounded down, as the S4GAN reference does with its split files."""
     labeled_ratio: float = Field(1.0, gt=0, le=1)
     """Fraction of the training masks to use; the other images count as unlabeled. Nested: for one
     seed the 1/8 subset lies inside the 1/4 subset. Rounded up, as the published splits are."""
@@ -59,6 +80,27 @@ class DataConfig(_Section):
     """Scale a training image by a random factor of 0.5 to 1.5 before it is cropped."""
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Processes that load images; auto takes the spare cores, up to 8. Never changes results."""
+
+    @property
+    def lists(self) -> dict[str, str]:
+        """Files that choose images, by their keys; without those that are not given."""
+        given = {
+            "data.labeled_list": self.labeled_list,
+            "data.unlabeled_list": self.unlabeled_list,
+            "data.val_list": self.val_list,
+            "data.permutation": self.permutation,
+        }
+        return {key: value for key, value in given.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _one_choice_of_labels(self) -> DataConfig:
+        if self.labeled_list and self.labeled_ratio != 1 and not self.permutation:
+            raise ValueError(
+                f"data.labeled_ratio: is {self.labeled_ratio:g}, but data.labeled_list says "
+                "already which images are labeled, all of them; leave the ratio at 1.0, or give "
+                "the data.permutation that chooses among the list"
+            )
+        return self
 
 
 class ModelConfig(_Section):
@@ -344,6 +386,8 @@ def _explain(item: Any) -> str:
     dotted = ".".join(str(part) for part in item["loc"][:2])
     if item["type"] == "extra_forbidden":
         return f"unknown key {dotted}{_nearest(dotted)}"
+    if item["type"] == "value_error":  # of several keys, which a validator of ours has compared
+        return str(item["ctx"]["error"])
     message = item["msg"][0].lower() + item["msg"][1:]
     return f"{dotted}: {message}, got {item['input']!r}"
 

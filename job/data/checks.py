@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from job.config import Config
 from job.data.balance import Balance, balance_warnings
-from job.data.dataset import Dataset, DatasetInfo, Item
+from job.data.dataset import IGNORE, UNKNOWN, Dataset, DatasetInfo, Item
 from job.data.duplicates import (
     Fingerprint,
     Fingerprints,
@@ -252,17 +252,19 @@ def _look_at_mask(item: Item, info: DatasetInfo, look: _Look, thorough: bool) ->
     if look.facts.size != mask.size:
         raise _other_size(item, look.facts, mask.size)
     counts = np.array(mask.histogram(), np.int64)  # twice as fast as bincount
-    ignored = int(counts[info.ignore_index])
-    counts[info.ignore_index] = 0
-    wrong = np.flatnonzero(counts[info.num_classes :]) + info.num_classes
+    wrong = np.flatnonzero((info.meanings == UNKNOWN) & (counts > 0))
     if wrong.size:
+        values = [value for value, _ in info.file_labels] or range(info.num_classes)
         raise DataError(
             f"{item.mask}: holds the label {wrong[0]} ({counts[wrong[0]]} pixels), the classes "
-            f"are 0..{info.num_classes - 1} and ignore_index {info.ignore_index}",
+            f"are {min(values)}..{max(values)} and ignore_index {info.ignore_index}",
             mend="correct the mask, or the classes in dataset.yaml",
         )
-    look.ignored = ignored
-    look.pixels = counts[: info.num_classes]
+    look.ignored = int(counts[info.meanings == IGNORE].sum())
+    look.pixels = np.zeros(info.num_classes, np.int64)
+    is_class = info.meanings < info.num_classes
+    is_class &= info.meanings != UNKNOWN
+    np.add.at(look.pixels, info.meanings[is_class], counts[is_class])
     if thorough:
         look.mask_digest = hashlib.sha256(mask.tobytes()).digest()
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from job.data.images import IGNORE
+from job.data.dataset import IGNORE
 
 
 def cross_entropy(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import backward
 
 from job.config import Config
-from job.data.images import IGNORE, IMAGENET_MEAN, IMAGENET_STD
+from job.data.dataset import IGNORE
+from job.data.images import IMAGENET_MEAN, IMAGENET_STD
 from job.data.streams import Batch
 from job.models.discriminator import Discriminator, discriminator_input
 from job.training import losses

@@ -16,9 +16,9 @@ from PIL import Image
 from job.config import config_from_dict
 from job.data import checks
 from job.data.checks import check_data, inspect
-from job.data.dataset import scan_dataset
 from job.data.images import read_rgb
 from job.data.report import LABELED, SET_ASIDE, UNLABELED, VAL, CheckReport
+from job.data.scan import scan_dataset
 from job.data.splits import items_of, make_splits
 from job.errors import DataError, Preempted
 from tests.conftest import IGNORE_INDEX, MakeData
