@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,7 +84,8 @@ class Catalogue:
         candidates = [Path(name), *(place / inside for place in self.places)]
         if self.more_masks is not None:
             candidates.append(self.more_masks / PurePosixPath(inside).name)
-        return next((path for path in candidates if path.is_file()), None)
+        # Path.is_file raises for a name that is too long.
+        return next((path for path in candidates if os.path.isfile(path)), None)
 
 
 @dataclass
@@ -121,11 +123,11 @@ def list_file(value: str, *, key: str, root: Path, base: Path) -> Iterator[Path]
     refuse_outside(value, key)
     if Path(value).is_absolute():
         path = Path(value)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ConfigError(f"{key} {value}: no such file", mend=_MEND_PLACE)
     else:
-        path = next((p for p in (root / value, base / value) if p.is_file()), root / value)
-        if not path.is_file():
+        path = next((p for p in (root / value, base / value) if os.path.isfile(p)), root / value)
+        if not os.path.isfile(path):
             raise DataError(f"{path}: no such file, which {key} names", mend=_MEND_PLACE)
     yield path
 
@@ -353,8 +355,11 @@ class _Array:
         """The array, if it is one of integers."""
         if not isinstance(self.dtype, _Dtype):
             raise pickle.UnpicklingError("an array without a type")
-        data = self.data.encode("latin1") if isinstance(self.data, str) else bytes(self.data)
-        return np.frombuffer(data, self.dtype.numpy).reshape(tuple(self.shape))
+        dtype = self.dtype.numpy  # first: other types have other data
+        data = self.data.encode("latin1") if isinstance(self.data, str) else self.data
+        if not isinstance(data, (bytes, bytearray)):
+            raise pickle.UnpicklingError("an array without data")
+        return np.frombuffer(data, dtype).reshape(tuple(self.shape))
 
 
 def _text(value: Any) -> str:
