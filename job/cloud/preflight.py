@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +39,7 @@ from job.cloud.waiting import (
 )
 from job.config import DataConfig, check_gpus
 from job.data.dataset import FOLDER, MARK, DatasetInfo, load_dataset_info
-from job.data.layouts import Found, Has, detect, known_info, lists_needed
+from job.data.layouts import Found, Has, detect, in_store, known_info, lists_needed
 from job.data.lists import refuse_outside
 from job.errors import ConfigError, DataError
 from job.storage import ObjectStore, open_store
@@ -355,12 +354,7 @@ def _check_data(data: ObjectStore, chosen: DataConfig) -> None:
         _check_lists(data.uri, found, chosen, packed)
         return
 
-    @functools.cache
-    def has(path: str) -> bool:
-        if path.endswith("/"):
-            return any(True for _ in data.list(path))
-        return data.stat(path) is not None
-
+    has = in_store(data)
     try:
         found = detect(has, chosen.layout, called=data.uri)
     except DataError:

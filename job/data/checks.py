@@ -157,6 +157,7 @@ def inspect(
         near_counts=near_counts,
         notable=[*seen.problem_examples, *seen.notable],
         ordinary=_ordinary(places),
+        set_aside_by="data.labeled_ratio" if dataset.labeled is None else "a list",
     )
 
 
@@ -393,7 +394,7 @@ class _Seen:
         warnings += self._copy_warnings()
         warnings += self.formats.warnings()
         for part, said in (
-            (SET_ASIDE, "wrong masks or images, of those that data.labeled_ratio sets aside"),
+            (SET_ASIDE, "wrong masks or images, of those whose masks are set aside"),
             (UNLABELED, "unlabeled images that cannot be decoded, which training skips"),
         ):
             found = self._passed_over[part]

@@ -14,6 +14,7 @@ of a bucket, too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from job.data.dataset import (
 )
 from job.data.lists import Catalogue, read_list
 from job.errors import DataError
+from job.storage.store import ObjectStore
 
 Has = Callable[[str], bool]
 """Whether there is a file of that path below the data, or, with a slash at its end, a folder."""
@@ -66,11 +68,15 @@ class _Kind:
     """Folders that must be there; of several in a tuple, one."""
     unless: str = ""
     """A folder that makes it another layout."""
+    besides: str = ""
+    """What else belongs to it, but others may have, too."""
 
     @property
     def sought(self) -> str:
         """For people."""
         parts = " and ".join(" or ".join(some) for some in self.parts)
+        if self.besides:
+            parts = f"{self.besides} and {parts}"
         bases = [base for base in self.bases if base]
         return f"{parts} in the folder itself" + "".join(f" or {base}" for base in bases)
 
@@ -99,7 +105,7 @@ _CONTEXT_MASKS = "SegmentationClassContext/"
 _KINDS = {
     kind.layout: kind
     for kind in (
-        _Kind(FOLDER, ("",), (("train/images/",),)),
+        _Kind(FOLDER, ("",), (("train/images/",),), besides=MARK),
         _Kind(
             VOC_LAYOUT,
             ("", "VOC2012/", "VOCdevkit/VOC2012/"),
@@ -155,8 +161,21 @@ def detect(has: Has, wanted: str, *, called: str) -> Found:
     what = "of no known layout" if wanted == _AUTO else f"not of the layout {wanted}"
     raise DataError(
         f"{called}: is {what}{lines}",
-        mend="README.md, Your own images, says what belongs where",
+        mend=f"lay your own images out as README.md, Your own images, says: {MARK}, train/images/ "
+        "and train/masks/; or give the folder that holds those of a layout above",
     )
+
+
+def in_store(store: ObjectStore) -> Has:
+    """What is in a store; each question is asked once."""
+
+    @functools.cache
+    def has(path: str) -> bool:
+        if path.endswith("/"):
+            return any(True for _ in store.list(path))
+        return store.stat(path) is not None
+
+    return has
 
 
 def _refuse_detail(has: Has, called: str) -> None:

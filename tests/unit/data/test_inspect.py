@@ -228,7 +228,7 @@ def test_a_wrong_mask_that_is_set_aside_is_a_warning(make_data: MakeData) -> Non
     assert report.is_good
     (warning,) = report.warnings
     assert warning.startswith(
-        "wrong masks or images, of those that data.labeled_ratio sets aside: 1 (first: "
+        "wrong masks or images, of those whose masks are set aside: 1 (first: "
     )
     assert "holds the label 77" in warning
     assert at_start(folder, ratio=0.5) == []

@@ -379,7 +379,7 @@ def test_nothing_known_says_what_was_looked_for(tmp_path: Path) -> None:
         scan_dataset(tmp_path)
     assert caught.value.message.splitlines() == [
         f"{tmp_path}: is of no known layout",
-        "    folder: looked for train/images/ in the folder itself; found none",
+        "    folder: looked for dataset.yaml and train/images/ in the folder itself; found none",
         "    voc: looked for JPEGImages/ and SegmentationClass/ or SegmentationClassAug/ in the "
         "folder itself or VOC2012/ or VOCdevkit/VOC2012/; found JPEGImages/ only",
         "    cityscapes: looked for leftImg8bit/ and gtFine/ in the folder itself or cityscapes/; "
