@@ -412,6 +412,7 @@ def _check_lists(uri: str, found: Found, chosen: DataConfig, has: Has) -> None:
     """That the lists are there which say what is trained on, the layout's and the user's."""
     needed = lists_needed(
         found,
+        has,
         train=not (chosen.labeled_list and chosen.unlabeled_list),
         val=chosen.val_list is None,
     )

@@ -190,19 +190,21 @@ def _refuse_detail(has: Has, called: str) -> None:
             )
 
 
-def lists_needed(found: Found, *, train: bool, val: bool) -> list[str]:
+def lists_needed(found: Found, has: Has, *, train: bool, val: bool) -> list[str]:
     """The layout's own list files that must be there, below the data folder.
 
     Args:
         found: the layout.
+        has: asked what is there.
         train: whether its list of training images is needed.
         val: whether its list of validation images is needed.
     """
     if found.layout not in _LIST_FOLDERS:
         return []
     folder = found.base + _LIST_FOLDERS[found.layout]
-    # That of training images may be train_aug.txt, or come from the masks.
-    wanted = [f"{folder}/train.txt"] if train and found.layout == CONTEXT_LAYOUT else []
+    # With augmented masks the training images are in train_aug.txt, or those that have a mask.
+    by_masks = found.layout == VOC_LAYOUT and has(f"{found.base}{_AUGMENTED}/")
+    wanted = [f"{folder}/train.txt"] if train and not by_masks else []
     return wanted + ([f"{folder}/val.txt"] if val else [])
 
 
