@@ -35,7 +35,7 @@ from job.checkpoint.resumable import (
 )
 from job.config import Config, config_from_dict
 from job.data.checks import check_data
-from job.data.dataset import DatasetInfo
+from job.data.dataset import FOLDER, DatasetInfo
 from job.data.images import IMAGENET_MEAN, IMAGENET_STD, read_labels, read_rgb
 from job.data.report import named_as
 from job.data.scan import scan_dataset
@@ -487,9 +487,11 @@ def _prepare_data(
     if before is not None and not resume_anyway:
         check_same(before, splits)
     items = items_of(dataset, splits)
+    of_layout = "" if dataset.layout == FOLDER else f" of {dataset.layout}"
     console.print(
         f"data: {len(splits.labeled)} labeled, {len(splits.unlabeled)} unlabeled, "
-        f"{len(splits.val)} validation images, {dataset.info.num_classes} classes; checking them"
+        f"{len(splits.val)} validation images, {dataset.info.num_classes} classes{of_layout}; "
+        "checking them"
     )
     warnings = check_data(items, dataset.info, stopped=lambda: stop.requested)
     for warning in [*dataset.warnings, *warnings]:

@@ -420,7 +420,13 @@ def _cityscapes(root: Path, base: Path, *, needs_val: bool) -> Tree:
     kinds = {kind: _city_masks(base / _MASKS, kind) for kind in (_TRAIN_IDS, _IDS)}
     masks, info = _chosen_kind(base, kinds)
     warnings: list[str] = []
-    images = {**train_images, **val_images, **extra_images}
+    # Those of test/ are trained on only if a list of unlabeled images names them.
+    images = {
+        **train_images,
+        **val_images,
+        **extra_images,
+        **_city_images(base / _IMAGES / "test"),
+    }
     orphans = sorted(masks.keys() - images.keys())
     if orphans:
         warnings.append(
@@ -430,7 +436,7 @@ def _cityscapes(root: Path, base: Path, *, needs_val: bool) -> Tree:
     train = tuple(items[id_] for id_ in sorted({**train_images, **extra_images}))
     val = tuple(items[id_] for id_ in sorted(val_images))
     val = _with_masks(val, str(base / _IMAGES / "val"), warnings)
-    sides = [base / _IMAGES / part for part in ("train", "val", "train_extra")]
+    sides = [base / _IMAGES / part for part in ("train", "val", "train_extra", "test")]
     catalogue = Catalogue(
         items, (root, base, base / _IMAGES, *sides), suffix=_IMAGE_SUFFIX, mask_suffix=_MASK_SUFFIX
     )

@@ -46,9 +46,10 @@ def scan_dataset(root: Path, data: DataConfig | None = None) -> Dataset:
     if data.permutation is not None:
         labeled = _permuted(tree, data, labeled)
     held_out = list(tree.val) if held_out is None else held_out
-    _refuse_both(labeled, "data.labeled_list", held_out, "validation")
+    chooser = "data.labeled_list" if data.permutation is None else "data.permutation"
+    _refuse_both(labeled, chooser, held_out, "validation")
     _refuse_both(unlabeled, "data.unlabeled_list", held_out, "validation")
-    _refuse_both(labeled, "data.labeled_list", unlabeled, "unlabeled")
+    _refuse_both(labeled, chooser, unlabeled, "unlabeled")
     if labeled is None and data.val_list is None:
         _refuse_both(tree.train, f"{tree.base}: the training list", held_out, "validation")
     if labeled is not None and not held_out:

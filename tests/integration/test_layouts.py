@@ -84,7 +84,7 @@ def test_voc_trains_resumes_and_is_scored(s4gan, tmp_path):
     changes = {**SHORT, "data__permutation": "split_0.pkl", "data__labeled_ratio": 0.45}
     ended = s4gan(command(data, run, **{**changes, "train__iterations": 4}))
     assert ended.code == 0, ended.err
-    assert "data: 5 labeled, 7 unlabeled, 4 validation images, 21 classes" in ended.out
+    assert "data: 5 labeled, 7 unlabeled, 4 validation images, 21 classes of voc; " in ended.out
     splits = splits_of(run)
     order = [*TRAIN[::-1], *voc_ids(6, 2008)]
     assert splits["labeled"] == sorted(order[index] for index in permutation[:5])

@@ -193,6 +193,23 @@ def test_an_unlabeled_list_and_its_masks_are_not_looked_at(voc: Path) -> None:
     assert all(item.mask is None for item in items_of(dataset, splits).unlabeled)
 
 
+def test_images_of_cityscapes_without_labels_are_used_if_a_list_names_them(tmp_path: Path) -> None:
+    write_cityscapes(tmp_path)
+    (tmp_path / "leftImg8bit/train/ulm").rename(tmp_path / "leftImg8bit/test")
+    assert split_names(tmp_path) == []
+    write_lines(tmp_path / "u.txt", [f"leftImg8bit/test/{i}_leftImg8bit.png" for i in ULM])
+    assert split_names(tmp_path, unlabeled_list="u.txt") == ULM
+
+
+ULM = city_ids("ulm", 2)
+
+
+def split_names(root: Path, **data: object) -> list[str]:
+    """Unlabeled ids, without asking whether there are any."""
+    config = config_from_dict({"data": data, "train": {"supervised_only": True}}, source="test")
+    return list(make_splits(scan_dataset(root, config.data), config).unlabeled)
+
+
 def test_an_unlabeled_list_alone_leaves_the_rest_labeled(voc: Path) -> None:
     write_lines(voc / "u.txt", [*TRAIN[1:], *OTHERS])
     splits = split(voc, unlabeled_list="u.txt")
