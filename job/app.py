@@ -35,13 +35,10 @@ from job.checkpoint.resumable import (
 )
 from job.config import Config, config_from_dict
 from job.data.checks import check_data
-from job.data.dataset import DatasetInfo, scan_dataset
-from job.data.images import (
-    read_index_mask,
-    read_rgb,
-    with_internal_ignore,
-)
+from job.data.dataset import FOLDER, DatasetInfo
+from job.data.images import read_labels, read_rgb
 from job.data.report import named_as
+from job.data.scan import scan_dataset
 from job.data.splits import SplitItems, Splits, check_same, items_of, make_splits
 from job.errors import (
     ConfigError,
@@ -482,15 +479,17 @@ def _prepare_data(
     console: Console,
     resume_anyway: bool,
 ) -> _Data:
-    dataset = scan_dataset(folder)
+    dataset = scan_dataset(folder, config.data)
     splits = make_splits(dataset, config)
     before = _splits_of_run(store)
     if before is not None and not resume_anyway:
         check_same(before, splits)
     items = items_of(dataset, splits)
+    of_layout = "" if dataset.layout == FOLDER else f" of {dataset.layout}"
     console.print(
         f"data: {len(splits.labeled)} labeled, {len(splits.unlabeled)} unlabeled, "
-        f"{len(splits.val)} validation images, {dataset.info.num_classes} classes; checking them"
+        f"{len(splits.val)} validation images, {dataset.info.num_classes} classes{of_layout}; "
+        "checking them"
     )
     warnings = check_data(items, dataset.info, stopped=lambda: stop.requested)
     for warning in [*dataset.warnings, *warnings]:
@@ -1036,7 +1035,7 @@ def _prediction_sheet(attempt: _Attempt, shown: Sequence[Predicted]) -> bytes:
             Example(
                 one.item.id,
                 np.asarray(read_rgb(one.item.image)),
-                with_internal_ignore(np.asarray(read_index_mask(one.item.mask)), info.ignore_index),
+                read_labels(one.item.mask, info),
                 one.prediction,
                 caption=f"{which}: {one.item.id}, mIoU {one.miou:.4f}",
             )

@@ -23,6 +23,7 @@ import typer
 
 import job
 from job import options
+from job.config import config_from_dict
 from job.errors import ConfigError, DataError, ExitCode, JobError, StorageError
 
 if TYPE_CHECKING:
@@ -210,14 +211,22 @@ def evaluate(
     ],
     data: Annotated[str, typer.Option(help="Data folder or s3:// prefix.")],
     split: Annotated[str, typer.Option(help="val or train: all labeled images of it.")] = "val",
+    layout: Annotated[
+        str, typer.Option(help="folder, voc, cityscapes or context; auto looks.")
+    ] = "auto",
+    val_list: Annotated[
+        str | None, typer.Option(help="File that names the images of val, as data.val_list.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Score a model: mIoU, IoU of each class, pixel accuracy, at the masks' full resolution."""
     if split not in ("val", "train"):
         raise ConfigError(f"--split {split}: must be val or train")
+    named = {"layout": layout} | ({} if val_list is None else {"val_list": val_list})
+    of_data = config_from_dict({"data": named}, source="the command line").data
     from job.inference import choose_device, evaluate_weights
 
-    scores = evaluate_weights(weights, data, split, choose_device(), _transfer_progress())
+    scores = evaluate_weights(weights, data, split, choose_device(), of_data, _transfer_progress())
     if as_json:
         _print_json(vars(scores))
         return
@@ -296,13 +305,13 @@ def data_check(
     changes = options.overrides(val_split=val_split, batch_size=batch_size, assignments=assignments)
     resolved = options.read_config(config, changes)
     from job.data.checks import inspect
-    from job.data.dataset import scan_dataset
+    from job.data.scan import scan_dataset
     from job.monitor.data_page import write_data_page
     from job.storage.sync import data_folder
 
     progress = _transfer_progress()
     with data_folder(uri, progress=progress) as folder:
-        report = inspect(scan_dataset(folder), resolved, uri=uri, progress=progress)
+        report = inspect(scan_dataset(folder, resolved.data), resolved, uri=uri, progress=progress)
         if not as_json:
             print(report.text())
         written = None

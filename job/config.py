@@ -68,6 +68,20 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Which images are trained on, and how they are cut and varied."""
 
+    layout: Literal["auto", "folder", "voc", "cityscapes", "context"] = "auto"
+    """How the data folder is laid out: as our own (`folder`), or as PASCAL VOC 2012, Cityscapes or
+    PASCAL-Context come; auto looks."""
+    labeled_list: str | None = Field(None, min_length=1)
+    """File that names the labeled images, or images and their masks, one a line. Relative to the
+    data folder; or an absolute path, or s3://. `labeled_ratio` then stays at 1."""
+    unlabeled_list: str | None = Field(None, min_length=1)
+    """The same for the unlabeled images; without it, all other training images are unlabeled."""
+    val_list: str | None = Field(None, min_length=1)
+    """The same for the validation images, instead of the layout's own."""
+    permutation: str | None = Field(None, min_length=1)
+    """File with the numbers 0..N-1 in another order (text, .npy, .pkl): the first
+    int(labeled_ratio * N) are the places of the labeled images in the layout's training list, or in
+    `labeled_list`. Rounded down, as the S4GAN reference does with its split files."""
     labeled_ratio: float = Field(1.0, gt=0, le=1)
     """Fraction of the training masks to use; the other images count as unlabeled. Nested: for one
     seed the 1/8 subset lies inside the 1/4 subset. Rounded up, as the published splits are."""
@@ -97,6 +111,27 @@ class DataConfig(_Section):
     arXiv:1906.01916); the discriminator's labels are mixed alike."""
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Processes that load images; auto takes the spare cores, up to 8. Never changes results."""
+
+    @property
+    def lists(self) -> dict[str, str]:
+        """Files that choose images, by their keys; without those that are not given."""
+        given = {
+            "data.labeled_list": self.labeled_list,
+            "data.unlabeled_list": self.unlabeled_list,
+            "data.val_list": self.val_list,
+            "data.permutation": self.permutation,
+        }
+        return {key: value for key, value in given.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _one_choice_of_labels(self) -> DataConfig:
+        if self.labeled_list and self.labeled_ratio != 1 and not self.permutation:
+            raise ValueError(
+                f"data.labeled_ratio: is {self.labeled_ratio:g}, but data.labeled_list says "
+                "already which images are labeled, all of them; leave the ratio at 1.0, or give "
+                "the data.permutation that chooses among the list"
+            )
+        return self
 
 
 class ModelConfig(_Section):
@@ -139,14 +174,15 @@ class ModelConfig(_Section):
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
         if self.aspp_branches != 4 and self.head != "deeplabv2":
-            raise ValueError(f"aspp_branches {self.aspp_branches} is for the head deeplabv2")
+            raise ValueError(f"model.aspp_branches {self.aspp_branches} is for the head deeplabv2")
         if self.stride_in == "1x1" and (
             self.backbone in BASIC_BLOCKS or self.backbone.startswith(TIMM)
         ):
-            raise ValueError(f"stride_in 1x1: {self.backbone} has no such blocks")
+            raise ValueError(f"model.stride_in 1x1: {self.backbone} has no such blocks")
         if self.weights == "none" and self.batch_norm in ("affine_frozen", "frozen"):
             raise ValueError(
-                f"batch_norm {self.batch_norm}: without pretrained weights there is nothing to keep"
+                f"model.batch_norm {self.batch_norm}: without pretrained weights there is nothing "
+                "to keep"
             )
         return self
 
@@ -450,10 +486,10 @@ def _explain(item: Any) -> str:
         return f"unknown key {dotted}{_nearest(dotted)}"
     if item["type"] == "value_error":  # of our own validators
         message = str(item["ctx"]["error"])
+        if len(item["loc"]) < 2:  # of several keys, which it names
+            return message
     else:
         message = item["msg"][0].lower() + item["msg"][1:]
-    if isinstance(item["input"], (dict, BaseModel)) and len(item["loc"]) < 2:
-        return f"{dotted}: {message}" if dotted else message  # of several keys together
     return f"{dotted}: {message}, got {item['input']!r}"
 
 

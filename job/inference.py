@@ -9,15 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from job.config import DataConfig
 from job.data.checks import check_data
-from job.data.dataset import IMAGE_ENDINGS, DatasetInfo, Item, scan_dataset
-from job.data.images import (
-    Array,
-    read_index_mask,
-    read_rgb,
-    scaled_image,
-    with_internal_ignore,
-)
+from job.data.dataset import FOLDER, IMAGE_ENDINGS, MARK, DatasetInfo, Item
+from job.data.images import read_labels, read_rgb, scaled_image
+from job.data.scan import scan_dataset
 from job.data.splits import SplitItems
 from job.errors import ConfigError, DataError
 from job.models.files import load_generator
@@ -49,6 +45,7 @@ def evaluate_weights(
     data_uri: str,
     split: str,
     device: torch.device,
+    data: DataConfig | None = None,
     progress: TransferProgress | None = None,
 ) -> Scores:
     """Score a model on all labeled images of a split, at the full resolution of their masks.
@@ -58,6 +55,7 @@ def evaluate_weights(
         data_uri: folder or s3:// prefix.
         split: "val" or "train".
         device: where to compute.
+        data: says the layout and the validation images, if they are not to be looked for.
         progress: told how far the data are on their way here.
 
     Raises:
@@ -66,18 +64,22 @@ def evaluate_weights(
     """
     generator, card, _ = load_generator(weights, device)
     with data_folder(data_uri, progress=progress) as folder:
-        dataset = scan_dataset(folder)
+        dataset = scan_dataset(folder, data)
+        is_folder = dataset.layout == FOLDER
         if dataset.info.classes != card.classes:
             raise ConfigError(
-                f"{dataset.root / 'dataset.yaml'}: its classes "
+                f"{dataset.root / MARK if is_folder else dataset.root}: its classes "
                 f"({', '.join(dataset.info.classes)}) are not the model's "
                 f"({', '.join(card.classes)})",
-                mend="use the data set the model was trained for",
+                mend="use the data set the model was trained for"
+                + ("" if is_folder else f"; {MARK} in it may name its classes otherwise"),
             )
         items = tuple(i for i in (dataset.val if split == "val" else dataset.train) if i.mask)
         if not items:
             raise DataError(
-                f"{dataset.root / split}: holds no image with a mask",
+                f"{dataset.root / split}: holds no image with a mask"
+                if is_folder
+                else f"{dataset.root}: of its images of {split} none has a mask",
                 mend="check --data and --split",
             )
         check_data(SplitItems(labeled=(), unlabeled=(), val=items, train_sample=()), dataset.info)
@@ -165,9 +167,7 @@ def examples(
         for item in items:
             assert item.mask is not None
             image = read_rgb(item.image)
-            truth: Array = with_internal_ignore(
-                np.asarray(read_index_mask(item.mask)), info.ignore_index
-            )
+            truth = read_labels(item.mask, info)
             scaled = scaled_image(image, image_scale)
             classes = predict(generator, scaled, truth.shape, device)
             prediction = classes.to(torch.uint8).cpu().numpy()

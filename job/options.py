@@ -10,7 +10,9 @@ from job.config import Config, config_from_yaml, load_config, parse_assignment, 
 
 DEFAULT_CONFIG = "guide"
 
-DataUri = Annotated[str, typer.Option(help="Folder or s3:// prefix (dataset.yaml, train/, val/).")]
+DataUri = Annotated[
+    str, typer.Option(help="Folder or s3:// prefix: dataset.yaml, train/, val/; or VOC, ...")
+]
 ConfigName = Annotated[
     str | None,
     typer.Option(

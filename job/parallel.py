@@ -31,7 +31,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from job.checkpoint.manager import BestModel
 from job.config import Config, check_gpus, config_from_dict
-from job.data.dataset import scan_dataset
+from job.data.scan import scan_dataset
 from job.data.splits import Splits, items_of
 from job.errors import ConfigError, ExitCode, JobError, RankLost
 from job.events import Notice
@@ -391,7 +391,7 @@ def _train_along(place: _Place) -> None:
         ranks = _join(place.rank, place.world, store, device)
         assignment: _Assignment = ranks.from_leader()
         config = config_from_dict(assignment.config, source="the leader")
-        dataset = scan_dataset(place.folder)
+        dataset = scan_dataset(place.folder, config.data)
         state, _ = new_train_state(config, dataset.info.num_classes, device, pretrained=False)
         state.load_state_dict(assignment.state)
         train(

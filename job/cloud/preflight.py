@@ -37,14 +37,20 @@ from job.cloud.waiting import (
     queue_of,
     too_small,
 )
-from job.config import check_gpus
-from job.data.dataset import load_dataset_info
+from job.config import DataConfig, check_gpus
+from job.data.dataset import FOLDER, MARK, DatasetInfo, load_dataset_info
+from job.data.layouts import Found, Has, detect, in_store, known_info, lists_needed
+from job.data.lists import refuse_outside
 from job.errors import ConfigError, DataError
 from job.storage import ObjectStore, open_store
-from job.storage.archives import MARK, is_archive
+from job.storage.archives import is_archive
 from job.storage.packindex import INDEX, PackIndex
 
 MAX_HOURS = 24 * 365
+_MEND_DATA = (
+    "README.md, Your own images, says what belongs there; "
+    "upload: aws s3 sync DATA URI, or s4gan data pack DATA URI"
+)
 TOGETHER = 16
 """Runs of a sweep that are looked at, or written down, at the same time."""
 
@@ -133,7 +139,8 @@ def check(wish: Wish, say: Callable[[str], None]) -> Checked:
     container = container_definition(parts[wish.definition])
     _check_queue(parts[wish.queue], wish.needs(container), say)
     built_from = _check_image(parts, container)
-    _check_data(data)
+    for chosen in {point.config.data: None for point in wish.points}:
+        _check_data(data, chosen)
     _check_weights(wish, stack)
     place = open_store(wish.run_uri)
     _check_nesting(wish, place)
@@ -218,31 +225,49 @@ def check_wish(wish: Wish) -> None:
                 f"model.weights {weights}: is a file of this machine, and the job runs on another",
                 mend="put it into the bucket, below data/, and give its s3:// address",
             )
+        for key, value in point.config.data.lists.items():
+            if "://" not in value:
+                refuse_outside(value, key)
+            if not value.startswith("s3://") and ("://" in value or Path(value).is_absolute()):
+                raise ConfigError(
+                    f"{key} {value}: is a file of this machine, and the job runs on another",
+                    mend="put it into the data and give its path there, or give an s3:// address",
+                )
     if wish.max_hours is not None and not 1 / 60 <= wish.max_hours <= MAX_HOURS:
         raise ConfigError(f"--max-hours {wish.max_hours}: must be a minute (0.02) to {MAX_HOURS}")
 
 
 def _check_place(wish: Wish, stack: Deployed) -> None:
-    """The job's role may write below runs/ of the stack's bucket, and nowhere else."""
+    """The job's role may write below runs/ of the stack's bucket, and read what it is given."""
     bucket = stack.outputs["Bucket"]
     if not wish.run_uri.rstrip("/").startswith(f"s3://{bucket}/runs/"):
         raise ConfigError(
             f"--run {wish.run_uri}: jobs of the stack {wish.stack} may not write there",
             mend=f"choose a place below s3://{bucket}/runs/, for example s3://{bucket}/runs/first",
         )
-    data_bucket, _, path = wish.data_uri.removeprefix("s3://").partition("/")
+    _check_readable("--data", wish.data_uri, wish, stack)
+    for point in wish.points:
+        for key, value in point.config.data.lists.items():
+            if value.startswith("s3://"):
+                _check_readable(key, value, wish, stack)
+
+
+def _check_readable(name: str, uri: str, wish: Wish, stack: Deployed) -> None:
+    """The job's role may read below data/ of the stack's bucket, and other buckets it was told."""
+    bucket = stack.outputs["Bucket"]
+    data_bucket, _, path = uri.removeprefix("s3://").partition("/")
     if data_bucket == bucket:
         if not path.startswith("data/"):
             raise ConfigError(
-                f"--data {wish.data_uri}: jobs of the stack {wish.stack} may not read there",
-                mend=f"put the data below s3://{bucket}/data/",
+                f"{name} {uri}: jobs of the stack {wish.stack} may not read there",
+                mend=f"put {'the data' if name == '--data' else 'it'} below s3://{bucket}/data/",
             )
         return
     others = stack.parameters.get("DataBucketArns", "")
     if not any(arn.strip().endswith(f":::{data_bucket}") for arn in others.split(",")):
         arns = ",".join(filter(None, (others, f"arn:aws:s3:::{data_bucket}")))
         raise ConfigError(
-            f"--data {wish.data_uri}: jobs of the stack {wish.stack} may not read that bucket",
+            f"{name} {uri}: jobs of the stack {wish.stack} may not read that bucket",
             mend=f"s4gan infra deploy --parameter DataBucketArns={arns}",
         )
 
@@ -316,26 +341,52 @@ def _check_image(parts: Mapping[str, str], definition: Mapping[str, Any]) -> lis
     return [tag.removeprefix(COMMIT_TAG) for tag in tags if tag.startswith(COMMIT_TAG)]
 
 
-def _check_data(data: ObjectStore) -> None:
+def _check_data(data: ObjectStore, chosen: DataConfig) -> None:
     """What is seen without fetching images; the job itself looks at every file before it trains."""
     if data.stat(INDEX) is not None:
-        _check_pack(data)
-    elif data.stat(MARK) is not None:
-        _check_info(data)
-        _check_folders(data.uri, lambda prefix: any(True for _ in data.list(prefix)))
-    else:
-        keys = [info.key for info in data.list("")]
-        if any(is_archive(key) for key in keys) or is_archive(data.uri):
-            return  # what is in it only unpacking tells
-        what = f"there are {len(keys)} objects, but no {MARK}" if keys else "there is nothing"
-        raise DataError(
-            f"{data.uri}: {what}",
-            mend="README.md, Your own images, says what belongs there; "
-            "upload: aws s3 sync DATA URI, or s4gan data pack DATA URI",
-        )
+        paths = _paths_of_pack(data)
+
+        def packed(path: str) -> bool:
+            return any(one.startswith(path) if path.endswith("/") else one == path for one in paths)
+
+        found = detect(packed, chosen.layout, called=data.uri)
+        _check_parts(data.uri, found, packed)
+        _check_lists(data.uri, found, chosen, packed)
+        return
+
+    has = in_store(data)
+    try:
+        found = detect(has, chosen.layout, called=data.uri)
+    except DataError:
+        if not _look_for_archives(data):
+            raise
+        return
+    if found.layout == FOLDER and not has(MARK):
+        if not _look_for_archives(data):
+            count = sum(1 for _ in data.list(""))
+            raise DataError(
+                f"{data.uri}: there are {count} objects, but no {MARK}", mend=_MEND_DATA
+            )
+        return
+    if has(MARK):
+        _check_info(data, known_info(found.layout))
+    _check_parts(data.uri, found, has)
+    _check_lists(data.uri, found, chosen, has)
 
 
-def _check_pack(data: ObjectStore) -> None:
+def _look_for_archives(data: ObjectStore) -> bool:
+    """Whether there are archives: what is in them only unpacking tells.
+
+    Raises:
+        DataError: there is nothing at all.
+    """
+    keys = [info.key for info in data.list("")]
+    if not keys and not is_archive(data.uri):
+        raise DataError(f"{data.uri}: there is nothing", mend=_MEND_DATA)
+    return is_archive(data.uri) or any(is_archive(key) for key in keys)
+
+
+def _paths_of_pack(data: ObjectStore) -> list[str]:
     index = PackIndex.from_json(data.read(INDEX), called=f"{data.uri}/{INDEX}")
     sizes = {info.key: info.size for info in data.list("") if info.key != INDEX}
     for shard in index.shards:
@@ -344,22 +395,50 @@ def _check_pack(data: ObjectStore) -> None:
                 f"{data.uri}/{shard.name}: is missing, or not of the size that {INDEX} says",
                 mend="make the pack again: s4gan data pack",
             )
-    paths = [file.path for file in index.files]
-    _check_folders(data.uri, lambda prefix: any(path.startswith(prefix) for path in paths))
+    return [file.path for file in index.files]
 
 
-def _check_info(data: ObjectStore) -> None:
+def _check_info(data: ObjectStore, known: DatasetInfo | None) -> None:
     with tempfile.TemporaryDirectory(prefix="s4gan-") as folder:
         path = data.fetch(MARK, Path(folder))
         try:
-            load_dataset_info(path)
+            load_dataset_info(path, known)
         except DataError as error:
             said = error.message.replace(str(path), f"{data.uri}/{MARK}")
             raise DataError(said, mend=error.mend) from None
 
 
-def _check_folders(uri: str, has: Callable[[str], bool]) -> None:
+def _check_lists(uri: str, found: Found, chosen: DataConfig, has: Has) -> None:
+    """That the lists are there which say what is trained on, the layout's and the user's."""
+    needed = lists_needed(
+        found,
+        has,
+        train=not (chosen.labeled_list and chosen.unlabeled_list),
+        val=chosen.val_list is None,
+    )
+    for path in needed:
+        if not has(path):
+            raise DataError(
+                f"{uri}/{path}: there is no such object",
+                mend="it comes with the data set; or say which images are which: "
+                "data.labeled_list, data.unlabeled_list, data.val_list",
+            )
+    for key, value in chosen.lists.items():
+        if value.startswith("s3://"):
+            folder, _, name = value.rpartition("/")
+            if open_store(folder).stat(name) is None:
+                raise ConfigError(f"{key} {value}: there is no such object")
+        elif not has(value) and not has(found.base + value):
+            raise DataError(
+                f"{uri}/{value}: there is no such object, which {key} names",
+                mend="a path is relative to the data; upload the file beside them",
+            )
+
+
+def _check_parts(uri: str, found: Found, has: Has) -> None:
     """That there are training images, and masks for some of them."""
+    if found.layout != FOLDER:
+        return  # that is how the layout was told
     for folder, what in (("train/images/", "no training images"), ("train/masks/", "no masks")):
         if not has(folder):
             raise DataError(

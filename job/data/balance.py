@@ -78,7 +78,7 @@ def balance_warnings(
         classes: names in index order.
         labeled: of the labeled images that are trained on.
         val: of the validation images.
-        set_aside: of the masks that `data.labeled_ratio` sets aside, if they were looked at.
+        set_aside: of the masks that are set aside, if they were looked at.
     """
     warnings = []
     if labeled.masks:
@@ -94,7 +94,8 @@ def balance_warnings(
             if elsewhere.any():
                 warnings.append(
                     f"no labeled image holds {_names(classes, elsewhere)}, which is not learned "
-                    "then; masks that data.labeled_ratio sets aside do: raise it"
+                    "then; masks that are set aside do: raise data.labeled_ratio, or name "
+                    "such images in data.labeled_list"
                 )
             absent &= ~(nowhere | elsewhere)
         if absent.any():

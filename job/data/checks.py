@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from job.config import Config
 from job.data.balance import Balance, balance_warnings
-from job.data.dataset import Dataset, DatasetInfo, Item
+from job.data.dataset import IGNORE, UNKNOWN, Dataset, DatasetInfo, Item
 from job.data.duplicates import (
     Fingerprint,
     Fingerprints,
@@ -157,6 +157,7 @@ def inspect(
         near_counts=near_counts,
         notable=[*seen.problem_examples, *seen.notable],
         ordinary=_ordinary(places),
+        set_aside_by="data.labeled_ratio" if dataset.labeled is None else "a list",
     )
 
 
@@ -252,17 +253,17 @@ def _look_at_mask(item: Item, info: DatasetInfo, look: _Look, thorough: bool) ->
     if look.facts.size != mask.size:
         raise _other_size(item, look.facts, mask.size)
     counts = np.array(mask.histogram(), np.int64)  # twice as fast as bincount
-    ignored = int(counts[info.ignore_index])
-    counts[info.ignore_index] = 0
-    wrong = np.flatnonzero(counts[info.num_classes :]) + info.num_classes
-    if wrong.size:
+    of_meaning = np.bincount(info.meanings + 1, counts, IGNORE + 2).astype(np.int64)
+    if of_meaning[UNKNOWN + 1]:
+        wrong = np.flatnonzero((info.meanings == UNKNOWN) & (counts > 0))[0]
+        values = [value for value, _ in info.file_labels] or range(info.num_classes)
         raise DataError(
-            f"{item.mask}: holds the label {wrong[0]} ({counts[wrong[0]]} pixels), the classes "
-            f"are 0..{info.num_classes - 1} and ignore_index {info.ignore_index}",
+            f"{item.mask}: holds the label {wrong} ({counts[wrong]} pixels), the classes "
+            f"are {min(values)}..{max(values)} and ignore_index {info.ignore_index}",
             mend="correct the mask, or the classes in dataset.yaml",
         )
-    look.ignored = ignored
-    look.pixels = counts[: info.num_classes]
+    look.ignored = int(of_meaning[IGNORE + 1])
+    look.pixels = of_meaning[1 : 1 + info.num_classes]
     if thorough:
         look.mask_digest = hashlib.sha256(mask.tobytes()).digest()
 
@@ -391,7 +392,7 @@ class _Seen:
         warnings += self._copy_warnings()
         warnings += self.formats.warnings()
         for part, said in (
-            (SET_ASIDE, "wrong masks or images, of those that data.labeled_ratio sets aside"),
+            (SET_ASIDE, "wrong masks or images, of those whose masks are set aside"),
             (UNLABELED, "unlabeled images that cannot be decoded, which training skips"),
         ):
             found = self._passed_over[part]

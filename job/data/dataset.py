@@ -1,11 +1,11 @@
-"""The folder layout: which images there are, which have masks, and what the classes are.
+"""What a data set is, and the layout of our own: which images there are, which have masks.
 
     DATA/dataset.yaml            classes, ignore_index, palette
     DATA/train/images/NAME.jpg   DATA/train/masks/NAME.png
     DATA/val/images/NAME.jpg     DATA/val/masks/NAME.png      (optional)
 
 An image without a mask is unlabeled. Names may contain folders; an id is the path below `images/`
-without its ending.
+without its ending. Other layouts are in `job.data.layouts`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import colorsys
 import difflib
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from job.errors import DataError
 
@@ -28,12 +31,20 @@ NOT_MASK_ENDINGS = (IMAGE_ENDINGS | {".tif", ".tiff", ".bmp", ".gif"}) - MASK_EN
 MAX_CLASSES = 255
 """Masks are 8 bit, and one value must stay free for "ignore"."""
 
+IGNORE = 255
+"""Mask value of ignored pixels inside the program, whatever the files call it."""
+UNKNOWN = -1
+"""In `DatasetInfo.meanings`: a mask value that must not occur."""
+
+MARK = "dataset.yaml"
+FOLDER = "folder"
+"""Our own layout, as `data.layout` calls it."""
 _KEYS = ("classes", "ignore_index", "palette")
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What `dataset.yaml` says."""
+    """The classes of a data set, and how its masks say them."""
 
     classes: tuple[str, ...]
     """Names in index order."""
@@ -41,11 +52,33 @@ class DatasetInfo:
     """Mask value of pixels that count for nothing, 0..255."""
     palette: tuple[tuple[int, int, int], ...]
     """RGB of each class, 0..255."""
+    file_labels: tuple[tuple[int, int], ...] = ()
+    """Where mask values are no class numbers: each value that may occur, and the class it means, or
+    IGNORE. `ignore_index` counts besides. Empty: a value is the number of its class."""
 
     @property
     def num_classes(self) -> int:
         """Number of classes, without the ignored one."""
         return len(self.classes)
+
+    @cached_property
+    def meanings(self) -> NDArray[np.int16]:
+        """What each mask value means: a class, IGNORE or UNKNOWN. Shape: (256,)."""
+        meanings = np.full(256, UNKNOWN, np.int16)
+        for value, meaning in self.file_labels or enumerate(range(self.num_classes)):
+            meanings[value] = meaning
+        meanings[self.ignore_index] = IGNORE
+        return meanings
+
+    @cached_property
+    def lookup(self) -> bytes:
+        """`meanings` for reading masks: 256 bytes, a class or IGNORE.
+
+        What is UNKNOWN stays as it is, so that a network is never taught what nobody has said; the
+        checks refuse such a mask before.
+        """
+        values = np.arange(256)
+        return np.where(self.meanings == UNKNOWN, values, self.meanings).astype(np.uint8).tobytes()
 
 
 @dataclass(frozen=True)
@@ -65,20 +98,24 @@ class Dataset:
     info: DatasetInfo
     train: tuple[Item, ...]
     val: tuple[Item, ...]
-    """Empty when there is no `val/` folder."""
+    """Empty when there is no `val/` folder, and no list of them."""
     warnings: tuple[str, ...]
+    layout: str = FOLDER
+    """How it is laid out, as `data.layout` calls it."""
+    labeled: tuple[str, ...] | None = None
+    """Ids of the training images that a list or a permutation calls labeled; None: nothing does."""
+    unlabeled: tuple[str, ...] | None = None
+    """Ids of those that a list calls unlabeled; None: all the others are."""
 
 
-def scan_dataset(root: Path) -> Dataset:
-    """List a data folder; opens no image.
+def scan_folder(root: Path) -> Dataset:
+    """List a data folder of our own layout; opens no image.
 
     Raises:
         DataError: no such folder, no images, a broken `dataset.yaml`, a mask without its image,
             or two images of one name.
     """
-    if not root.is_dir():
-        raise DataError(f"{root}: no such data folder", mend="check --data")
-    info = load_dataset_info(root / "dataset.yaml")
+    info = load_dataset_info(root / MARK)
     if not (root / "train" / "images").is_dir():
         raise DataError(
             f"{root / 'train' / 'images'}: no such folder",
@@ -107,11 +144,15 @@ def scan_dataset(root: Path) -> Dataset:
     return Dataset(root=root, info=info, train=train, val=val, warnings=tuple(warnings))
 
 
-def load_dataset_info(path: Path) -> DatasetInfo:
+def load_dataset_info(path: Path, known: DatasetInfo | None = None) -> DatasetInfo:
     """Read and check `dataset.yaml`.
 
+    Args:
+        path: of the file.
+        known: what the layout says of the classes; the file may rename and recolour them.
+
     Raises:
-        DataError: absent, unreadable, or a wrong key or value.
+        DataError: absent, unreadable, a wrong key or value, or not as many classes as are known.
     """
     example = "classes: [sky, road]\n        ignore_index: 255"
     try:
@@ -129,7 +170,7 @@ def load_dataset_info(path: Path) -> DatasetInfo:
             near = difflib.get_close_matches(str(key), _KEYS, n=1)
             hint = f" (did you mean {near[0]}?)" if near else f" (valid: {', '.join(_KEYS)})"
             raise DataError(f"{path}: unknown key {key}{hint}")
-    classes = raw.get("classes")
+    classes = raw.get("classes", list(known.classes) if known else None)
     if not isinstance(classes, list) or not 2 <= len(classes) <= MAX_CLASSES:
         raise DataError(f"{path}: classes must be a list of 2 to {MAX_CLASSES} names")
     for name in classes:
@@ -141,7 +182,12 @@ def load_dataset_info(path: Path) -> DatasetInfo:
     names = tuple(str(name) for name in classes)
     if len(set(names)) != len(names):
         raise DataError(f"{path}: two classes have the same name")
-    ignore_index = raw.get("ignore_index", 255)
+    if known and len(names) != known.num_classes:
+        raise DataError(
+            f"{path}: has {len(names)} classes, the masks of this layout have {known.num_classes}",
+            mend="name all of them, in their order, or leave classes out",
+        )
+    ignore_index = raw.get("ignore_index", known.ignore_index if known else 255)
     if not isinstance(ignore_index, int) or not 0 <= ignore_index <= 255:
         raise DataError(f"{path}: ignore_index must be 0..255, got {ignore_index!r}")
     if ignore_index < len(names):
@@ -149,7 +195,17 @@ def load_dataset_info(path: Path) -> DatasetInfo:
             f"{path}: ignore_index {ignore_index} is also the class {names[ignore_index]}",
             mend=f"use a value from {len(names)} to 255 in the masks and here",
         )
-    return DatasetInfo(names, ignore_index, _palette(raw.get("palette"), len(names), path))
+    file_labels = known.file_labels if known else ()
+    meant = dict(file_labels).get(ignore_index, IGNORE)
+    if meant != IGNORE:
+        raise DataError(
+            f"{path}: ignore_index {ignore_index} is in these masks the class {names[meant]}",
+            mend="leave ignore_index out",
+        )
+    if known and raw.get("palette") is None:
+        return DatasetInfo(names, ignore_index, known.palette, file_labels)
+    palette = _palette(raw.get("palette"), len(names), path)
+    return DatasetInfo(names, ignore_index, palette, file_labels)
 
 
 def _palette(raw: Any, num_classes: int, path: Path) -> tuple[tuple[int, int, int], ...]:
@@ -179,8 +235,8 @@ def default_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def _scan_split(folder: Path) -> tuple[Item, ...]:
-    images = _by_id(folder / "images", IMAGE_ENDINGS)
-    masks = _by_id(folder / "masks", MASK_ENDINGS)
+    images = files_by_id(folder / "images", IMAGE_ENDINGS)
+    masks = files_by_id(folder / "masks", MASK_ENDINGS)
     others = [p for p in _files(folder / "masks") if p.suffix.lower() in NOT_MASK_ENDINGS]
     if others:
         raise DataError(
@@ -199,7 +255,12 @@ def _scan_split(folder: Path) -> tuple[Item, ...]:
     return tuple(Item(id_, path, masks.get(id_)) for id_, path in sorted(images.items()))
 
 
-def _by_id(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
+def files_by_id(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
+    """Files below a folder by their path below it without its ending, sorted by path.
+
+    Raises:
+        DataError: two differ in their ending only.
+    """
     found: dict[str, Path] = {}
     for path in _files(folder):
         if path.suffix.lower() not in endings:

@@ -1,7 +1,8 @@
 """Reading images and masks from files, and cutting the same random window out of both.
 
-Inside the program a mask is uint8 with IGNORE for every pixel that counts for nothing: void in the
-user's mask, and the padding of an image smaller than the crop.
+Inside the program a mask is uint8, of classes, and IGNORE for every pixel that counts for nothing:
+void in the user's mask, and the padding of an image smaller than the crop. `to_labels` is the one
+place where the values of a file become that.
 """
 
 from __future__ import annotations
@@ -14,10 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from job.data.dataset import IGNORE, DatasetInfo
 from job.errors import DataError
-
-IGNORE = 255
-"""Mask value of ignored pixels inside the program, whatever `dataset.yaml` calls it."""
 
 PADDING_RGB = (124, 116, 104)
 """ImageNet's mean: padding is about 0 once normalised."""
@@ -239,9 +238,20 @@ def read_index_mask(path: Path) -> Image.Image:
         ) from None
 
 
-def with_internal_ignore(mask: Array, ignore_index: int) -> Array:
-    """The user's `ignore_index` becomes IGNORE."""
-    return np.where(mask == ignore_index, np.uint8(IGNORE), mask)
+def read_labels(path: Path, info: DatasetInfo) -> Array:
+    """Decode a mask to classes and IGNORE; uint8, (height, width).
+
+    Raises:
+        DataError: as `read_index_mask`.
+    """
+    return to_labels(np.asarray(read_index_mask(path)), info)
+
+
+def to_labels(mask: Array, info: DatasetInfo) -> Array:
+    """What the values of a mask file mean: classes and IGNORE, in an array of its own."""
+    # As fast as looking for ignore_index alone, and faster than an index of numpy's.
+    labels = bytearray(mask.tobytes()).translate(info.lookup)
+    return np.frombuffer(labels, np.uint8).reshape(mask.shape)
 
 
 def cut_image(image: Image.Image, crop: Crop) -> Array:
@@ -253,11 +263,11 @@ def cut_image(image: Image.Image, crop: Crop) -> Array:
     return np.ascontiguousarray(canvas[:, ::-1]) if crop.mirror else canvas
 
 
-def cut_mask(mask: Image.Image, crop: Crop, ignore_index: int) -> Array:
-    """The same for a mask, without mixing labels; uint8, (height, width)."""
+def cut_mask(mask: Image.Image, crop: Crop, info: DatasetInfo) -> Array:
+    """The same for a mask as the file has it, without mixing labels; uint8, (height, width)."""
     canvas = np.full((crop.height, crop.width), IGNORE, np.uint8)
     window = _window(mask, crop, Image.Resampling.NEAREST)
-    canvas[: window.shape[0], : window.shape[1]] = with_internal_ignore(window, ignore_index)
+    canvas[: window.shape[0], : window.shape[1]] = to_labels(window, info)
     return np.ascontiguousarray(canvas[:, ::-1]) if crop.mirror else canvas
 
 

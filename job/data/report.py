@@ -13,7 +13,7 @@ from job.data.formats import reading_of
 
 LABELED, SET_ASIDE, UNLABELED, VAL = "labeled", "set_aside", "unlabeled", "val"
 PARTS = (LABELED, SET_ASIDE, UNLABELED, VAL)
-"""Of a data set that is split; a mask that `data.labeled_ratio` sets aside makes its own."""
+"""Of a data set that is split; a mask that the ratio or a list sets aside makes its own."""
 PROBLEMS_SHOWN = 20
 """Problems that are printed; `--json` and the page have all of them."""
 
@@ -96,6 +96,8 @@ class CheckReport:
     """Files that are worth a look as pictures."""
     ordinary: Sequence[Place]
     """Some others, to see whether masks fit."""
+    set_aside_by: str = "data.labeled_ratio"
+    """What says which masks are not used."""
 
     @property
     def is_good(self) -> bool:
@@ -119,7 +121,7 @@ class CheckReport:
         verdict = "good" if self.is_good else "cannot be trained on"
         aside = self.counts[SET_ASIDE]
         unlabeled = self.counts[UNLABELED] + aside
-        note = f" ({aside} with a mask that data.labeled_ratio sets aside)" if aside else ""
+        note = f" ({aside} with a mask that {self.set_aside_by} sets aside)" if aside else ""
         return self.shown(
             f"{self.uri}: {verdict}; {self.counts[LABELED]} labeled, {unlabeled} unlabeled{note}, "
             f"{self.counts[VAL]} validation images, classes {', '.join(self.info.classes)}"

@@ -2,7 +2,7 @@
 
 Every choice is made by a hash of the image's id, not by its place in a listing: adding images
 never moves an old one into or out of the held-out part, and a smaller labeled subset lies inside
-a larger one.
+a larger one. Lists and permutations (`job.data.lists`) choose otherwise, where they are given.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 from job.config import Config
-from job.data.dataset import Dataset, Item
+from job.data.dataset import FOLDER, Dataset, Item
 from job.errors import ConfigError, DataError
 
 TRAIN_SAMPLE_IMAGES = 100
@@ -28,7 +28,7 @@ class Splits:
 
     labeled: tuple[str, ...]
     unlabeled: tuple[str, ...]
-    """Images without a mask, and those whose mask `data.labeled_ratio` sets aside."""
+    """Images without a mask, and those whose mask `data.labeled_ratio` or a list sets aside."""
     val: tuple[str, ...]
     train_sample: tuple[str, ...]
     """The labeled images on which the training mIoU is measured."""
@@ -61,12 +61,16 @@ def make_splits(dataset: Dataset, config: Config) -> Splits:
     Raises:
         DataError: no labeled image, fewer than a batch, or no unlabeled one.
     """
-    with_mask = [item.id for item in dataset.train if item.mask is not None]
+    called_unlabeled = set(dataset.unlabeled or ())
+    with_mask = [
+        item.id
+        for item in dataset.train
+        if item.mask is not None and item.id not in called_unlabeled
+    ]
+    if dataset.labeled is not None:
+        with_mask = list(dataset.labeled)
     if not with_mask:
-        raise DataError(
-            f"{dataset.root / 'train' / 'masks'}: no image has a mask",
-            mend="label some images: train/masks/NAME.png for train/images/NAME.jpg",
-        )
+        raise _without_masks(dataset)
     if dataset.val:
         val = [item.id for item in dataset.val]
     else:
@@ -75,17 +79,22 @@ def make_splits(dataset: Dataset, config: Config) -> Splits:
         with_mask = [id_ for id_ in with_mask if id_ not in held_out]
     # As a decimal fraction: in floating point 0.07 * 100 is a little more than 7.
     keep = math.ceil(Fraction(str(config.data.labeled_ratio)) * len(with_mask))
+    if dataset.labeled is not None:  # a list says it, or a permutation, which took the ratio in
+        keep = len(with_mask)
     seed = config.train.seed
     labeled = sorted(sorted(with_mask, key=lambda id_: _fraction(id_, f"labeled-{seed}"))[:keep])
     if len(labeled) < config.train.batch_size:
         raise DataError(
             f"only {len(labeled)} labeled training images, fewer than the batch of "
             f"{config.train.batch_size}",
-            mend="label more images, raise data.labeled_ratio or lower --val-split"
+            mend=_MEND_FEW[dataset.labeled is None]
             + (f", or use a --batch-size of at most {len(labeled)}" if labeled else ""),
         )
     taken = set(labeled) | (set() if dataset.val else set(val))
-    unlabeled = [item.id for item in dataset.train if item.id not in taken]
+    others = dataset.unlabeled
+    if others is None:
+        others = tuple(item.id for item in dataset.train)
+    unlabeled = [id_ for id_ in others if id_ not in taken]
     if not unlabeled and not config.train.supervised_only:
         raise DataError(
             f"{dataset.root}: every training image is labeled, so there is nothing to learn "
@@ -100,6 +109,24 @@ def make_splits(dataset: Dataset, config: Config) -> Splits:
         val=tuple(val),
         train_sample=tuple(sorted(sample[:TRAIN_SAMPLE_IMAGES])),
         classes=dataset.info.classes,
+    )
+
+
+_MEND_FEW = {
+    True: "label more images, raise data.labeled_ratio or lower --val-split",
+    False: "name more images in data.labeled_list, raise data.labeled_ratio of a data.permutation",
+}
+"""By whether the ratio alone chooses the labeled images."""
+
+
+def _without_masks(dataset: Dataset) -> DataError:
+    if dataset.layout != FOLDER:
+        return DataError(
+            f"{dataset.root}: no training image has a mask", mend="add the data set's masks"
+        )
+    return DataError(
+        f"{dataset.root / 'train' / 'masks'}: no image has a mask",
+        mend="label some images: train/masks/NAME.png for train/images/NAME.jpg",
     )
 
 

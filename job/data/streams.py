@@ -139,7 +139,7 @@ class IterationDataset(Dataset[Batch]):
             image, mask = _read_or_next(self._items.labeled, index, unreadable)
             assert mask is not None
             images.append(cut_image(image, crop))
-            masks.append(cut_mask(mask, crop, self._info.ignore_index))
+            masks.append(cut_mask(mask, crop, self._info))
         return _to_nchw(images), torch.from_numpy(np.stack(masks))
 
     def _unlabeled(self, iteration: int, unreadable: list[str]) -> tuple[Tensor, Tensor]:

@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.table import Table
 
 from job import run
+from job.data.layouts import detect, in_store
 from job.drill.attempt import AttemptProcess, UnexpectedEnd
 from job.drill.environment import empty_folder, in_environment
 from job.drill.imds import FakeImds
 from job.drill.proof import compare_runs
 from job.drill.proxy import CutUpload, FaultProxy, LoseReply, Status
 from job.drill.seaweed import SeaweedServer
-from job.errors import ConfigError, ExitCode
+from job.errors import ExitCode
 from job.monitor.attempts import attempts_of
 from job.storage import open_store
 from job.storage.pack import pack
@@ -275,8 +276,7 @@ def _warned(
 def _scene(
     console: Console, data: str, folder: Path, config: str, iterations: int
 ) -> Iterator[Scene]:
-    if open_store(data).stat("dataset.yaml") is None:
-        raise ConfigError(f"{data}: there is no dataset.yaml", mend="check --data")
+    detect(in_store(open_store(data)), "auto", called=data)
     empty_folder(folder)
     (folder / "logs").mkdir()
     arguments = ["train", "--config", config, "--data", DATA_URI]

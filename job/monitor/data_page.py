@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from job.data.balance import Balance
+from job.data.dataset import IGNORE, UNKNOWN, DatasetInfo
 from job.data.images import read_index_mask, read_rgb
 from job.data.report import (
     LABELED,
@@ -223,7 +224,7 @@ def _pictures(report: CheckReport, place: Place, said: str) -> str:
             size = "" if mask.size == image.size else f", {mask.width} x {mask.height}"
             figures.append(_figure(coloured, "mask", f"mask{size}", lossless=True))
             if mask.size == image.size:
-                over = _overlay(np.asarray(_small(image)), numbers, table, report.info.ignore_index)
+                over = _overlay(np.asarray(_small(image)), numbers, table, report.info)
                 figures.append(_figure(over, "overlay", _held(report, mask), escape=False))
     except DataError as error:
         if error.message not in said:
@@ -231,21 +232,23 @@ def _pictures(report: CheckReport, place: Place, said: str) -> str:
     return "".join(lines) + f'<div class="pictures">{"".join(figures)}</div>\n'
 
 
-def _overlay(image: Array, numbers: Array, table: Array, ignore_index: int) -> Image.Image:
+def _overlay(image: Array, numbers: Array, table: Array, info: DatasetInfo) -> Image.Image:
     """The image with its classes over it; what is ignored stays as it is.
 
-    Shape: image (H, W, 3), numbers (H, W), table (256, 3), all uint8.
+    Shape: image (H, W, 3), numbers (H, W) as the mask's file has them, table (256, 3), all uint8.
     """
-    opacity = np.where(numbers == ignore_index, 0.0, OVERLAY_OPACITY)[..., None]
+    ignored = (info.meanings == IGNORE)[numbers]
+    opacity = np.where(ignored, 0.0, OVERLAY_OPACITY)[..., None]
     mixed = (1 - opacity) * image + opacity * table[numbers]
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
 def _colours(report: CheckReport) -> Array:
-    """RGB of each mask value, (256, 3)."""
+    """RGB of each value that a mask's file may hold, (256, 3)."""
     table = np.full((256, 3), _UNEXPECTED_RGB, np.uint8)
-    table[: report.info.num_classes] = report.info.palette
-    table[report.info.ignore_index] = _IGNORED_RGB
+    for value, meaning in enumerate(report.info.meanings):
+        if meaning != UNKNOWN:
+            table[value] = _IGNORED_RGB if meaning == IGNORE else report.info.palette[meaning]
     return table
 
 
@@ -278,19 +281,24 @@ def _held(report: CheckReport, mask: Image.Image) -> str:
     """The classes of a mask, most of it first, as HTML."""
     counts = np.bincount(np.asarray(mask).ravel(), minlength=256)
     total = max(1, int(counts.sum()))
-    parts = []
-    for value in np.argsort(-counts, kind="stable"):
-        if counts[value]:
-            chip = _chip(tuple(_colours(report)[value]))
-            name = _text(report, _value_name(report, int(value)))
-            parts.append(f'<span class="class">{chip}{name} {counts[value] / total:.1%}</span>')
-    return "".join(parts)
+    table = _colours(report)
+    pixels: dict[str, int] = {}
+    chips: dict[str, str] = {}
+    for value in np.flatnonzero(counts):
+        name = _value_name(report, int(value))  # several values may be ignored
+        pixels[name] = pixels.get(name, 0) + int(counts[value])
+        chips[name] = _chip(tuple(table[value]))
+    return "".join(
+        f'<span class="class">{chips[name]}{_text(report, name)} {count / total:.1%}</span>'
+        for name, count in sorted(pixels.items(), key=lambda one: -one[1])
+    )
 
 
 def _value_name(report: CheckReport, value: int) -> str:
-    if value < report.info.num_classes:
-        return report.info.classes[value]
-    return "ignored" if value == report.info.ignore_index else f"unexpected label {value}"
+    meaning = int(report.info.meanings[value])
+    if meaning == UNKNOWN:
+        return f"unexpected label {value}"
+    return "ignored" if meaning == IGNORE else report.info.classes[meaning]
 
 
 def _legend(report: CheckReport) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from job import revision
 from job.config import Config
-from job.data.images import IGNORE
+from job.data.dataset import IGNORE
 from job.monitor.health import Finding
 from job.monitor.pictures import Example
 from job.monitor.wandb_rows import (

@@ -295,7 +295,7 @@ class _Bringer:
                 if not listing:
                     raise DataError(
                         f"{self._source.uri}: holds no objects",
-                        mend="check --data; the data set is dataset.yaml, train/ and val/ below it",
+                        mend="check --data; README.md, Your own images, says what belongs below it",
                     )
                 fingerprint = _fingerprint(listing)
                 try:

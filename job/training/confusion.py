@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from job.data.images import IGNORE
+from job.data.dataset import IGNORE
 
 
 class ConfusionMatrix:

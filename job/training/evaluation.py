@@ -9,13 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from job.data.dataset import DatasetInfo, Item
-from job.data.images import Array, read_index_mask, read_rgb, scaled_image, with_internal_ignore
+from job.data.images import Array, read_labels, read_rgb, scaled_image
 from job.heartbeat import beat
 from job.models.generator import Generator
 from job.training.confusion import ConfusionMatrix
@@ -89,8 +88,7 @@ def evaluate(
     def load(item: Item) -> tuple[Array, Array]:
         assert item.mask is not None
         image = scaled_image(read_rgb(item.image), image_scale)
-        mask = np.asarray(read_index_mask(item.mask))
-        return image, with_internal_ignore(mask, info.ignore_index)
+        return image, read_labels(item.mask, info)
 
     found = Evaluation(ConfusionMatrix(info.num_classes, device), {}, [])
     training = generator.training

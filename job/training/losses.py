@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from job.config import LossConfig
-from job.data.images import IGNORE
+from job.data.dataset import IGNORE
 
 
 def cross_entropy(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:

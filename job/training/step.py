@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import backward
 
 from job.config import Config
-from job.data.images import IGNORE
+from job.data.dataset import IGNORE
 from job.data.streams import Batch
 from job.models.discriminator import Discriminator, discriminator_input
 from job.training import losses

@@ -101,7 +101,7 @@ def all_masks_empty(data: Path) -> None:
         (no_labels, "train/masks: no image has a mask", "label some images"),
         (few_labels, "only 1 labeled training images, fewer than the batch of 2", "--batch-size"),
         (no_images, "train/images: holds no image", "images end in"),
-        (empty_folder, "dataset.yaml: not there", "write one"),
+        (empty_folder, "data: is of no known layout", "dataset.yaml, train/images/ and train/m"),
         (no_folder, "no such data folder", "check --data"),
         (no_dataset_yaml, "dataset.yaml: not there", "write one"),
         (all_masks_empty, "every training mask is empty", "ignore_index"),
@@ -391,7 +391,7 @@ def test_a_drill_deletes_nothing_of_the_users(s4gan, make_data, tmp_path):
     assert "is not empty, and was not made by a drill" in err
     code, _, err = s4gan(["drill", "--data=nowhere", f"--folder={tmp_path / 'new'}"])
     assert code == 78
-    assert "there is no dataset.yaml" in err
+    assert "nowhere: is of no known layout" in err
     assert (precious / "thesis").read_text() == "years"
 
 

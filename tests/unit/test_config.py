@@ -142,16 +142,19 @@ def test_one_number_is_a_square_crop():
         ({"model.aspp_branches": 3}, "model.aspp_branches"),
         (
             {"model.aspp_branches": 2, "model.head": "deeplabv3plus"},
-            "model: aspp_branches 2 is for the head deeplabv2",
+            "model.aspp_branches 2 is for the head deeplabv2",
         ),
         (
             {"model.stride_in": "1x1", "model.backbone": "resnet18"},
-            "model: stride_in 1x1: resnet18 has no such blocks",
+            "model.stride_in 1x1: resnet18 has no such blocks",
         ),
-        ({"model.weights": "none", "model.batch_norm": "frozen"}, "there is nothing to keep"),
+        (
+            {"model.weights": "none", "model.batch_norm": "frozen"},
+            "weights there is nothing to keep",
+        ),
         (
             {"model.head": "deeplabv3plus", "train.batch_size": 1},
-            "guide: train.batch_size 1: the head deeplabv3plus needs 2 or more",
+            "train.batch_size 1: the head deeplabv3plus needs 2 or more",
         ),
         ({"train.ema_decay": 1}, "train.ema_decay"),
         (

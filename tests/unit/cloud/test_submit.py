@@ -27,13 +27,14 @@ from job.cloud.payload import container_overrides
 from job.cloud.preflight import Wish, container_definition
 from job.cloud.submit import dry_run, resubmit, submit
 from job.cloud.sweep import Point, sweep_points
-from job.config import Config, WandbConfig, config_from_yaml, load_config
+from job.config import Config, WandbConfig, config_from_dict, config_from_yaml, load_config
 from job.errors import AccessDenied, ConfigError, DataError, JobError, StorageError
 from job.revision import Revision
 from job.run import RunIdentity
 from job.storage import open_store
 from job.storage.pack import pack
 from tests.conftest import write_data
+from tests.layouts import WRITERS, write_voc
 
 # moto makes no bucket policies, topic policies and budgets, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse:UserWarning")
@@ -621,6 +622,81 @@ def test_data_without_images_or_masks(
     open_store(data).delete(f"train/{gone}/1.png")
     error = refused(parts, wish(parts, data))
     assert f"{data}/train/{gone}/: there are {said}" in str(error)
+
+
+def lay_tree(uri: str, folder: Path) -> None:
+    store = open_store(uri)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.write(path.relative_to(folder).as_posix(), path.read_bytes())
+
+
+def of_data(**data: Any) -> Config:
+    raw = CONFIG.to_dict()
+    return config_from_dict({**raw, "data": {**raw["data"], **data}}, source="test")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("layout", WRITERS)
+def test_data_of_other_layouts(
+    parts: dict[str, str], tmp_path: Path, layout: str, packed: bool
+) -> None:
+    uri = f"s3://{parts['Bucket']}/data/{layout}"
+    WRITERS[layout](tmp_path / "data")
+    if packed:
+        pack(str(tmp_path / "data"), uri)
+    else:
+        lay_tree(uri, tmp_path / "data")
+    assert len(submit(wish(parts, uri), print)) == 1
+    other = wish(parts, uri, of_data(layout="folder"), run_uri=f"s3://{parts['Bucket']}/runs/b")
+    with pytest.raises(DataError):
+        submit(other, print)
+
+
+def test_a_layout_that_is_not_there_or_not_whole(parts: dict[str, str], tmp_path: Path) -> None:
+    uri = f"s3://{parts['Bucket']}/data/voc"
+    lay_tree(uri, write_voc(tmp_path / "voc", train=1, val=1, others=0))
+    error = refused(parts, wish(parts, uri, of_data(layout="cityscapes")))
+    assert f"{uri}: is not of the layout cityscapes" in str(error)
+    store = open_store(uri)
+    store.write("dataset.yaml", b"classes: [a, b]")
+    error = refused(parts, wish(parts, uri))
+    assert f"{uri}/dataset.yaml: has 2 classes, the masks of this layout have 21" in str(error)
+    store.delete("dataset.yaml")
+    for name in ("train.txt", "val.txt"):
+        path = f"ImageSets/Segmentation/{name}"
+        content = store.read(path)
+        store.delete(path)
+        error = refused(parts, wish(parts, uri))
+        assert f"{uri}/{path}: there is no such object" in str(error)
+        store.write(path, content)
+    store.delete("SegmentationClass/2007_000027.png")
+    store.delete("SegmentationClass/2009_000027.png")
+    error = refused(parts, wish(parts, uri))
+    assert f"{uri}: is of no known layout" in str(error)
+    assert "voc: looked for JPEGImages/ and SegmentationClass/" in str(error)
+    assert "found JPEGImages/ only" in str(error)
+
+
+def test_lists_are_looked_for(parts: dict[str, str], data: str) -> None:
+    error = refused(parts, wish(parts, data, of_data(labeled_list="splits/l.txt")))
+    assert f"{data}/splits/l.txt: there is no such object, which data.labeled_list" in str(error)
+    place = f"s3://{parts['Bucket']}"
+    for value, said in (
+        ("/home/me/l.txt", "is a file of this machine"),
+        ("file:///home/me/l.txt", "is a file of this machine"),
+        ("../l.txt", "leads out of the data folder"),
+        (f"{place}/l.txt", "may not read there"),
+        ("s3://others/l.txt", "may not read that bucket"),
+        (f"{place}/data/l.txt", "there is no such object"),
+    ):
+        error = refused(parts, wish(parts, data, of_data(val_list=value)))
+        assert f"data.val_list {value}: " in str(error)
+        assert said in str(error)
+    open_store(data).write("splits/l.txt", b"1")
+    open_store(f"{place}/data").write("l.txt", b"1")
+    config = of_data(labeled_list="splits/l.txt", val_list=f"{place}/data/l.txt")
+    assert len(submit(wish(parts, data, config), print)) == 1
 
 
 def test_a_pack_is_looked_into_by_its_index(parts: dict[str, str], tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_class_that_only_set_aside_masks_hold_says_so() -> None:
     )
     assert len(warnings) == 1
     assert warnings[0].startswith("no labeled image holds road")
-    assert "data.labeled_ratio sets aside do: raise it" in warnings[0]
+    assert "masks that are set aside do: raise data.labeled_ratio" in warnings[0]
 
 
 def test_a_class_that_no_mask_holds_is_named_as_one_of_dataset_yaml() -> None:

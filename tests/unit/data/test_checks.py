@@ -12,7 +12,8 @@ from PIL import Image
 
 from job.config import config_from_dict
 from job.data.checks import MAX_SHOWN, check_data
-from job.data.dataset import Dataset, scan_dataset
+from job.data.dataset import Dataset
+from job.data.scan import scan_dataset
 from job.data.splits import SplitItems, items_of, make_splits
 from job.errors import DataError, ExitCode, Preempted
 from tests.conftest import IGNORE_INDEX, MakeData

@@ -14,13 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from job.data.dataset import (
-    MAX_CLASSES,
-    Item,
-    default_palette,
-    load_dataset_info,
-    scan_dataset,
-)
+from job.data.dataset import MAX_CLASSES, Item, default_palette, load_dataset_info
+from job.data.scan import scan_dataset
 from job.errors import DataError, ExitCode
 from tests.conftest import CLASSES, IGNORE_INDEX, PALETTE, MakeData
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from job.data.dataset import IGNORE, DatasetInfo, default_palette
 from job.data.images import (
-    IGNORE,
     PADDING_RGB,
     Array,
     Crop,
@@ -25,8 +25,8 @@ from job.data.images import (
     read_index_mask,
     read_rgb,
     scaled_image,
+    to_labels,
     valid_pixels,
-    with_internal_ignore,
 )
 from job.errors import DataError, ExitCode
 
@@ -45,6 +45,12 @@ crops = st.builds(
     left=fractions,
     mirror=st.booleans(),
 )
+
+
+def ignoring(ignore_index: int) -> DatasetInfo:
+    """Classes of a data set whose masks call that value void."""
+    names = tuple(f"class {index}" for index in range(5))
+    return DatasetInfo(names, ignore_index, default_palette(5))
 
 
 def save(image: Image.Image, path: Path, **options: object) -> Path:
@@ -238,7 +244,7 @@ def test_a_mask_that_holds_no_class_numbers_is_refused_with_its_mode(
 def test_ignore_index_becomes_ignore_and_classes_stay(ignore_index: int) -> None:
     mask = LABELS.copy()
     mask[3:6] = ignore_index
-    inside = with_internal_ignore(mask, ignore_index)
+    inside = to_labels(mask, ignoring(ignore_index))
     assert inside.dtype == np.uint8
     assert (inside[3:6] == IGNORE).all()
     np.testing.assert_array_equal(np.delete(inside, [3, 4, 5], 0), np.delete(mask, [3, 4, 5], 0))
@@ -246,7 +252,7 @@ def test_ignore_index_becomes_ignore_and_classes_stay(ignore_index: int) -> None
 
 def test_mapping_ignore_index_leaves_the_original_alone() -> None:
     mask = np.full((2, 2), 200, np.uint8)
-    with_internal_ignore(mask, 200)
+    to_labels(mask, ignoring(200))
     assert (mask == 200).all()
 
 
@@ -268,7 +274,7 @@ def test_image_and_mask_are_cut_alike_to_the_pixel_when_not_scaled(
 ) -> None:
     crop = Crop(crop.height, crop.width, 1.0, crop.top, crop.left, crop.mirror)
     image, mask = painted(size, ignore_index=200)
-    cut, labels = cut_image(image, crop), cut_mask(mask, crop, 200)
+    cut, labels = cut_image(image, crop), cut_mask(mask, crop, ignoring(200))
     valid = valid_pixels(size, crop)
     shown = np.where(labels == IGNORE, 200, labels)
     for channel in range(3):
@@ -286,8 +292,8 @@ def test_image_and_mask_are_cut_alike_when_scaled(size: tuple[int, int], crop: C
     crop = Crop(crop.height, crop.width, scale, crop.top, crop.left, crop.mirror)
     y, x = np.mgrid[:height, :width].astype(np.uint8)
     cut = cut_image(Image.fromarray(np.dstack([x, y, x])), crop).astype(int)
-    columns = cut_mask(Image.fromarray(x), crop, 255).astype(int)
-    rows = cut_mask(Image.fromarray(y), crop, 255).astype(int)
+    columns = cut_mask(Image.fromarray(x), crop, ignoring(255)).astype(int)
+    rows = cut_mask(Image.fromarray(y), crop, ignoring(255)).astype(int)
     valid = valid_pixels(size, crop)
     assert np.abs(cut[..., 0] - columns)[valid].max() <= 2
     assert np.abs(cut[..., 1] - rows)[valid].max() <= 2
@@ -299,7 +305,7 @@ def test_any_crop_of_any_image_lies_within_it(size: tuple[int, int], crop: Crop)
     """A plain image stays plain: nothing from outside, nothing black at the edges."""
     image = Image.new("RGB", size, (7, 8, 9))
     cut = cut_image(image, crop)
-    labels = cut_mask(Image.new("L", size, 3), crop, 200)
+    labels = cut_mask(Image.new("L", size, 3), crop, ignoring(200))
     valid = valid_pixels(size, crop)
     assert cut.shape == (crop.height, crop.width, 3)
     assert labels.shape == valid.shape == (crop.height, crop.width)
@@ -317,7 +323,7 @@ def test_what_is_cut_owns_its_memory_in_order(size: tuple[int, int], crop: Crop)
     """As torch wants it."""
     cuts = (
         cut_image(Image.new("RGB", size), crop),
-        cut_mask(Image.new("L", size), crop, 255),
+        cut_mask(Image.new("L", size), crop, ignoring(255)),
         valid_pixels(size, crop),
     )
     for array in cuts:
@@ -332,7 +338,9 @@ def test_a_mirrored_crop_is_the_plain_one_turned_around(size: tuple[int, int], c
     plain = Crop(crop.height, crop.width, crop.scale, crop.top, crop.left, mirror=False)
     turned = Crop(crop.height, crop.width, crop.scale, crop.top, crop.left, mirror=True)
     np.testing.assert_array_equal(cut_image(image, turned), cut_image(image, plain)[:, ::-1])
-    np.testing.assert_array_equal(cut_mask(mask, turned, 200), cut_mask(mask, plain, 200)[:, ::-1])
+    np.testing.assert_array_equal(
+        cut_mask(mask, turned, ignoring(200)), cut_mask(mask, plain, ignoring(200))[:, ::-1]
+    )
     np.testing.assert_array_equal(valid_pixels(size, turned), valid_pixels(size, plain)[:, ::-1])
 
 
@@ -341,14 +349,22 @@ def test_top_and_left_reach_both_ends_of_the_image() -> None:
     across, down = Image.fromarray(x), Image.fromarray(x.T.copy())
     first = Crop(32, 32, 1.0, 0.0, 0.0, mirror=False)
     last = Crop(32, 32, 1.0, np.nextafter(1, 0), np.nextafter(1, 0), mirror=False)
-    assert cut_mask(across, first, 255)[0, 0] == cut_mask(down, first, 255)[0, 0] == 0
-    assert cut_mask(across, last, 255)[0, -1] == cut_mask(down, last, 255)[-1, 0] == 99
+    assert (
+        cut_mask(across, first, ignoring(255))[0, 0]
+        == cut_mask(down, first, ignoring(255))[0, 0]
+        == 0
+    )
+    assert (
+        cut_mask(across, last, ignoring(255))[0, -1]
+        == cut_mask(down, last, ignoring(255))[-1, 0]
+        == 99
+    )
 
 
 def test_every_place_of_a_window_is_equally_likely() -> None:
     x = Image.fromarray(np.arange(35, dtype=np.uint8).reshape(1, -1))
     lefts = [
-        cut_mask(x, Crop(1, 32, 1.0, 0.0, left, mirror=False), 255)[0, 0]
+        cut_mask(x, Crop(1, 32, 1.0, 0.0, left, mirror=False), ignoring(255))[0, 0]
         for left in np.linspace(0, 1, 400, endpoint=False)
     ]
     assert np.bincount(lefts).tolist() == [100, 100, 100, 100]
@@ -374,7 +390,7 @@ def test_padding_is_zero_once_normalised() -> None:
 def test_masks_are_scaled_without_mixing_labels() -> None:
     mask = Image.fromarray(np.where(LABELS > 2, 4, 0).astype(np.uint8))
     for scale in (0.5, 0.77, 1.4):
-        labels = cut_mask(mask, Crop(16, 16, scale, 0.3, 0.6, mirror=False), 200)
+        labels = cut_mask(mask, Crop(16, 16, scale, 0.3, 0.6, mirror=False), ignoring(200))
         assert set(np.unique(labels)) <= {0, 4, IGNORE}
 
 

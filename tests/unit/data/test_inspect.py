@@ -16,9 +16,9 @@ from PIL import Image
 from job.config import config_from_dict
 from job.data import checks
 from job.data.checks import check_data, inspect
-from job.data.dataset import scan_dataset
 from job.data.images import read_rgb
 from job.data.report import LABELED, SET_ASIDE, UNLABELED, VAL, CheckReport
+from job.data.scan import scan_dataset
 from job.data.splits import items_of, make_splits
 from job.errors import DataError, Preempted
 from tests.conftest import IGNORE_INDEX, MakeData
@@ -228,7 +228,7 @@ def test_a_wrong_mask_that_is_set_aside_is_a_warning(make_data: MakeData) -> Non
     assert report.is_good
     (warning,) = report.warnings
     assert warning.startswith(
-        "wrong masks or images, of those that data.labeled_ratio sets aside: 1 (first: "
+        "wrong masks or images, of those whose masks are set aside: 1 (first: "
     )
     assert "holds the label 77" in warning
     assert at_start(folder, ratio=0.5) == []

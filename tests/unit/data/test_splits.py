@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.config import Config, config_from_dict
-from job.data.dataset import Dataset, DatasetInfo, Item, scan_dataset
+from job.data.dataset import Dataset, DatasetInfo, Item
+from job.data.scan import scan_dataset
 from job.data.splits import TRAIN_SAMPLE_IMAGES, Splits, check_same, items_of, make_splits
 from job.errors import ConfigError, DataError, ExitCode
 from tests.conftest import MakeData

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from job.config import Config, config_from_dict
-from job.data.dataset import DatasetInfo, Item, scan_dataset
+from job.data.dataset import DatasetInfo, Item
 from job.data.images import IGNORE
+from job.data.scan import scan_dataset
 from job.data.splits import SplitItems, items_of, make_splits
 from job.data.streams import Batch, IterationDataset, drawn_index, iteration_loader
 from job.errors import DataError, ExitCode

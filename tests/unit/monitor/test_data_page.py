@@ -18,8 +18,8 @@ from PIL import Image
 
 from job.config import config_from_dict
 from job.data.checks import inspect
-from job.data.dataset import scan_dataset
 from job.data.report import CheckReport
+from job.data.scan import scan_dataset
 from job.errors import StorageError
 from job.monitor.data_page import write_data_page
 from tests.conftest import IGNORE_INDEX, PALETTE, MakeData

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
 
-from job.data.dataset import Dataset, Item, scan_dataset
+from job.data.dataset import Dataset, Item
 from job.data.images import read_rgb, scaled_image
+from job.data.scan import scan_dataset
 from job.errors import DataError
 from job.models.generator import Architecture, Generator
 from job.training.evaluation import evaluate, load_ahead, predict

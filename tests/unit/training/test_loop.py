@@ -23,7 +23,8 @@ from job.checkpoint.lease import acquire
 from job.checkpoint.manager import BestModel, CheckpointManager
 from job.checkpoint.publisher import Publisher
 from job.config import Config
-from job.data.dataset import DatasetInfo, Item, scan_dataset
+from job.data.dataset import DatasetInfo, Item
+from job.data.scan import scan_dataset
 from job.data.splits import SplitItems, items_of, make_splits
 from job.data.streams import Batch
 from job.errors import DataError, Diverged, Fenced
