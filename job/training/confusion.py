@@ -40,6 +40,34 @@ class ConfusionMatrix:
         present = [iou for iou in self.class_iou() if iou is not None]
         return sum(present) / len(present) if present else 0.0
 
+    def miou_all(self) -> float:
+        """Mean IoU over all classes; one that occurs in neither counts as 0.
+
+        That is what the S4GAN reference's metric does; over a few images it is lower.
+        """
+        return sum(iou or 0.0 for iou in self.class_iou()) / self.num_classes
+
+    def class_accuracy(self) -> list[float | None]:
+        """Share of each class's pixels that are predicted right; None for one not in the truth."""
+        counts = self.counts.double().cpu()
+        pairs = zip(counts.diagonal(), counts.sum(dim=1), strict=True)
+        return [float(hits / pixels) if pixels > 0 else None for hits, pixels in pairs]
+
+    def mean_class_accuracy(self) -> float:
+        """Over the classes of the truth; 0 if there is none."""
+        present = [one for one in self.class_accuracy() if one is not None]
+        return sum(present) / len(present) if present else 0.0
+
+    def frequency_weighted_iou(self) -> float:
+        """IoU of the classes, each weighted by its share of the truth's pixels.
+
+        Source: Long et al. 2015, arXiv:1411.4038, section 5.
+        """
+        counts = self.counts.double().cpu()
+        shares = counts.sum(dim=1) / counts.sum().clamp_min(1)
+        pairs = zip(shares, self.class_iou(), strict=True)
+        return sum(float(share) * (iou or 0.0) for share, iou in pairs)
+
     def pixel_accuracy(self) -> float:
         """Share of pixels predicted right; 0 if there is none."""
         counts = self.counts.double().cpu()

@@ -9,15 +9,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from job.data.dataset import DatasetInfo, Item
 from job.data.images import Array, read_labels, read_rgb, scaled_image
 from job.heartbeat import beat
 from job.models.generator import Generator
 from job.training.confusion import ConfusionMatrix
+from job.training.protocols import PLAIN, Protocol, logits_of, probabilities
 
 _AHEAD = 4
 """Images decoded ahead of the network."""
@@ -62,8 +65,10 @@ def evaluate(
     *,
     image_scale: float,
     device: torch.device,
+    protocol: Protocol = PLAIN,
     stopped: Callable[[], bool] = lambda: False,
     keep: int = 0,
+    look: Callable[[Item, Tensor, Tensor], None] | None = None,
 ) -> Evaluation | None:
     """Confusion matrix of a generator over labeled images, one image at a time, not augmented.
 
@@ -75,8 +80,10 @@ def evaluate(
         info: their classes.
         image_scale: as in training.
         device: where to compute.
+        protocol: how an image is looked at.
         stopped: asked before each image; True gives up.
         keep: of the worst images, and of the best, whose predictions are kept.
+        look: shown each image's prediction and truth, both (H, W).
 
     Returns:
         None if given up.
@@ -87,8 +94,11 @@ def evaluate(
 
     def load(item: Item) -> tuple[Array, Array]:
         assert item.mask is not None
-        image = scaled_image(read_rgb(item.image), image_scale)
-        return image, read_labels(item.mask, info)
+        image, labels = read_rgb(item.image), read_labels(item.mask, info)
+        if protocol.resizes or protocol.centre_crop:
+            image = protocol.fitted(image)
+            labels = np.array(protocol.fitted(Image.fromarray(labels), labels=True))
+        return scaled_image(image, 1.0 if protocol.resizes else image_scale), labels
 
     found = Evaluation(ConfusionMatrix(info.num_classes, device), {}, [])
     training = generator.training
@@ -98,7 +108,9 @@ def evaluate(
             if stopped():
                 return None
             truth = torch.from_numpy(mask).to(device)
-            prediction = predict(generator, image, mask.shape[-2:], device)
+            prediction = predict(generator, image, mask.shape[-2:], device, protocol)
+            if look is not None:
+                look(item, prediction, truth)
             if not keep:
                 found.matrix.update(prediction, truth)
                 continue
@@ -114,18 +126,25 @@ def evaluate(
 
 @torch.no_grad()
 def predict(
-    generator: Generator, image: Array, size: tuple[int, ...], device: torch.device
+    generator: nn.Module,
+    image: Array,
+    size: tuple[int, ...],
+    device: torch.device,
+    protocol: Protocol = PLAIN,
 ) -> Tensor:
     """Most likely class of each pixel, with logits interpolated to `size` before the choice.
 
     Shape: image uint8 (h, w, 3) -> int64 `size` = (H, W). The generator must be in eval mode.
     """
     beat()
-    tensor = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0).to(device)
-    logits = generator(tensor)
+    tensor = torch.from_numpy(image).permute(2, 0, 1).to(device)
+    if protocol.averages:
+        height, width = size
+        return probabilities(generator, tensor, (height, width), protocol).argmax(dim=0)
+    logits = logits_of(generator, tensor.unsqueeze(0), protocol)
     if tuple(logits.shape[-2:]) != tuple(size):
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=True)
-    return logits.argmax(dim=1)[0]  # type: ignore[no-any-return]
+    return logits.argmax(dim=1)[0]
 
 
 def load_ahead(load: Callable[[Source], Loaded], sources: Iterable[Source]) -> Iterator[Loaded]:

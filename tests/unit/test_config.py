@@ -150,7 +150,7 @@ def test_one_number_is_a_square_crop():
         ),
         (
             {"model.weights": "none", "model.batch_norm": "frozen"},
-            "weights there is nothing to keep",
+            "there is nothing to keep",
         ),
         (
             {"model.head": "deeplabv3plus", "train.batch_size": 1},
