@@ -36,7 +36,7 @@ from job.checkpoint.resumable import (
 from job.config import Config, config_from_dict
 from job.data.checks import check_data
 from job.data.dataset import FOLDER, DatasetInfo
-from job.data.images import IMAGENET_MEAN, IMAGENET_STD, read_labels, read_rgb
+from job.data.images import read_labels, read_rgb
 from job.data.report import named_as
 from job.data.scan import scan_dataset
 from job.data.splits import SplitItems, Splits, check_same, items_of, make_splits
@@ -56,7 +56,7 @@ from job.errors import (
 from job.events import EvalEvent, Notice, Tracker
 from job.inference import choose_device, examples
 from job.models.files import ModelCard, load_generator, model_file
-from job.models.generator import Generator
+from job.models.generator import Architecture, Generator
 from job.monitor import Trackers
 from job.monitor.attempts import crash_loop, fingerprint, interruption_history
 from job.monitor.console import ConsoleTracker
@@ -325,12 +325,10 @@ class _Attempt:
         """Travels with every model file."""
         info = self.data.info
         return ModelCard(
-            backbone=self.config.model.backbone,
+            architecture=Architecture.of(self.config.model, info.num_classes),
             classes=info.classes,
             ignore_index=info.ignore_index,
             palette=info.palette,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
             image_scale=self.config.data.image_scale,
         )
 
@@ -548,12 +546,16 @@ def _restore_or_begin(
             or changed
         )
     state, note = new_train_state(
-        config, attempt.data.info.num_classes, attempt.device, pretrained=saved is None
+        config,
+        attempt.data.info.num_classes,
+        attempt.device,
+        pretrained=saved is None,
+        mirror=attempt.store,
     )
     state.run_facts = {"config": config.to_dict(), **asdict(attempt.identity)}
     console.print(f"device: {_device_name(attempt.device, attempt.gpus)}")
     if saved is None:
-        console.print(f"backbone: {note}")
+        console.print(f"generator: {note}")
     else:
         try:
             state.load_state_dict(saved)
@@ -876,7 +878,7 @@ def _best_writer(attempt: _Attempt, publisher: Publisher, wandb: WandbTracker) -
 def _picture(attempt: _Attempt, state: TrainState, wandb: WandbTracker) -> None:
     """Show a new best model in W&B, which is no reason for a training to end."""
     try:
-        shown = _examples(attempt, state.generator, attempt.config.data.image_scale)
+        shown = _examples(attempt, state.predictor, attempt.config.data.image_scale)
     except JobError as error:
         log.warning("no pictures of iteration %d: %s", state.iteration, error.message)
         return
@@ -885,7 +887,7 @@ def _picture(attempt: _Attempt, state: TrainState, wandb: WandbTracker) -> None:
 
 def _model_file(attempt: _Attempt, state: TrainState, kind: str, **facts: Any) -> dict[str, Any]:
     return model_file(
-        state.generator if kind == "generator" else state.discriminator,
+        state.predictor if kind == "generator" else state.discriminator,
         attempt.card,
         kind=kind,
         iteration=state.iteration,

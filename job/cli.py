@@ -153,6 +153,7 @@ def train(
     random_scale: options.RandomScale = None,
     batch_size: options.BatchSize = None,
     target_miou: options.TargetMiou = None,
+    weights: options.Weights = None,
     assignments: options.Assignments = None,
     gpus: Annotated[int, typer.Option(help="GPUs of this machine that train together.")] = 1,
     resume_anyway: options.ResumeAnyway = False,
@@ -171,6 +172,7 @@ def train(
         random_scale=random_scale,
         batch_size=batch_size,
         target_miou=target_miou,
+        weights=weights,
         assignments=assignments,
     )
     if array is not None:
@@ -364,6 +366,49 @@ def drill(
     raise typer.Exit(0 if run_drill(data, folder, config=config, iterations=iterations) else 1)
 
 
+@app.command("bench-recipe")
+def bench_recipe(
+    data: Annotated[str, typer.Option(help="Data to train on; folder or s3:// prefix.")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the table.")],
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PRESET[,KEY=VALUE]",
+            help="Repeatable; the first is what the others are compared with.",
+            show_default="supervised, guide, modern",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe.")] = 3,
+    test: Annotated[
+        str | None,
+        typer.Option(
+            help="Data whose val/ scores the best models; else the last ones are scored on the "
+            "validation images."
+        ),
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    assignments: options.Assignments = None,
+) -> None:
+    """Train recipes over several seeds and print one Markdown table; the same command goes on.
+
+    --set goes to every recipe: the same iterations, network and crop for all.
+    """
+    _refuse_uri("--out", out)
+    from job.recipes import DEFAULT_RECIPES, Recipe, bench_recipes
+
+    table = bench_recipes(
+        [Recipe.parse(text) for text in recipe or DEFAULT_RECIPES],
+        data=data,
+        out=out,
+        seeds=seeds,
+        common=options.overrides(assignments=assignments),
+        test=test,
+        parallel=parallel,
+        tell=_to_stderr,
+    )
+    print(table)
+
+
 @app.command()
 def submit(
     data: Annotated[str, typer.Option(help="s3:// prefix of the data set.")],
@@ -377,6 +422,7 @@ def submit(
     random_scale: options.RandomScale = None,
     batch_size: options.BatchSize = None,
     target_miou: options.TargetMiou = None,
+    weights: options.Weights = None,
     assignments: options.Assignments = None,
     gpus: Annotated[int, typer.Option(help="GPUs of one machine that train together.")] = 1,
     nodes: Annotated[
@@ -422,6 +468,7 @@ def submit(
         random_scale=random_scale,
         batch_size=batch_size,
         target_miou=target_miou,
+        weights=weights,
         assignments=assignments,
     )
     resolved = options.read_config(config, changes)

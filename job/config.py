@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -32,6 +33,25 @@ FREE_ON_RESUME = frozenset(
 """Fields a resumed run may change: they alter no weight."""
 FREE_SECTIONS = ("stop.", "monitor.", "wandb.")
 """All of these likewise."""
+
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+BASIC_BLOCKS = ("tiny", "resnet18", "resnet34")
+"""Backbones without bottlenecks."""
+TIMM = "timm:"
+"""Before the name of a network of timm's."""
+
+
+def _backbone(name: str) -> str:
+    if name in ("tiny", *RESNETS) or (name.startswith(TIMM) and name != TIMM):
+        return name
+    raise ValueError(f"input should be tiny, {', '.join(RESNETS)} or {TIMM}NAME")
+
+
+def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError("the first of the two should not be larger than the second")
+    return bounds
 
 
 def _pair(value: Any) -> Any:
@@ -77,7 +97,18 @@ class DataConfig(_Section):
     random_mirror: bool = False
     """Mirror a training crop left to right, every second one on average."""
     random_scale: bool = False
-    """Scale a training image by a random factor of 0.5 to 1.5 before it is cropped."""
+    """Scale a training image by a random factor of `scale_range` before it is cropped."""
+    scale_range: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=8)], Annotated[float, Field(gt=0, le=8)]],
+        AfterValidator(_rising),
+    ] = (0.5, 1.5)
+    """Least and most of `random_scale`, uniform between. Source: the S4GAN reference on VOC."""
+    strong_augment: bool = False
+    """The generator sees unlabeled images with random brightness, contrast, saturation, hue, grey
+    and blur, and learns what it says of them as they are (Sohn et al. 2020, arXiv:2001.07685)."""
+    cutmix: float = Field(0.0, ge=0, le=1)
+    """Share of the unlabeled images into which a box of another one is pasted (French et al. 2020,
+    arXiv:1906.01916); the discriminator's labels are mixed alike."""
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Processes that load images; auto takes the spare cores, up to 8. Never changes results."""
 
@@ -96,7 +127,7 @@ class DataConfig(_Section):
     def _one_choice_of_labels(self) -> DataConfig:
         if self.labeled_list and self.labeled_ratio != 1 and not self.permutation:
             raise ValueError(
-                f"data.labeled_ratio: is {self.labeled_ratio:g}, but data.labeled_list says "
+                f"labeled_ratio is {self.labeled_ratio:g}, but data.labeled_list says "
                 "already which images are labeled, all of them; leave the ratio at 1.0, or give "
                 "the data.permutation that chooses among the list"
             )
@@ -106,13 +137,53 @@ class DataConfig(_Section):
 class ModelConfig(_Section):
     """The two networks."""
 
-    backbone: Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet101"
-    """Dilated backbone of the generator; `tiny` is a small net of ours for CPUs."""
+    backbone: Annotated[str, AfterValidator(_backbone)] = "resnet101"
+    """Dilated backbone of the generator: resnet18, 34, 50 or 101; `tiny`, a small net of ours for
+    CPUs; or `timm:NAME`, a convolutional network of timm (an extra: s4gan-job[timm])."""
+    head: Literal["deeplabv2", "deeplabv3plus"] = "deeplabv2"
+    """What makes classes of the backbone's features: the paper's, or the sharper and heavier one of
+    Chen et al. 2018 (arXiv:1802.02611)."""
+    aspp_branches: Literal[2, 4] = 4
+    """Dilated convolutions of DeepLabv2's head; 2 is what the S4GAN reference computes by a slip
+    (its `return` stands inside the loop over the four)."""
+    output_stride: Literal[8, 16] = 8
+    """Pixels of the image to one of the features; 16 takes a third of the arithmetic."""
+    stride_in: Literal["3x3", "1x1"] = "3x3"
+    """Which convolution of a bottleneck subsamples: the second as in torchvision's weights, or the
+    first as in Caffe's. Weights must come from the same kind."""
+    normalization: Literal["imagenet", "half", "caffe", "reference-voc", "reference-cityscapes"] = (
+        "imagenet"
+    )
+    """How images are prepared: as the weights want it (torchvision's imagenet, others of timm's
+    half, Caffe's caffe), or as the S4GAN reference does it."""
+    batch_norm: Literal["auto", "trained", "affine_frozen", "frozen"] = "auto"
+    """Of the backbone. trained: all of it; affine_frozen: statistics of the batch, but scale and
+    shift as they are, as in the S4GAN reference; frozen: statistics as they are, too; auto:
+    affine_frozen with pretrained weights, else trained."""
+    mlmt_threshold: float | None = Field(None, gt=0, lt=1)
+    """Adds the paper's second branch, multi-label mean teacher: which classes does an image hold?
+    In use, classes less probable than this are ruled out (0.2 in the S4GAN reference); null: none.
+    It shares the backbone here; in the paper it is a network of its own. Of no use where every
+    image holds nearly every class (the paper leaves it out on Cityscapes)."""
     weights: str = "imagenet"
-    """Where the backbone starts: `imagenet` (torchvision's, downloaded once), `none`, or a file of
-    a state dict with torchvision's names."""
+    """Where the network starts: `imagenet` (torchvision's or timm's, downloaded once), `none`, or a
+    file (also s3://): a state dict with torchvision's names, or a model of this program."""
     discriminator_channels: int = Field(64, ge=8)
     """Channels of the discriminator's first convolution; each of the next three doubles them."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        if self.aspp_branches != 4 and self.head != "deeplabv2":
+            raise ValueError(f"aspp_branches {self.aspp_branches} is for the head deeplabv2")
+        if self.stride_in == "1x1" and (
+            self.backbone in BASIC_BLOCKS or self.backbone.startswith(TIMM)
+        ):
+            raise ValueError(f"stride_in 1x1: {self.backbone} has no such blocks")
+        if self.weights == "none" and self.batch_norm in ("affine_frozen", "frozen"):
+            raise ValueError(
+                f"batch_norm {self.batch_norm}: without pretrained weights there is nothing to keep"
+            )
+        return self
 
 
 class TrainConfig(_Section):
@@ -125,7 +196,9 @@ class TrainConfig(_Section):
     accumulate: int = Field(4, ge=1)
     """Batches whose gradients are added up for one iteration."""
     learning_rate: float = Field(2.5e-4, gt=0)
-    """Generator backbone, start of the polynomial decay; its head learns 10 times faster."""
+    """Generator backbone, start of the polynomial decay."""
+    head_factor: float = Field(10.0, gt=0)
+    """The generator's head learns so many times faster than its backbone. Source: DeepLabv2."""
     learning_rate_D: float = Field(1.0e-4, ge=0)
     """Discriminator, start of the polynomial decay."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -134,6 +207,9 @@ class TrainConfig(_Section):
     """Of the generator's SGD."""
     power: float = Field(0.9, ge=0)
     """Of the polynomial learning rate decay of both networks."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Of the generator's moving average, the teacher (Tarvainen and Valpola 2017, arXiv:1703.01780)
+    that labels the unlabeled images, is evaluated, and is the model to use; 0: there is none."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides the labeled subset, the data order, every augmentation and the initial weights."""
     supervised_only: bool = False
@@ -152,10 +228,18 @@ class LossConfig(_Section):
     """Weight of the feature matching loss."""
     lambda_st: float = Field(1.0, ge=0)
     """Weight of the self-training loss."""
+    lambda_mlmt: float = Field(1.0, ge=0)
+    """Weight of the losses of `model.mlmt_threshold`'s branch."""
     threshold_st: float = Field(0.2, ge=0, le=1)
     """An unlabeled image trains on its own prediction when the discriminator's score is above."""
     st_start: int = Field(1000, ge=0)
     """Last iteration without self-training."""
+    gate_warmup: int = Field(0, ge=0)
+    """Iterations after `st_start` in which the threshold comes down from 1 to `threshold_st`: while
+    the networks are young only what looks most real is learned from."""
+    confidence: float = Field(0.0, ge=0, lt=1)
+    """Of an accepted image only pixels train whose class is more probable than this; 0: all (Sohn
+    et al. 2020, arXiv:2001.07685)."""
 
 
 class CheckpointConfig(_Section):
@@ -214,6 +298,19 @@ class Config(_Section):
     stop: StopConfig = StopConfig()
     monitor: MonitorConfig = MonitorConfig()
     wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        if self.model.head == "deeplabv3plus" and self.train.batch_size == 1:
+            raise ValueError(
+                "train.batch_size 1: the head deeplabv3plus needs 2 or more, as batch norm after "
+                "its global pooling has one value an image"
+            )
+        if self.model.mlmt_threshold is not None and not self.train.ema_decay:
+            raise ValueError(
+                "model.mlmt_threshold: a mean teacher needs train.ema_decay, for example 0.99"
+            )
+        return self
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain nested dictionaries, lists and scalars: what YAML, JSON and checkpoints hold."""
@@ -386,9 +483,12 @@ def _explain(item: Any) -> str:
     dotted = ".".join(str(part) for part in item["loc"][:2])
     if item["type"] == "extra_forbidden":
         return f"unknown key {dotted}{_nearest(dotted)}"
-    if item["type"] == "value_error":  # of several keys, which a validator of ours has compared
-        return str(item["ctx"]["error"])
-    message = item["msg"][0].lower() + item["msg"][1:]
+    if item["type"] == "value_error":  # of our own validators
+        message = str(item["ctx"]["error"])
+    else:
+        message = item["msg"][0].lower() + item["msg"][1:]
+    if isinstance(item["input"], (dict, BaseModel)) and len(item["loc"]) < 2:
+        return f"{dotted}: {message}" if dotted else message  # of several keys together
     return f"{dotted}: {message}, got {item['input']!r}"
 
 

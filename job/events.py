@@ -7,7 +7,7 @@ that neither imports the other.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 
@@ -21,13 +21,19 @@ class TrainEvent:
     loss_st: float
     loss_d: float
     loss_g: float
-    """loss_ce + lambda_fm * loss_fm + lambda_st * loss_st."""
+    """loss_ce + lambda_fm * loss_fm + lambda_st * loss_st, and lambda_mlmt * loss_mlmt if any."""
     st_count: int
     """Unlabeled images the gate accepted, 0..batch_size * accumulate."""
     lr_g: float
     lr_d: float
     images_per_s: float
     """Labeled and unlabeled images a second since the last event."""
+    loss_mlmt: float | None = None
+    """Of the branch that says which classes an image holds, if there is one."""
+
+    def to_dict(self) -> dict[str, float]:
+        """What is there, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ RandomScale = Annotated[
 TargetMiou = Annotated[
     float | None, typer.Option(help="Validation mIoU at which training ends. [guide: none]")
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", help="Where the generator starts: imagenet, none, or a file."),
+]
 BatchSize = Annotated[int | None, typer.Option(help="Images that pass at once. [guide: 4]")]
 Assignments = Annotated[
     list[str] | None,
@@ -66,6 +70,7 @@ def overrides(
     random_scale: bool | None = None,
     batch_size: int | None = None,
     target_miou: float | None = None,
+    weights: str | None = None,
     assignments: list[str] | None = None,
 ) -> dict[str, Any]:
     """What the command line says of the configuration, by "section.key"; flags before `--set`."""
@@ -78,6 +83,7 @@ def overrides(
         "data.random_scale": random_scale,
         "train.batch_size": batch_size,
         "stop.target_miou": target_miou,
+        "model.weights": weights,
     }
     found = dict(parse_assignment(text) for text in assignments or [])
     return found | {key: value for key, value in flags.items() if value is not None}

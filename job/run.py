@@ -32,6 +32,8 @@ CHECKPOINTS = "checkpoints/"
 LATEST_POINTER = "checkpoints/latest.json"
 QUARANTINE = "checkpoints/quarantine/"
 BEST = "best/"
+WEIGHTS = "weights/"
+"""Of pretrained networks, put there by the user for machines without a network."""
 
 
 def numbered_checkpoint(iteration: int) -> str:

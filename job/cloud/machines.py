@@ -13,43 +13,21 @@ from typing import Any
 import yaml
 
 from job.cloud.aws import client, explained
-from job.config import Config
+from job.config import RESNETS, TIMM, Config
 from job.errors import JobError
 
 AWS_SAVES_AT_MOST = 0.9
 """Of the on-demand price. Source: AWS's page "Amazon EC2 Spot Instances Pricing"."""
 _USABLE_MEMORY = 0.93
 """Of a machine's; the rest is its system's and the agent's."""
-_FLOP_PER_PIXEL = {
-    "tiny": 0.051e6,
-    "resnet18": 1.18e6,
-    "resnet34": 2.19e6,
-    "resnet50": 2.53e6,
-    "resnet101": 4.38e6,
-}
-"""Of one pass of the generator forward and back, counted by torch's FlopCounterMode at 321 x 321
-and 21 classes."""
-_BYTES_PER_PIXEL = {
-    "tiny": 280,
-    "resnet18": 965,
-    "resnet34": 1519,
-    "resnet50": 4167,
-    "resnet101": 7721,
-}
-"""Of one image of a batch: what the generator keeps of its pass forward until it goes back, in
-single precision; counted with torch's saved_tensors_hooks at 161 x 161 and 21 classes."""
 _DISCRIMINATOR_BYTES_PER_PIXEL = 320
-_PARAMETERS = {
-    "tiny": 0.47e6,
-    "resnet18": 11.6e6,
-    "resnet34": 21.7e6,
-    "resnet50": 25.1e6,
-    "resnet101": 44.0e6,
-}
+"""As in networks.yaml."""
 _BYTES_PER_PARAMETER = 12
 """Itself, its gradient and its momentum."""
 _DISCRIMINATOR = 1.06
 """What the discriminator adds, by the same count."""
+_TEACHER = 1 / 3
+"""Of a pass forward and back: forward alone, over the unlabeled images."""
 _UTILISATION = (0.2, 0.5)
 """Of a GPU's peak in single precision: dilated convolutions at a quarter of the stride reach no
 more. A guess, which the run's own speed replaces as soon as there is one."""
@@ -129,28 +107,57 @@ def _table() -> dict[str, Any]:
 def hours_guessed(config: Config, machine: Machine, gpus: int) -> tuple[float, float]:
     """How many hours all iterations of a run may take, from and to."""
     height, width = config.data.crop_size
-    streams = 1 if config.train.supervised_only else 2
-    images = streams * config.train.batch_size * config.train.accumulate
-    flop = images * height * width * _FLOP_PER_PIXEL[config.model.backbone] * _DISCRIMINATOR
+    passes = 1.0
+    if not config.train.supervised_only:
+        data = config.data
+        labels_itself = not (config.train.ema_decay or data.strong_augment or data.cutmix)
+        passes += 1 if labels_itself else 1 + _TEACHER
+    images = passes * config.train.batch_size * config.train.accumulate
+    flop = images * height * width * _network(config).mflop * 1e6 * _DISCRIMINATOR
     at_peak_s = config.train.iterations * flop / (gpus * machine.tflops * 1e12)
     slow, fast = _UTILISATION
     return at_peak_s / fast / 3600, at_peak_s / slow / 3600
 
 
 def gpu_bytes_at_least(config: Config) -> float:
-    """Memory that training takes of each GPU, at least: without the libraries' own.
+    """Memory that training takes of each GPU, at least: without the libraries' own; 0: not known.
 
     One batch of one stream is there at a time; what is accumulated takes no more.
     """
     height, width = config.data.crop_size
-    backbone = config.model.backbone
-    of_pixel = _BYTES_PER_PIXEL[backbone]
+    if config.model.backbone.startswith(TIMM):
+        return 0.0
+    network = _network(config)
+    of_pixel = network.bytes
     if not config.train.supervised_only:
         of_pixel += _DISCRIMINATOR_BYTES_PER_PIXEL
     return (
         config.train.batch_size * height * width * of_pixel
-        + _PARAMETERS[backbone] * _BYTES_PER_PARAMETER
+        + network.parameters * 1e6 * _BYTES_PER_PARAMETER
     )
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A line of networks.yaml."""
+
+    parameters: float
+    mflop: float
+    bytes: float
+
+
+def _network(config: Config) -> _Network:
+    """That of the configuration; of timm's, which nobody has measured, the largest of ours."""
+    model = config.model
+    backbone = RESNETS[-1] if model.backbone.startswith(TIMM) else model.backbone
+    return _Network(**_networks()[f"{backbone} {model.head} {model.output_stride}"])
+
+
+@functools.cache
+def _networks() -> dict[str, Any]:
+    text = resources.files("job.cloud").joinpath("networks.yaml").read_text(encoding="utf-8")
+    raw: dict[str, Any] = yaml.safe_load(text)
+    return raw
 
 
 def cost_guess(configs: Sequence[Config], needs: Needs) -> list[str]:

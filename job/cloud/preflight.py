@@ -454,15 +454,20 @@ def _is_cut_off(wish: Wish, stack: Deployed) -> bool:
 
 def _check_weights(wish: Wish, stack: Deployed) -> None:
     """What would have to be downloaded has to be within reach."""
-    if _is_cut_off(wish, stack) and any(
-        point.config.model.weights == "imagenet" for point in wish.points
-    ):
+    if not _is_cut_off(wish, stack):
+        return
+    for point in wish.points:
+        if point.config.model.weights != "imagenet":
+            continue
+        store = open_store(point.run_uri)
+        if any(True for _ in store.list(run.WEIGHTS)):
+            continue  # which file it must be, the job says before it trains
         raise ConfigError(
             "model.weights imagenet: machines of a job on several have no way to the internet in "
             "the stack's own network",
-            mend="put the weights into the bucket, below data/, and say --set "
-            "model.weights=s3://..., or none; or deploy the stack in a network of your own "
-            "(infra/README.md, Several machines)",
+            mend=f"put torchvision's file below {store.uri}/{run.WEIGHTS}, or the weights below "
+            "data/ and say --set model.weights=s3://..., or none; or deploy the stack in a network "
+            "of your own (infra/README.md, Several machines)",
         )
 
 

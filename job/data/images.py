@@ -18,15 +18,8 @@ from PIL import Image
 from job.data.dataset import IGNORE, DatasetInfo
 from job.errors import DataError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""RGB, of pixels in 0..1. Source: torchvision, "Models and pre-trained weights"."""
-
-SCALE_RANGE = (0.5, 1.5)
-"""Random scale. Source: the S4GAN reference draws from 0.5, 0.6, ... 1.5."""
-
-PADDING_RGB = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
-"""Padding is 0 once normalised."""
+PADDING_RGB = (124, 116, 104)
+"""ImageNet's mean: padding is about 0 once normalised."""
 
 Array = NDArray[np.uint8]
 
@@ -89,20 +82,27 @@ def random_crop(
     size: tuple[int, int],
     *,
     image_scale: float,
-    random_scale: bool,
+    scale_range: tuple[float, float] | None,
     random_mirror: bool,
 ) -> Crop:
     """Draw a crop of `size` (height, width).
+
+    Args:
+        rng: drawn from.
+        size: of the crop.
+        image_scale: of every image.
+        scale_range: least and most of a random factor on top; None: there is none.
+        random_mirror: whether every second one is mirrored.
 
     All random numbers are drawn whatever is switched on, so that one switch does not change what
     another one does.
     """
     factor, top, left, coin = rng.random(4)
-    low, high = SCALE_RANGE
+    low, high = scale_range or (1.0, 1.0)
     return Crop(
         height=size[0],
         width=size[1],
-        scale=image_scale * (low + (high - low) * float(factor) if random_scale else 1.0),
+        scale=image_scale * (low + (high - low) * float(factor)),
         top=float(top),
         left=float(left),
         mirror=random_mirror and bool(coin < 0.5),

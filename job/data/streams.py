@@ -161,7 +161,7 @@ class IterationDataset(Dataset[Batch]):
                     np.random.default_rng([seed, number, _CROP, place]),
                     data.crop_size,
                     image_scale=data.image_scale,
-                    random_scale=data.random_scale,
+                    scale_range=data.scale_range if data.random_scale else None,
                     random_mirror=data.random_mirror,
                 ),
             )

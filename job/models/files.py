@@ -10,23 +10,21 @@ import torch
 from torch import nn
 
 from job.errors import ConfigError, reason
-from job.models.generator import Generator
+from job.models.generator import Architecture, Generator
+from job.models.normalization import Normalization
 from job.storage.files import local_copy
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class ModelCard:
     """What a model is, and how an image must be prepared for it."""
 
-    backbone: str
+    architecture: Architecture
     classes: tuple[str, ...]
     ignore_index: int
     palette: tuple[tuple[int, int, int], ...]
-    mean: tuple[float, float, float]
-    """RGB, of pixels in 0..1."""
-    std: tuple[float, float, float]
     image_scale: float
     """The image is resized by this factor first; logits are taken at its original size."""
 
@@ -34,6 +32,25 @@ class ModelCard:
     def num_classes(self) -> int:
         """K."""
         return len(self.classes)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> ModelCard:
+        """Inverse of `dataclasses.asdict`.
+
+        Raises:
+            KeyError, TypeError: it is none.
+        """
+        architecture = dict(raw["architecture"])
+        normalization = dict(architecture.pop("normalization"))
+        normalization["mean"] = tuple(normalization["mean"])
+        normalization["std"] = tuple(normalization["std"])
+        return cls(
+            architecture=Architecture(**architecture, normalization=Normalization(**normalization)),
+            classes=tuple(raw["classes"]),
+            ignore_index=raw["ignore_index"],
+            palette=tuple(tuple(colour) for colour in raw["palette"]),
+            image_scale=raw["image_scale"],
+        )
 
 
 def model_file(
@@ -56,6 +73,18 @@ def model_file(
         **facts,
         "state_dict": {name: value.detach().cpu() for name, value in network.state_dict().items()},
     }
+
+
+def _from_format_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Of the versions that knew DeepLabv2 only."""
+    card = dict(content.get("card", {}))
+    normalization = {"mean": card.pop("mean", None), "std": card.pop("std", None)}
+    architecture = {
+        "backbone": card.pop("backbone", None),
+        "num_classes": len(card.get("classes", ())),
+        "normalization": normalization,
+    }
+    return content | {"format": FORMAT, "card": {**card, "architecture": architecture}}
 
 
 def load_generator(
@@ -82,16 +111,16 @@ def load_generator(
             raise ConfigError(f"--weights {path}: damaged ({reason(error)})", mend=mend) from None
     if not isinstance(content, dict) or content.get("kind") != "generator":
         raise ConfigError(f"--weights {path}: not a generator of this program", mend=mend)
+    if content.get("format") == 1:
+        content = _from_format_1(content)
     if content.get("format") != FORMAT:
         raise ConfigError(
             f"--weights {path}: has format {content.get('format')}, this version reads {FORMAT}",
             mend="use the version of s4gan that wrote it",
         )
     try:
-        raw = content.pop("card")
-        raw["palette"] = tuple(tuple(colour) for colour in raw["palette"])
-        card = ModelCard(**{**raw, "classes": tuple(raw["classes"])})
-        generator = Generator(card.backbone, card.num_classes)
+        card = ModelCard.from_dict(content.pop("card"))
+        generator = Generator(card.architecture)
         generator.load_state_dict(content.pop("state_dict"))
     except (KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(f"--weights {path}: damaged ({reason(error)})", mend=mend) from None

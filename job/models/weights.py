@@ -1,51 +1,158 @@
-"""Pretrained backbones: torchvision's ImageNet weights, or a file with torchvision's names."""
+"""Pretrained networks: ImageNet weights of torchvision and timm, or a file as users have them."""
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor
 
-from job.errors import ConfigError, reason
-from job.models.backbones import RESNETS
+from job import run
+from job.config import TIMM
+from job.errors import ConfigError, ObjectNotFound, reason
+from job.models.backbones import RESNETS, TimmBackbone
 from job.models.generator import Generator
+from job.storage import ObjectStore
 from job.storage.files import local_copy
 
+WRAPPERS = ("state_dict", "model_state_dict", "model", "generator")
+"""Where files of other programs, and our checkpoints, keep their state dict."""
+PREFIXES = ("module.", "Scale.", "model.", "encoder.", "backbone.", "body.")
+"""What they put before torchvision's names: DataParallel, DeepLab's multi-scale files, others."""
+REFERENCE_HEAD = "layer5.conv2d_list."
+"""DeepLabv2's branches in the S4GAN reference and its kin (resnet101COCO-41f33a49.pth)."""
+MAX_NAMED = 4
 
-def load_backbone_weights(generator: Generator, backbone: str, source: str) -> str:
-    """Start the backbone from `source` (the value of `model.weights`).
+Weights = dict[str, Tensor]
+
+
+def load_weights(generator: Generator, source: str, *, mirror: ObjectStore | None = None) -> str:
+    """Start the generator from `source` (the value of `model.weights`).
+
+    The backbone has to fit as a whole; the head is taken along where the file has one that fits.
+
+    Args:
+        generator: changed in place; not at all on an error.
+        source: "none", "imagenet", or the path or URI of a file.
+        mirror: a run; below `weights/` it may hold the file of "imagenet".
 
     Returns:
-        A sentence for the console.
+        For the console: what was taken from where, and what was not.
 
     Raises:
         ConfigError: no such weights, they cannot be downloaded, or they do not fit.
     """
+    backbone = generator.architecture.backbone
     if source == "none":
         return f"{backbone}: random weights"
-    state = _imagenet(backbone) if source == "imagenet" else _from_file(source)
-    own = generator.backbone.state_dict()
-    given = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
+    if source == "imagenet":
+        given, source = _imagenet(generator, mirror)
+    else:
+        given = _from_file(source)
+    return _take(generator, given, source)
+
+
+def _take(generator: Generator, given: Mapping[str, Tensor], source: str) -> str:
+    backbone = generator.architecture.backbone
+    own = _by_plain_name(generator.backbone.state_dict())
+    mine = {name: value for name, value in given.items() if name in own}
     wrong = [
         name
         for name, value in own.items()
         if not name.endswith("num_batches_tracked")
-        and (name not in given or given[name].shape != value.shape)
+        and (name not in mine or mine[name].shape != value.shape)
     ]
-    wrong += [name for name in given if name not in own]  # a deeper net holds all of a shallower
+    # A deeper net holds all of a shallower one.
+    wrong += [name for name in given if name not in own and name.startswith(_stages(own))]
     if wrong:
         raise ConfigError(
             f"model.weights {source}: does not fit {backbone}: {len(wrong)} of {len(own)} "
             f"tensors are absent, of another shape or too many (first: {wrong[0]})",
-            mend="give the state dict of a torchvision ResNet of the same depth",
+            mend="give the state dict of a torchvision ResNet of the same depth, or a "
+            "best_model.pth with this backbone",
         )
-    generator.backbone.load_state_dict(given, strict=False)
-    return f"{backbone}: {len(given)} tensors from {source}"
+    head, head_note = _head_of(generator, given)
+    names = {_plain(name): name for name in generator.backbone.state_dict()}
+    generator.backbone.load_state_dict(
+        {names[name]: value for name, value in mine.items()}, strict=False
+    )
+    if head:
+        generator.head.load_state_dict(head)
+    taken = {*mine, *(f"head.{name}" for name in head)}
+    left = sorted(set(given) - taken)
+    return "; ".join(
+        [
+            f"{backbone}: {len(mine)} tensors from {source}",
+            head_note,
+            *([f"left out of it: {_named(left)}"] if left else []),
+        ]
+    )
 
 
-def _imagenet(backbone: str) -> dict[str, Tensor]:
+def _head_of(generator: Generator, given: Mapping[str, Tensor]) -> tuple[Weights, str]:
+    """The head's tensors if all are there and fit, and what to say of it."""
+    own = generator.head.state_dict()
+    found = {
+        name.removeprefix("head."): value
+        for name, value in given.items()
+        if name.startswith("head.")
+    }
+    if not found:
+        return {}, "its head is random"
+    if found.keys() != own.keys():
+        return {}, "its head is random (that of the file is another one)"
+    if any(found[name].shape != value.shape for name, value in own.items()):
+        classes = list(found.values())[-1].shape[0]
+        return {}, (
+            f"its head is random (that of the file is for {classes} classes or other features)"
+        )
+    return found, f"and its head ({len(found)} tensors)"
+
+
+def _named(names: list[str]) -> str:
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _stages(names: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """What names of the backbone's stages begin with: "layer4."."""
+    return tuple({f"{name.partition('.')[0]}." for name in names if name.startswith("layer")})
+
+
+def _plain(name: str) -> str:
+    """A name without what programs put before torchvision's."""
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in PREFIXES:
+            if name.startswith(prefix):
+                name, stripped = name.removeprefix(prefix), True
+    if name.startswith(REFERENCE_HEAD):
+        return f"head.branches.{name.removeprefix(REFERENCE_HEAD)}"
+    return name
+
+
+def _by_plain_name(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {_plain(name): value for name, value in state.items()}
+
+
+# ---------------------------------------------------------------- ImageNet
+
+
+def _imagenet(generator: Generator, mirror: ObjectStore | None) -> tuple[Weights, str]:
+    architecture = generator.architecture
+    backbone = architecture.backbone
+    if backbone.startswith(TIMM):
+        pretrained = TimmBackbone(
+            backbone.removeprefix(TIMM), architecture.output_stride, pretrained=True
+        )
+        return _by_plain_name(pretrained.state_dict()), "timm"
     if backbone not in RESNETS:
         raise ConfigError(
             f"model.weights imagenet: there are none for the backbone {backbone}",
@@ -53,24 +160,50 @@ def _imagenet(backbone: str) -> dict[str, Tensor]:
         )
     weights = torchvision.models.get_model_weights(backbone).DEFAULT
     try:
-        state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)
+        state: Weights = weights.get_state_dict(progress=True, check_hash=True)
     # No network, a wrong hash (a login page instead of the file), a damaged file in the cache.
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        name = weights.url.rpartition("/")[2]
+        if mirror is not None:
+            key = f"{run.WEIGHTS}{name}"
+            with _mirrored(mirror, key) as path:
+                if path is not None:
+                    return _read(path, f"{mirror.uri}/{key}"), f"{mirror.uri}/{key}"
+        place = f", put the file at {mirror.uri}/{run.WEIGHTS}{name}" if mirror is not None else ""
         raise ConfigError(
             f"model.weights imagenet: torchvision could not get {weights.url} ({reason(error)})",
-            mend="connect to the network once, give a file with --set model.weights=FILE.pth, or "
-            "train from scratch with --set model.weights=none",
+            mend=f"connect to the network once{place}, give a file with "
+            "--set model.weights=FILE.pth, or train from scratch with --set model.weights=none",
         ) from None
-    return state
+    return state, "torchvision's imagenet"
 
 
-def _from_file(source: str) -> dict[str, Tensor]:
+@contextlib.contextmanager
+def _mirrored(mirror: ObjectStore, key: str) -> Iterator[Path | None]:
+    with tempfile.TemporaryDirectory(prefix="s4gan-") as scratch:
+        try:
+            path = mirror.fetch(key, Path(scratch))
+        except ObjectNotFound:
+            yield None
+            return
+        yield path
+
+
+# ---------------------------------------------------------------- a file
+
+
+def _from_file(source: str) -> Weights:
     mend = "give a file, 'imagenet' or 'none'"
     with local_copy(source, name="model.weights", mend=mend) as path:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            return {name: value.float() for name, value in state.items()}
-        except Exception as error:  # torch raises whatever its unpickler stumbles over
-            raise ConfigError(
-                f"model.weights {source}: not a state dict ({reason(error)})"
-            ) from None
+        return _read(path, source)
+
+
+def _read(path: Path, called: str) -> Weights:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        for wrapper in WRAPPERS:
+            if isinstance(content.get(wrapper), dict):
+                content = content[wrapper]
+        return {_plain(name): value.float() for name, value in content.items()}
+    except Exception as error:  # torch raises whatever its unpickler stumbles over
+        raise ConfigError(f"model.weights {called}: not a state dict ({reason(error)})") from None

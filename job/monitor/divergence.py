@@ -81,7 +81,8 @@ class Remedies:
 
     def can_halve(self, config: Config) -> bool:
         """Whether a batch of half the images, twice as often, has the same images in all."""
-        return self.applied(config).train.batch_size % 2 == 0
+        halves, rest = divmod(self.applied(config).train.batch_size, 2)
+        return rest == 0 and halves >= (2 if config.model.head == "deeplabv3plus" else 1)
 
 
 class Guard:

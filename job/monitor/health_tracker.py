@@ -67,7 +67,7 @@ class HealthTracker:
 
     def train(self, event: TrainEvent) -> None:
         """Queue a line of losses."""
-        self._queue.put({"event": "train", **asdict(event)})
+        self._queue.put({"event": "train", **event.to_dict()})
 
     def evaluation_started(self, iteration: int) -> None:
         """Nothing: the result is what counts."""

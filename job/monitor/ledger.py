@@ -79,6 +79,7 @@ _ALWAYS: Mapping[str, Mapping[str, _Kind]] = {
 _IF_THERE: Mapping[str, _Kind] = {
     "iteration": _COUNT,
     **dict.fromkeys(("loss_ce", "loss_fm", "loss_st", "loss_d", "lr_g", "lr_d"), _NUMBER),
+    "loss_mlmt": _NUMBER,
     "st_count": _NUMBER,
     "class_iou": _LIST,
     "job": _TEXT,
@@ -184,7 +185,7 @@ class Ledger:
 
     def train(self, event: TrainEvent) -> None:
         """Append a "train" line."""
-        self._append("train", asdict(event))
+        self._append("train", event.to_dict())
 
     def evaluation_started(self, iteration: int) -> None:
         """Nothing: the result is what counts."""

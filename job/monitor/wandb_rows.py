@@ -28,11 +28,12 @@ _TRAIN_CHARTS = {
     "loss_st": "Training Loss/Self-Training",
     "loss_d": "Training Loss/Discriminator",
     "loss_g": "Training Loss/Total Generator",
+    "loss_mlmt": "Training Loss/Multi-Label Mean Teacher",
     "st_count": "Self-Training/Confidence Count",
     "lr_g": "Learning Rate/Generator",
     "lr_d": "Learning Rate/Discriminator",
 }
-"""Source: the monitoring guide's names."""
+"""Source: the monitoring guide's names, but for the branch that it does not know."""
 _TARGET_CHARTS = {
     "loss_ce": "Targets/Cross Entropy",
     "loss_fm": "Targets/Feature Matching",

@@ -126,7 +126,7 @@ class WandbTracker:
 
     def train(self, event: TrainEvent) -> None:
         """Queue the guide's charts of one line of losses."""
-        line = {"event": "train", **asdict(event)}
+        line = {"event": "train", **event.to_dict()}
 
         def send(run: Any) -> None:
             self._events.append(line)

@@ -18,7 +18,6 @@ from job.data.images import Array, read_labels, read_rgb, scaled_image
 from job.heartbeat import beat
 from job.models.generator import Generator
 from job.training.confusion import ConfusionMatrix
-from job.training.step import normalized
 
 _AHEAD = 4
 """Images decoded ahead of the network."""
@@ -123,7 +122,7 @@ def predict(
     """
     beat()
     tensor = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0).to(device)
-    logits = generator(normalized(tensor))
+    logits = generator(tensor)
     if tuple(logits.shape[-2:]) != tuple(size):
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=True)
     return logits.argmax(dim=1)[0]  # type: ignore[no-any-return]

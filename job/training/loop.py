@@ -132,6 +132,8 @@ def train(state: TrainState, around: Surroundings) -> bool:
                 _raise_if_diverged(finite, state, config)
                 rate = speed.since_last(iteration)
                 event = _train_event(losses, iteration, lr_g, lr_d, rate)
+                if config.model.mlmt_threshold is not None:
+                    event = replace(event, loss_mlmt=losses.mlmt.item())
                 tracker.train(event)
                 around.guard.train(event)
             stopping = ranks.any(stop.requested)
@@ -183,7 +185,7 @@ def _evaluate_if_due(state: TrainState, around: Surroundings) -> bool:
     found = []
     for items, keep in ((around.items.train_sample, 0), (around.items.val, EXAMPLES)):
         one = evaluate(
-            state.generator,
+            state.predictor,
             ranks.mine(items),
             around.info,
             image_scale=config.data.image_scale,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from job.config import LossConfig
 from job.data.dataset import IGNORE
 
 
@@ -40,18 +41,52 @@ def gate(score_logits_N: Tensor, threshold: float) -> Tensor:
     return score_logits_N.detach().sigmoid() > threshold
 
 
-def self_training(logits_NKHW: Tensor, accepted_N: Tensor, valid_NHW: Tensor) -> Tensor:
-    """Cross-entropy of the accepted predictions with their own most likely classes.
+def gate_threshold(loss: LossConfig, iteration: int) -> float:
+    """Score that an image has to exceed in an iteration: from 1, where none does, to the final one.
 
-    Mean over the valid pixels of the accepted images; 0, with a graph, if there is none. Masked,
-    not selected: the shapes do not depend on the data, and nothing waits for the device.
-
-    Shape: logits unbounded; accepted bool (N,); valid bool, False on padding.
+    Source: the idea of a threshold that falls is the S4GAN reference's (its WRN-38 script).
     """
-    pseudo_labels = logits_NKHW.detach().argmax(dim=1)
-    losses = F.cross_entropy(logits_NKHW, pseudo_labels, reduction="none")
-    chosen = accepted_N[:, None, None] & valid_NHW
-    return torch.where(chosen, losses, 0.0).sum() / chosen.sum().clamp_min(1)
+    if loss.gate_warmup == 0:
+        return loss.threshold_st
+    done = min(1.0, max(0.0, (iteration - loss.st_start) / loss.gate_warmup))
+    return 1 - done * (1 - loss.threshold_st)
+
+
+def self_training(
+    logits_NKHW: Tensor, pseudo_labels_NHW: Tensor, accepted_NHW: Tensor, confident_NHW: Tensor
+) -> Tensor:
+    """Cross-entropy of accepted predictions with pseudo-labels.
+
+    Mean over the pixels of accepted images, of which those that are not confident count as 0; 0,
+    with a graph, if there is none. Masked, not selected: the shapes do not depend on the data, and
+    nothing waits for the device.
+
+    Shape: logits unbounded; integer labels; bool masks, of which the first is False on padding.
+    """
+    losses = F.cross_entropy(logits_NKHW, pseudo_labels_NHW, reduction="none")
+    chosen = accepted_NHW & confident_NHW
+    return torch.where(chosen, losses, 0.0).sum() / accepted_NHW.sum().clamp_min(1)
+
+
+def presence(logits_NK: Tensor, labels_NHW: Tensor) -> Tensor:
+    """Binary cross-entropy of which classes an image holds with those of its mask.
+
+    Shape: float logits; uint8 labels, classes or IGNORE. Images without a label count for nothing.
+    Source: Mittal et al. 2019, arXiv:1908.05724, the MLMT branch.
+    """
+    truth = one_hot_maps(labels_NHW, logits_NK.shape[1]).amax(dim=(2, 3))
+    known = truth.amax(dim=1, keepdim=True)
+    losses = F.binary_cross_entropy_with_logits(logits_NK, truth, reduction="none")
+    return (known * losses).mean(dim=1).sum() / known.sum().clamp_min(1)
+
+
+def presence_consistency(logits_NK: Tensor, teacher_logits_NK: Tensor, counted_N: Tensor) -> Tensor:
+    """Mean squared difference of probabilities from the teacher's, over the images that count.
+
+    Source: Tarvainen and Valpola 2017, arXiv:1703.01780; the reference takes the cosine.
+    """
+    difference = (logits_NK.sigmoid() - teacher_logits_NK.detach().sigmoid()).square().mean(dim=1)
+    return torch.where(counted_N, difference, 0.0).sum() / counted_N.sum().clamp_min(1)
 
 
 def discriminator_loss(fake_logits_N: Tensor, real_logits_N: Tensor) -> Tensor:

@@ -123,39 +123,40 @@ class RunningStatistics:
         self._counts = [
             layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None
         ]
-        self._now = [
-            value
-            for layer in layers
-            for value in (layer.running_mean, layer.running_var)
-            if value is not None
-        ]
+        self._now: list[Tensor] = []
+        self._keep: list[float] = []
+        for layer in layers:
+            for value in (layer.running_mean, layer.running_var):
+                if value is not None:
+                    self._now.append(value)
+                    self._keep.append(1.0 - (layer.momentum or 0.0))
         self._before = [value.clone() for value in self._now]
-        self._keep = 1.0 - (layers[0].momentum or 0.0) if layers else 1.0
 
     def own_part(self, updates: int) -> list[Tensor]:
         """What has to be added up over the ranks after each of them has made so many updates.
 
         `finish` then puts it in place.
         """
-        after = self._keep ** (updates * (self._ranks.world - 1 - self._ranks.rank))
-        once = self._keep**updates
-        for now, before in zip(self._now, self._before, strict=True):
-            now.sub_(once * before).mul_(after)
+        later = updates * (self._ranks.world - 1 - self._ranks.rank)
+        for now, before, keep in zip(self._now, self._before, self._keep, strict=True):
+            now.sub_(keep**updates * before).mul_(keep**later)
         return self._now
 
     def finish(self, updates: int) -> None:
         """Called with the sums in place of the parts."""
-        total = self._keep ** (updates * self._ranks.world)
-        for now, before in zip(self._now, self._before, strict=True):
-            now.add_(total * before)
+        for now, before, keep in zip(self._now, self._before, self._keep, strict=True):
+            now.add_(keep ** (updates * self._ranks.world) * before)
         for count in self._counts:
             count.add_(updates * (self._ranks.world - 1))
 
 
 def _batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
-    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert len({layer.momentum for layer in layers}) == 1
-    return layers
+    """Those that follow the batches; fixed ones are in evaluation mode."""
+    return [
+        module
+        for module in network.modules()
+        if isinstance(module, nn.BatchNorm2d) and module.training
+    ]
 
 
 @contextlib.contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-HEAD_FACTOR = 10.0
-"""The generator's head learns so much faster than its backbone. Source: DeepLabv2 and S4GAN."""
-
 
 def polynomial(base: float, iteration: int, iterations: int, power: float) -> float:
     """Learning rate of an iteration (from 1): `base` at the first, almost 0 at the last.

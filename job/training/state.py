@@ -6,6 +6,7 @@ every crop, the learning rates, what dropout draws.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +17,10 @@ from torch import nn
 from job.checkpoint.manager import BestModel
 from job.config import Config
 from job.models.discriminator import Discriminator
-from job.models.generator import Generator
-from job.models.weights import load_backbone_weights
-from job.training.schedule import HEAD_FACTOR, polynomial
+from job.models.generator import Architecture, Generator
+from job.models.weights import load_weights
+from job.storage import ObjectStore
+from job.training.schedule import polynomial
 
 ADAM_BETAS = (0.9, 0.99)
 """Of the discriminator's Adam. Source: the S4GAN reference."""
@@ -32,6 +34,8 @@ class TrainState:
     discriminator: Discriminator
     optimizer_G: torch.optim.Optimizer
     optimizer_D: torch.optim.Optimizer
+    teacher: Generator | None = None
+    """Moving average of the generator, if `train.ema_decay` asks for one; in evaluation mode."""
     iteration: int = 0
     """Updates done so far."""
     evaluated_iteration: int = 0
@@ -48,12 +52,41 @@ class TrainState:
         lr_g = polynomial(train.learning_rate, iteration, train.iterations, train.power)
         lr_d = polynomial(train.learning_rate_D, iteration, train.iterations, train.power)
         backbone, head = self.optimizer_G.param_groups
-        backbone["lr"], head["lr"] = lr_g, lr_g * HEAD_FACTOR
+        backbone["lr"], head["lr"] = lr_g, lr_g * train.head_factor
         self.optimizer_D.param_groups[0]["lr"] = lr_d
         return lr_g, lr_d
 
+    @property
+    def predictor(self) -> Generator:
+        """The network that labels, is evaluated and is saved to be used."""
+        return self.teacher or self.generator
+
+    @torch.no_grad()
+    def update_teacher(self, iteration: int, decay: float) -> None:
+        """Move the teacher towards the generator, after an iteration's update.
+
+        At first it forgets faster, so that it does not keep the random weights it began with.
+        Batch norm's running statistics are averaged like the weights.
+        Source: Tarvainen and Valpola 2017, arXiv:1703.01780, appendix B.
+        """
+        if self.teacher is None:
+            return
+        keep = min(decay, 1 - 1 / (iteration + 1))
+        pairs = zip(
+            self.teacher.state_dict().values(), self.generator.state_dict().values(), strict=True
+        )
+        averages, values = [], []
+        for average, value in pairs:
+            if average.is_floating_point():
+                averages.append(average)
+                values.append(value)
+            else:
+                average.copy_(value)  # how many batches the statistics are of
+        torch._foreach_lerp_(averages, values, 1 - keep)
+
     def state_dict(self) -> dict[str, Any]:
         """All of it, as tensors and plain values."""
+        teacher = {} if self.teacher is None else {"teacher": self.teacher.state_dict()}
         return {
             "iteration": self.iteration,
             "evaluated_iteration": self.evaluated_iteration,
@@ -63,6 +96,7 @@ class TrainState:
             "discriminator": self.discriminator.state_dict(),
             "optimizer_G": self.optimizer_G.state_dict(),
             "optimizer_D": self.optimizer_D.state_dict(),
+            **teacher,
             "run": dict(self.run_facts),
         }
 
@@ -76,10 +110,18 @@ class TrainState:
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer_G.load_state_dict(state["optimizer_G"])
         self.optimizer_D.load_state_dict(state["optimizer_D"])
+        if self.teacher is not None:
+            # A run that goes on with a teacher it did not begin with: from the generator.
+            self.teacher.load_state_dict(state.get("teacher", state["generator"]))
 
 
 def new_train_state(
-    config: Config, num_classes: int, device: torch.device, *, pretrained: bool = True
+    config: Config,
+    num_classes: int,
+    device: torch.device,
+    *,
+    pretrained: bool = True,
+    mirror: ObjectStore | None = None,
 ) -> tuple[TrainState, str]:
     """The state before the first iteration, drawn from `train.seed`.
 
@@ -88,28 +130,45 @@ def new_train_state(
         num_classes: K.
         device: where to train.
         pretrained: False leaves `model.weights` unread, for a state about to be loaded.
+        mirror: the run, which may hold the weights of `imagenet` for machines without a network.
 
     Returns:
-        The state, and a sentence on where the backbone's weights come from.
+        The state, and a sentence on where the generator's weights come from.
 
     Raises:
         ConfigError: the weights are not to be had or do not fit.
     """
     torch.manual_seed(config.train.seed)  # all devices
-    generator = Generator(config.model.backbone, num_classes)
+    generator = Generator(Architecture.of(config.model, num_classes))
     discriminator = Discriminator(num_classes, config.model.discriminator_channels)
     source = config.model.weights
-    note = ""
-    if pretrained:
-        note = load_backbone_weights(generator, config.model.backbone, source)
-    if source != "none":
-        # Scale and shift of a net from scratch are still at 1 and 0 and have to be learned.
-        generator.freeze_batch_norm_affine()
+    note = load_weights(generator, source, mirror=mirror) if pretrained else ""
+    _fix_batch_norm(generator, config)
     generator.to(device).train()
     discriminator.to(device).train()
     return TrainState(
-        generator, discriminator, _sgd(generator, config), _adam(discriminator, config)
+        generator,
+        discriminator,
+        _sgd(generator, config),
+        _adam(discriminator, config),
+        teacher=_teacher(generator) if config.train.ema_decay else None,
     ), note
+
+
+def _fix_batch_norm(generator: Generator, config: Config) -> None:
+    wish = config.model.batch_norm
+    if wish == "auto":
+        # Scale and shift of a net from scratch are still at 1 and 0 and have to be learned.
+        wish = "trained" if config.model.weights == "none" else "affine_frozen"
+    if wish == "affine_frozen":
+        generator.freeze_batch_norm_affine()
+    elif wish == "frozen":
+        generator.freeze_batch_norm()
+
+
+def _teacher(generator: Generator) -> Generator:
+    teacher = copy.deepcopy(generator).eval()
+    return teacher.requires_grad_(False)
 
 
 def _sgd(generator: Generator, config: Config) -> torch.optim.SGD:
@@ -117,7 +176,10 @@ def _sgd(generator: Generator, config: Config) -> torch.optim.SGD:
     return torch.optim.SGD(
         [
             {"params": list(generator.backbone_parameters()), "lr": train.learning_rate},
-            {"params": list(generator.head_parameters()), "lr": train.learning_rate * HEAD_FACTOR},
+            {
+                "params": list(generator.head_parameters()),
+                "lr": train.learning_rate * train.head_factor,
+            },
         ],
         momentum=train.momentum,
         weight_decay=train.weight_decay,

@@ -16,15 +16,15 @@ from torch.autograd import backward
 
 from job.config import Config
 from job.data.dataset import IGNORE
-from job.data.images import IMAGENET_MEAN, IMAGENET_STD
 from job.data.streams import Batch
 from job.models.discriminator import Discriminator, discriminator_input
 from job.training import losses
 from job.training.ranks import Ranks, RunningStatistics
 from job.training.state import TrainState
+from job.training.views import Mix, changed_colours
 
 ALONE = Ranks()
-_STEP = 4
+_STEP, _VIEW = 4, 5
 """Part of every random seed, beside those of `job.data.streams`."""
 
 
@@ -39,11 +39,13 @@ class StepLosses:
     g: Tensor
     st_count: Tensor
     """Accepted unlabeled images of the whole iteration."""
+    mlmt: Tensor
+    """Of the branch that says which classes an image holds; 0 without it."""
 
     @classmethod
     def zeros(cls, device: torch.device) -> StepLosses:
         """To add to."""
-        return cls(*(torch.zeros((), device=device) for _ in range(6)))
+        return cls(*(torch.zeros((), device=device) for _ in range(7)))
 
 
 def train_step(
@@ -66,12 +68,16 @@ def train_step(
         torch.manual_seed(_seed(config, iteration, number))
         # Supervised: its own forward and backward, so that only one graph is alive at a time
         # and batch norm sees labeled and unlabeled images apart (as in the reference).
-        logits = state.generator(normalized(part.labeled_images))
+        logits, presence = state.generator.with_presence(part.labeled_images)
         ce = losses.cross_entropy(logits, part.labeled_masks)
-        backward(share * ce)
+        mlmt = torch.zeros_like(ce)
+        if presence is not None:
+            mlmt = losses.presence(presence, part.labeled_masks)
+        backward(share * (ce + config.loss.lambda_mlmt * mlmt))
         total.ce += share * ce.detach()
+        total.mlmt += share * mlmt.detach()
         if part.unlabeled_images is not None:
-            _unlabeled_part(state, part, config, iteration, total)
+            _unlabeled_part(state, part, config, iteration, number, total)
 
     if not ranks.alone:
         updates = len(parts) * (1 if batch.unlabeled_images is None else 2)
@@ -80,28 +86,47 @@ def train_step(
     state.optimizer_G.step()
     if batch.unlabeled_images is not None:
         state.optimizer_D.step()
-    total.g = total.ce + config.loss.lambda_fm * total.fm + config.loss.lambda_st * total.st
+    state.update_teacher(iteration, config.train.ema_decay)
+    total.g = (
+        total.ce
+        + config.loss.lambda_fm * total.fm
+        + config.loss.lambda_st * total.st
+        + config.loss.lambda_mlmt * total.mlmt
+    )
     return total
 
 
 def _unlabeled_part(
-    state: TrainState, part: Batch, config: Config, iteration: int, total: StepLosses
+    state: TrainState, part: Batch, config: Config, iteration: int, number: int, total: StepLosses
 ) -> None:
-    """Feature matching, self-training and the discriminator's own loss for one batch."""
+    """Feature matching, self-training and the discriminator's own loss for one batch.
+
+    Args:
+        state: of the networks; their gradients are added to.
+        part: the batch.
+        config: of the run.
+        iteration: from 1.
+        number: of the batch within the iteration.
+        total: losses, added to.
+    """
     assert part.unlabeled_images is not None
     assert part.unlabeled_valid is not None
     assert part.real_images is not None
     assert part.real_masks is not None
     share = 1 / config.train.accumulate
     discriminator = state.discriminator
+    shown, mixed = _view(part.unlabeled_images, config, iteration, number)
 
-    logits = state.generator(normalized(part.unlabeled_images))
+    logits, presence = state.generator.with_presence(shown)
+    maps = logits.softmax(dim=1)
     # One mask for the pair: padding of the fake and void of the real are blank in both, or the
-    # discriminator would tell them apart by their holes.
-    valid = part.unlabeled_valid & (part.real_masks != IGNORE)
-    fake = discriminator_input(logits.softmax(dim=1), part.unlabeled_images.float(), valid)
+    # discriminator would tell them apart by their holes. By the boxes it may not tell them apart
+    # either, so the real ones are mixed alike.
+    real_masks = mixed(part.real_masks)
+    valid = mixed(part.unlabeled_valid) & (real_masks != IGNORE)
+    fake = discriminator_input(maps, mixed(part.unlabeled_images).float(), valid)
     real = discriminator_input(
-        losses.one_hot_maps(part.real_masks, logits.shape[1]), part.real_images.float(), valid
+        losses.one_hot_maps(real_masks, logits.shape[1]), mixed(part.real_images).float(), valid
     )
 
     # Generator: look real to the discriminator, and learn from what already does.
@@ -110,12 +135,31 @@ def _unlabeled_part(
         with torch.no_grad():
             _, real_features = discriminator(real)
         fm = losses.feature_matching(fake_features, real_features)
-        accepted = losses.gate(_score(discriminator, fake), config.loss.threshold_st)
+        mlmt = torch.zeros_like(fm)
+        if _labels_itself(config):
+            score = _score(discriminator, fake)
+            label_maps = maps.detach()
+        else:
+            unmixed, taught = _teachers(state, part.unlabeled_images)
+            unmixed_valid = part.unlabeled_valid & (part.real_masks != IGNORE)
+            score = _score(
+                discriminator,
+                discriminator_input(unmixed, part.unlabeled_images.float(), unmixed_valid),
+            )
+            label_maps = mixed(unmixed)
+            if presence is not None and taught is not None:
+                # Not of images with a box of another one: nobody knows what is left in them.
+                whole = torch.tensor(mixed.whole, device=presence.device)
+                mlmt = losses.presence_consistency(presence, taught, whole)
+        accepted = losses.gate(score, losses.gate_threshold(config.loss, iteration))
         if iteration > config.loss.st_start:
-            st = losses.self_training(logits, accepted, part.unlabeled_valid)
+            counted = mixed(accepted[:, None, None] & part.unlabeled_valid)
+            confident = label_maps.amax(dim=1) > config.loss.confidence
+            st = losses.self_training(logits, label_maps.argmax(dim=1), counted, confident)
         else:
             st = torch.zeros_like(fm)
-        backward(share * (config.loss.lambda_fm * fm + config.loss.lambda_st * st))
+        of_generator = config.loss.lambda_fm * fm + config.loss.lambda_st * st
+        backward(share * (of_generator + config.loss.lambda_mlmt * mlmt))
 
     # Discriminator: labels are real, predictions are not. `detach` keeps it from the generator.
     fake_logits, _ = discriminator(fake.detach())
@@ -126,7 +170,40 @@ def _unlabeled_part(
     total.fm += share * fm.detach()
     total.st += share * st.detach()
     total.d += share * d.detach()
+    total.mlmt += share * mlmt.detach()
     total.st_count += accepted.sum()
+
+
+def _view(images: Tensor, config: Config, iteration: int, number: int) -> tuple[Tensor, Mix]:
+    """What the generator is shown of a batch, and how everything that belongs to it is mixed."""
+    data = config.data
+    rng = np.random.default_rng([config.train.seed, _VIEW, iteration, number])
+    height, width = images.shape[-2:]
+    mixed = Mix.drawn(len(images), (height, width), data.cutmix, rng)
+    return mixed(changed_colours(images, rng) if data.strong_augment else images), mixed
+
+
+def _labels_itself(config: Config) -> bool:
+    """Whether a prediction is its own pseudo-label, as in the paper.
+
+    Not so if there is a teacher, or if the generator is shown something else than what is labeled.
+    """
+    data = config.data
+    return not (config.train.ema_decay or data.strong_augment or data.cutmix)
+
+
+def _teachers(state: TrainState, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Class maps, and logits of which classes there are, of the images as they are.
+
+    By the teacher, or the generator if there is none.
+    """
+    labeler = state.predictor
+    training = labeler.training
+    labeler.eval()
+    with torch.no_grad():
+        logits, presence = labeler.with_presence(images)
+    labeler.train(training)
+    return logits.softmax(dim=1), presence
 
 
 def _gradients(state: TrainState) -> list[Tensor]:
@@ -138,13 +215,6 @@ def _gradients(state: TrainState) -> list[Tensor]:
 def _seed(config: Config, iteration: int, part: int) -> int:
     """Of what a part of an iteration draws (dropout): the same after a resume, on any process."""
     return int(np.random.default_rng([config.train.seed, _STEP, iteration, part]).integers(2**63))
-
-
-def normalized(images: Tensor) -> Tensor:
-    """What the generator takes: uint8 RGB (N, 3, H, W) -> float32, by ImageNet's statistics."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
-    return (images.float() / 255 - mean) / std
 
 
 def _score(discriminator: Discriminator, fake: Tensor) -> Tensor:

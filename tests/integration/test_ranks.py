@@ -106,6 +106,25 @@ def test_two_are_equal_to_one(of_one: Path, of_two: Path) -> None:
     assert_close(of_one, of_two)
 
 
+def test_two_are_equal_to_one_with_a_teacher_and_mixed_views(data: Path, tmp_path: Path) -> None:
+    changes = {
+        "train__iterations": 6,
+        "train__ema_decay": 0.9,
+        "data__strong_augment": True,
+        "data__cutmix": 1.0,
+        "model__head": "deeplabv3plus",
+    }
+    states = []
+    for gpus in (1, 2):
+        folder = tmp_path / str(gpus)
+        attempt = AttemptProcess(arguments(data, folder, gpus, **changes))
+        assert attempt.finish() == 0, attempt.output
+        states.append(final_state(folder, 6))
+    for name, value in states[0]["teacher"].items():
+        other = states[1]["teacher"][name]
+        torch.testing.assert_close(value, other, rtol=TOLERANCE, atol=1e-5, msg=name)
+
+
 def test_a_resumed_run_of_two_is_the_same_to_the_bit(
     start: Any, data: Path, of_two: Path, tmp_path: Path
 ) -> None:

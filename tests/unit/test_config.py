@@ -50,6 +50,35 @@ def test_the_guide_preset_spells_out_every_default():
     assert load_config("guide") == Config()
 
 
+def test_the_papers_presets_have_the_references_effective_numbers():
+    voc, context, cityscapes = (
+        load_config(f"paper-{name}") for name in ("voc", "context", "cityscapes")
+    )
+    for config in (voc, context, cityscapes):
+        # Three updates of 2.5e-4 an iteration in the backbone, one of 2.5e-3 in the head.
+        assert config.train.learning_rate == pytest.approx(3 * 2.5e-4)
+        head = config.train.learning_rate * config.train.head_factor
+        assert head == pytest.approx(10 * 2.5e-4)
+        assert (config.train.batch_size, config.train.accumulate) == (8, 1)
+        assert (config.model.aspp_branches, config.model.stride_in) == (2, "1x1")
+        assert (config.loss.lambda_fm, config.loss.lambda_st, config.loss.st_start) == (0.1, 1, 1)
+        assert config.model.batch_norm == "affine_frozen"
+    assert [config.loss.threshold_st for config in (voc, context, cityscapes)] == [0.6, 0.6, 0.7]
+    assert [c.train.iterations for c in (voc, context, cityscapes)] == [40_000, 60_000, 40_000]
+    assert [c.train.learning_rate_D for c in (voc, context, cityscapes)] == [1e-4, 1e-4, 1e-5]
+    assert (voc.data.random_scale, voc.data.random_mirror) == (False, False)
+    assert cityscapes.data.crop_size == (256, 512)
+
+
+def test_the_modern_preset_is_still_s4gan():
+    config = load_config("modern")
+    assert config.loss.lambda_fm > 0
+    assert config.loss.threshold_st > 0
+    assert config.data.strong_augment
+    assert min(config.data.cutmix, config.train.ema_decay, config.loss.confidence) > 0
+    assert config.loss.gate_warmup > 0
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads(name):
     assert isinstance(load_config(name), Config)
@@ -105,8 +134,31 @@ def test_one_number_is_a_square_crop():
         ({"data.crop_size": [64]}, "data.crop_size"),
         ({"data.workers": -1}, "data.workers"),
         ({"data.workers": "many"}, "data.workers"),
-        ({"model.backbone": "resnet19"}, "model.backbone: input should be 'tiny', 'resnet18'"),
+        ({"model.backbone": "resnet19"}, "model.backbone: input should be tiny, resnet18"),
+        ({"model.backbone": "timm:"}, "model.backbone: input should be tiny, resnet18"),
         ({"wandb.mode": "on"}, "wandb.mode"),
+        ({"data.scale_range": [2, 1]}, "data.scale_range: the first of the two should not be larg"),
+        ({"data.scale_range": [0, 1]}, "data.scale_range"),
+        ({"model.aspp_branches": 3}, "model.aspp_branches"),
+        (
+            {"model.aspp_branches": 2, "model.head": "deeplabv3plus"},
+            "model: aspp_branches 2 is for the head deeplabv2",
+        ),
+        (
+            {"model.stride_in": "1x1", "model.backbone": "resnet18"},
+            "model: stride_in 1x1: resnet18 has no such blocks",
+        ),
+        ({"model.weights": "none", "model.batch_norm": "frozen"}, "there is nothing to keep"),
+        (
+            {"model.head": "deeplabv3plus", "train.batch_size": 1},
+            "guide: train.batch_size 1: the head deeplabv3plus needs 2 or more",
+        ),
+        ({"train.ema_decay": 1}, "train.ema_decay"),
+        (
+            {"model.mlmt_threshold": 0.2},
+            "a mean teacher needs train.ema_decay",
+        ),
+        ({"loss.confidence": 1}, "loss.confidence"),
     ],
 )
 def test_wrong_keys_and_values_are_named(overrides, message):

@@ -21,7 +21,7 @@ from job.cloud.machines import (
 )
 from job.config import config_from_yaml, load_config, preset_names
 from job.models.discriminator import Discriminator, discriminator_input
-from job.models.generator import Generator
+from job.models.generator import Architecture, Generator
 
 Stub = Callable[[str], Stubber]
 ZONE = "us-east-1a"
@@ -135,7 +135,7 @@ def test_the_guess_goes_with_the_arithmetic() -> None:
     assert hours_guessed(half, machine, 1)[0] == pytest.approx(low / 2)
     # 16 labeled and 16 unlabeled images of 321 x 321, 4.38 MFLOP a pixel and 6 % for D, 50,000
     # times, at half of 35 TFLOP/s.
-    assert low == pytest.approx(32 * 321**2 * 4.38e6 * 1.06 * 50_000 / 17.5e12 / 3600)
+    assert low == pytest.approx(32 * 321**2 * 4.380e6 * 1.06 * 50_000 / 17.5e12 / 3600)
 
 
 def test_the_table_of_costs_has_a_line_for_each_gpu_that_fits() -> None:
@@ -179,15 +179,30 @@ def test_what_does_not_fit_is_not_in_the_table_of_costs() -> None:
     ]
 
 
-@pytest.mark.parametrize("backbone", ["tiny", "resnet18", "resnet50"])
-def test_the_memory_foreseen_is_what_torch_keeps(backbone: str) -> None:
+@pytest.mark.parametrize(
+    ("backbone", "head", "stride"),
+    [
+        ("tiny", "deeplabv2", 8),
+        ("resnet18", "deeplabv2", 8),
+        ("resnet50", "deeplabv2", 16),
+        ("resnet18", "deeplabv3plus", 16),
+    ],
+)
+def test_the_memory_foreseen_is_what_torch_keeps(backbone: str, head: str, stride: int) -> None:
     """The tensors that one batch of unlabeled images keeps until the gradients are there."""
     config = config_from_yaml(
         load_config("guide").to_yaml(),
         source="x",
-        overrides={"model.backbone": backbone, "data.crop_size": 97, "train.batch_size": 2},
+        overrides={
+            "model.backbone": backbone,
+            "model.head": head,
+            "model.output_stride": stride,
+            "data.crop_size": 97,
+            "train.batch_size": 2,
+        },
     )
-    generator, discriminator = Generator(backbone, 21).train(), Discriminator(21, 64).train()
+    generator = Generator(Architecture.of(config.model, 21)).train()
+    discriminator = Discriminator(21, 64).train()
     images, valid = torch.rand(2, 3, 97, 97), torch.ones(2, 97, 97, dtype=torch.bool)
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -17,7 +17,6 @@ from PIL import Image
 from job.data.dataset import IGNORE, DatasetInfo, default_palette
 from job.data.images import (
     PADDING_RGB,
-    SCALE_RANGE,
     Array,
     Crop,
     cut_image,
@@ -382,7 +381,7 @@ def test_padding_stands_right_and_below_and_moves_with_the_mirror() -> None:
 
 
 def test_padding_is_zero_once_normalised() -> None:
-    from job.data.images import IMAGENET_MEAN, IMAGENET_STD
+    from job.models.normalization import IMAGENET_MEAN, IMAGENET_STD
 
     normalised = (np.array(PADDING_RGB) / 255 - IMAGENET_MEAN) / IMAGENET_STD
     assert np.abs(normalised).max() < 0.01
@@ -398,8 +397,11 @@ def test_masks_are_scaled_without_mixing_labels() -> None:
 # ---------------------------------------------------------------- drawing a crop
 
 
+SCALES = (0.5, 1.5)
+
+
 def draw(seed: int, **changes: object) -> Crop:
-    switches = {"image_scale": 1.0, "random_scale": True, "random_mirror": True} | changes
+    switches = {"image_scale": 1.0, "scale_range": SCALES, "random_mirror": True} | changes
     return random_crop(np.random.default_rng(seed), (32, 40), **switches)  # type: ignore[arg-type]
 
 
@@ -407,7 +409,7 @@ def draw(seed: int, **changes: object) -> Crop:
 @given(seed=st.integers(0, 2**32))
 def test_one_switch_does_not_change_what_another_draws(seed: int) -> None:
     both = draw(seed)
-    no_scale, no_mirror = draw(seed, random_scale=False), draw(seed, random_mirror=False)
+    no_scale, no_mirror = draw(seed, scale_range=None), draw(seed, random_mirror=False)
     assert {(crop.top, crop.left) for crop in (both, no_scale, no_mirror)} == {
         (both.top, both.left)
     }
@@ -419,10 +421,10 @@ def test_one_switch_does_not_change_what_another_draws(seed: int) -> None:
 
 def test_as_many_numbers_are_drawn_whatever_is_switched_on() -> None:
     following = set()
-    for scale in (False, True):
+    for scale in (None, SCALES):
         for mirror in (False, True):
             rng = np.random.default_rng(5)
-            random_crop(rng, (32, 32), image_scale=1, random_scale=scale, random_mirror=mirror)
+            random_crop(rng, (32, 32), image_scale=1, scale_range=scale, random_mirror=mirror)
             following.add(float(rng.random()))
     assert len(following) == 1
 
@@ -433,12 +435,12 @@ def test_a_drawn_crop_has_the_size_asked_for_and_a_scale_in_range(
     seed: int, image_scale: float
 ) -> None:
     crop = draw(seed, image_scale=image_scale)
-    low, high = SCALE_RANGE
+    low, high = SCALES
     assert (crop.height, crop.width) == (32, 40)
     assert low * image_scale <= crop.scale <= high * image_scale
     assert 0 <= crop.top < 1
     assert 0 <= crop.left < 1
-    assert draw(seed, image_scale=image_scale, random_scale=False).scale == image_scale
+    assert draw(seed, image_scale=image_scale, scale_range=None).scale == image_scale
 
 
 def test_about_every_second_crop_is_mirrored() -> None:

@@ -11,16 +11,14 @@ import torch
 from job.errors import ConfigError
 from job.models.discriminator import Discriminator
 from job.models.files import FORMAT, ModelCard, load_generator, model_file
-from job.models.generator import Generator
+from job.models.generator import Architecture, Generator
 
 CPU = torch.device("cpu")
 CARD = ModelCard(
-    backbone="tiny",
+    architecture=Architecture("tiny", 3),
     classes=("background", "square", "disc"),
     ignore_index=200,
     palette=((0, 0, 0), (200, 30, 30), (30, 30, 200)),
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
     image_scale=0.5,
 )
 
@@ -28,7 +26,7 @@ CARD = ModelCard(
 @pytest.fixture
 def trained() -> Generator:
     """Whose batch norm has seen something."""
-    generator = Generator("tiny", 3)
+    generator = Generator(Architecture("tiny", 3))
     for _ in range(3):
         generator(torch.randn(2, 3, 32, 32) * 2 + 1)
     return generator

@@ -6,16 +6,21 @@ import http.client
 import io
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor
 
 from job.errors import ConfigError
 from job.models.backbones import RESNETS
-from job.models.generator import Generator
-from job.models.weights import load_backbone_weights
+from job.models.discriminator import Discriminator
+from job.models.files import ModelCard, model_file
+from job.models.generator import Architecture, Generator
+from job.models.weights import load_weights
+from job.storage import LocalStore
 
 State = dict[str, Tensor]
 
@@ -35,7 +40,7 @@ def resnet18_state() -> State:
 
 @pytest.fixture
 def tiny() -> Generator:
-    return Generator("tiny", 3)
+    return Generator(Architecture("tiny", 3))
 
 
 def saved(content: object, path: Path) -> str:
@@ -61,9 +66,9 @@ def assert_arrived(generator: Generator, state: State) -> None:
 
 
 def test_all_values_of_a_torchvision_file_arrive(resnet18_state: State, tmp_path: Path) -> None:
-    generator = Generator("resnet18", 3)
+    generator = Generator(Architecture("resnet18", 3))
     head = {name: value.clone() for name, value in generator.head.state_dict().items()}
-    note = load_backbone_weights(generator, "resnet18", saved(resnet18_state, tmp_path / "w.pth"))
+    note = load_weights(generator, saved(resnet18_state, tmp_path / "w.pth"))
     assert_arrived(generator, resnet18_state)
     assert "resnet18" in note
     assert "w.pth" in note
@@ -76,7 +81,7 @@ def test_half_precision_weights_are_cast(tiny: Generator, tmp_path: Path) -> Non
         name: torch.rand(value.shape).half() if value.is_floating_point() else value
         for name, value in tiny.backbone.state_dict().items()
     }
-    load_backbone_weights(tiny, "tiny", saved(state, tmp_path / "half.pth"))
+    load_weights(tiny, saved(state, tmp_path / "half.pth"))
     assert_arrived(tiny, {name: value.float() for name, value in state.items()})
 
 
@@ -87,7 +92,7 @@ def test_files_from_before_num_batches_tracked_load(tiny: Generator, tmp_path: P
         for name, value in tiny.backbone.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-    load_backbone_weights(tiny, "tiny", saved(state, tmp_path / "old.pth"))
+    load_weights(tiny, saved(state, tmp_path / "old.pth"))
     own = tiny.backbone.state_dict()
     assert all(torch.equal(own[name], value) for name, value in state.items())
 
@@ -95,14 +100,116 @@ def test_files_from_before_num_batches_tracked_load(tiny: Generator, tmp_path: P
 def test_the_classifier_of_the_file_is_not_needed(tiny: Generator, tmp_path: Path) -> None:
     state = {name: torch.rand(v.shape) for name, v in tiny.backbone.state_dict().items()}
     state |= {"fc.weight": torch.rand(1000, 96), "fc.bias": torch.rand(1000)}
-    load_backbone_weights(tiny, "tiny", saved(state, tmp_path / "with_fc.pth"))
+    load_weights(tiny, saved(state, tmp_path / "with_fc.pth"))
     assert torch.equal(tiny.backbone.conv1.weight, state["conv1.weight"])
 
 
 def test_none_leaves_the_random_weights(tiny: Generator) -> None:
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
-    assert "random" in load_backbone_weights(tiny, "tiny", "none")
+    assert "random" in load_weights(tiny, "none")
     assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
+
+
+# ---------------------------------------------------------------- files as users have them
+
+
+def random_state(generator: Generator) -> State:
+    return {
+        name: torch.rand(value.shape)
+        for name, value in generator.backbone.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "Scale.", "module.backbone.", "encoder."])
+def test_names_and_wrappings_of_other_programs_are_known(
+    tiny: Generator, tmp_path: Path, wrapper: str, prefix: str
+) -> None:
+    state = random_state(tiny)
+    content = {"epoch": 3, wrapper: {f"{prefix}{name}": v for name, v in state.items()}}
+    load_weights(tiny, saved(content, tmp_path / "w.pth"))
+    assert_arrived_but_counts(tiny, state)
+
+
+def assert_arrived_but_counts(generator: Generator, state: State) -> None:
+    own = generator.backbone.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in state.items())
+
+
+def reference_file(generator: Generator, classes: int) -> State:
+    """As resnet101COCO-41f33a49.pth is: DeepLabv2's head under the reference's names."""
+    state = random_state(generator)
+    channels = generator.backbone.out_channels
+    for index in range(4):
+        state[f"layer5.conv2d_list.{index}.weight"] = torch.rand(classes, channels, 3, 3)
+        state[f"layer5.conv2d_list.{index}.bias"] = torch.rand(classes)
+    return state
+
+
+def test_a_coco_file_brings_its_head_along(tmp_path: Path) -> None:
+    generator = Generator(Architecture("tiny", 21))
+    state = reference_file(generator, 21)
+    note = load_weights(generator, saved(state, tmp_path / "coco.pth"))
+    assert "and its head (8 tensors)" in note
+    assert "left out" not in note
+    for index, branch in enumerate(generator.head.branches):
+        assert torch.equal(branch.weight, state[f"layer5.conv2d_list.{index}.weight"])
+        assert torch.equal(branch.bias, state[f"layer5.conv2d_list.{index}.bias"])
+
+
+def test_a_head_for_other_classes_stays_behind_and_is_named(tmp_path: Path) -> None:
+    generator = Generator(Architecture("tiny", 3))
+    before = {name: value.clone() for name, value in generator.head.state_dict().items()}
+    state = reference_file(generator, 21)
+    note = load_weights(generator, saved(state, tmp_path / "coco.pth"))
+    assert "its head is random (that of the file is for 21 classes" in note
+    assert "left out of it: head.branches.0.bias, head.branches.0.weight" in note
+    assert "and 4 more" in note
+    assert all(torch.equal(v, before[name]) for name, v in generator.head.state_dict().items())
+    assert_arrived_but_counts(
+        generator, {name: v for name, v in state.items() if not name.startswith("layer5")}
+    )
+
+
+def test_a_head_of_another_kind_stays_behind(tmp_path: Path) -> None:
+    generator = Generator(Architecture("tiny", 21, head="deeplabv3plus"))
+    state = reference_file(generator, 21)
+    note = load_weights(generator, saved(state, tmp_path / "coco.pth"))
+    assert "that of the file is another one" in note
+
+
+@pytest.mark.parametrize("head", ["deeplabv2", "deeplabv3plus"])
+def test_a_best_model_is_a_start_for_another_run(head: Any, tmp_path: Path) -> None:
+    architecture = Architecture("tiny", 3, head=head)
+    trained, generator = Generator(architecture), Generator(architecture)
+    card = ModelCard(architecture, ("a", "b", "c"), 255, ((0, 0, 0),) * 3, 1.0)
+    content = model_file(trained, card, kind="generator", iteration=5)
+    note = load_weights(generator, saved(content, tmp_path / "best_model.pth"))
+    assert "and its head" in note
+    wanted = trained.state_dict()
+    assert all(torch.equal(v, wanted[name]) for name, v in generator.state_dict().items())
+
+
+def test_a_checkpoint_is_a_start_for_another_run(tiny: Generator, tmp_path: Path) -> None:
+    trained = Generator(Architecture("tiny", 3))
+    content = {"iteration": 5, "generator": trained.state_dict()}
+    load_weights(tiny, saved(content, tmp_path / "checkpoint_5.pth"))
+    wanted = trained.state_dict()
+    assert all(torch.equal(v, wanted[name]) for name, v in tiny.state_dict().items())
+
+
+def test_a_discriminator_is_no_start(tiny: Generator, tmp_path: Path) -> None:
+    card = ModelCard(Architecture("tiny", 3), ("a", "b", "c"), 255, ((0, 0, 0),) * 3, 1.0)
+    content = model_file(Discriminator(3, 8), card, kind="discriminator", iteration=5)
+    with pytest.raises(ConfigError, match="does not fit tiny"):
+        load_weights(tiny, saved(content, tmp_path / "best_model_D.pth"))
+
+
+def test_what_is_left_of_a_file_is_named(tiny: Generator, tmp_path: Path) -> None:
+    state = random_state(tiny) | {"fc.weight": torch.rand(1000, 96), "fc.bias": torch.rand(1000)}
+    note = load_weights(tiny, saved(state, tmp_path / "w.pth"))
+    assert note.endswith("its head is random; left out of it: fc.bias, fc.weight")
 
 
 # ---------------------------------------------------------------------------- what is refused
@@ -110,13 +217,13 @@ def test_none_leaves_the_random_weights(tiny: Generator) -> None:
 
 def test_a_missing_file_is_named(tiny: Generator, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.pth: no such file") as caught:
-        load_backbone_weights(tiny, "tiny", str(tmp_path / "nowhere.pth"))
+        load_weights(tiny, str(tmp_path / "nowhere.pth"))
     assert "'imagenet' or 'none'" in caught.value.mend
 
 
 def test_a_folder_is_no_file(tiny: Generator, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
-        load_backbone_weights(tiny, "tiny", str(tmp_path))
+        load_weights(tiny, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -124,10 +231,10 @@ def test_a_folder_is_no_file(tiny: Generator, tmp_path: Path) -> None:
 )
 def test_weights_of_another_depth_are_refused(given: str, backbone: str, tmp_path: Path) -> None:
     with torch.device("meta"):
-        generator = Generator(backbone, 3)
+        generator = Generator(Architecture(backbone, 3))
     source = saved(shapes_of(given), tmp_path / f"{given}.pth")
     with pytest.raises(ConfigError, match=f"does not fit {backbone}") as caught:
-        load_backbone_weights(generator, backbone, source)
+        load_weights(generator, source)
     assert "same depth" in caught.value.mend
     assert "first: layer" in caught.value.message
 
@@ -137,10 +244,10 @@ def test_weights_of_another_depth_are_refused(given: str, backbone: str, tmp_pat
 )
 def test_weights_of_a_deeper_net_are_refused(given: str, backbone: str, tmp_path: Path) -> None:
     with torch.device("meta"):
-        generator = Generator(backbone, 3)
+        generator = Generator(Architecture(backbone, 3))
     source = saved(shapes_of(given), tmp_path / f"{given}.pth")
     with pytest.raises(ConfigError, match=f"does not fit {backbone}"):
-        load_backbone_weights(generator, backbone, source)
+        load_weights(generator, source)
 
 
 def test_a_refused_file_changes_no_weight(tiny: Generator, tmp_path: Path) -> None:
@@ -148,7 +255,7 @@ def test_a_refused_file_changes_no_weight(tiny: Generator, tmp_path: Path) -> No
     del state["layer4.0.conv2.weight"]
     before = tiny.backbone.conv1.weight.clone()
     with pytest.raises(ConfigError, match=r"1 of \d+ tensors .*layer4\.0\.conv2\.weight"):
-        load_backbone_weights(tiny, "tiny", saved(state, tmp_path / "partial.pth"))
+        load_weights(tiny, saved(state, tmp_path / "partial.pth"))
     assert torch.equal(tiny.backbone.conv1.weight, before)
 
 
@@ -157,20 +264,19 @@ def test_a_refused_file_changes_no_weight(tiny: Generator, tmp_path: Path) -> No
     [
         pytest.param([1, 2], id="list"),
         pytest.param(torch.zeros(3), id="tensor"),
-        pytest.param({"epoch": 3, "state_dict": {}}, id="checkpoint"),
-        pytest.param({"state_dict": {"conv1.weight": torch.zeros(1)}}, id="nested"),
+        pytest.param({"epoch": 3}, id="checkpoint without weights"),
     ],
 )
 def test_a_file_of_something_else_is_refused(
     tiny: Generator, tmp_path: Path, content: object
 ) -> None:
     with pytest.raises(ConfigError, match="not a state dict"):
-        load_backbone_weights(tiny, "tiny", saved(content, tmp_path / "other.pth"))
+        load_weights(tiny, saved(content, tmp_path / "other.pth"))
 
 
 def test_a_file_that_would_run_code_is_refused(tiny: Generator, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a state dict"):
-        load_backbone_weights(tiny, "tiny", saved({"path": tmp_path}, tmp_path / "code.pth"))
+        load_weights(tiny, saved({"path": tmp_path}, tmp_path / "code.pth"))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +295,7 @@ def test_a_file_that_torch_did_not_write_is_refused(
     path = tmp_path / "other.pth"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="not a state dict"):
-        load_backbone_weights(tiny, "tiny", str(path))
+        load_weights(tiny, str(path))
 
 
 def test_a_truncated_file_is_refused(tiny: Generator, tmp_path: Path) -> None:
@@ -197,12 +303,12 @@ def test_a_truncated_file_is_refused(tiny: Generator, tmp_path: Path) -> None:
     torch.save(tiny.backbone.state_dict(), path)
     path.write_bytes(path.read_bytes()[:100_000])
     with pytest.raises(ConfigError, match="not a state dict"):
-        load_backbone_weights(tiny, "tiny", str(path))
+        load_weights(tiny, str(path))
 
 
 def test_a_state_dict_with_numbered_names_is_refused(tiny: Generator, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
-        load_backbone_weights(tiny, "tiny", saved({0: torch.zeros(1)}, tmp_path / "numbers.pth"))
+        load_weights(tiny, saved({0: torch.zeros(1)}, tmp_path / "numbers.pth"))
 
 
 # ---------------------------------------------------------------------------- imagenet
@@ -223,14 +329,14 @@ def cached_name(backbone: str) -> str:
 
 def test_there_is_no_imagenet_for_the_tiny_backbone(tiny: Generator) -> None:
     with pytest.raises(ConfigError, match="none for the backbone tiny") as caught:
-        load_backbone_weights(tiny, "tiny", "imagenet")
+        load_weights(tiny, "imagenet")
     assert "model.weights=none" in caught.value.mend
 
 
 def test_imagenet_comes_from_torchvisions_cache(resnet18_state: State, torch_home: Path) -> None:
     torch.save(resnet18_state, torch_home / cached_name("resnet18"))
-    generator = Generator("resnet18", 3)
-    assert "imagenet" in load_backbone_weights(generator, "resnet18", "imagenet")
+    generator = Generator(Architecture("resnet18", 3))
+    assert "imagenet" in load_weights(generator, "imagenet")
     assert_arrived(generator, resnet18_state)
 
 
@@ -242,9 +348,9 @@ def test_without_a_network_imagenet_names_three_mends(
 
     monkeypatch.setattr("torch.hub.urlopen", no_network)
     with torch.device("meta"):
-        generator = Generator("resnet18", 3)
+        generator = Generator(Architecture("resnet18", 3))
     with pytest.raises(ConfigError, match="no route to host") as caught:
-        load_backbone_weights(generator, "resnet18", "imagenet")
+        load_weights(generator, "imagenet")
     assert cached_name("resnet18") in caught.value.message
     for way in ("connect", "model.weights=FILE", "model.weights=none"):
         assert way in caught.value.mend
@@ -262,15 +368,57 @@ def test_a_download_that_is_not_the_file_is_a_configuration_error(
 ) -> None:
     monkeypatch.setattr("torch.hub.urlopen", lambda *_a, **_o: LoginPage(b"<html>log in</html>"))
     with torch.device("meta"):
-        generator = Generator("resnet18", 3)
+        generator = Generator(Architecture("resnet18", 3))
     with pytest.raises(ConfigError):
-        load_backbone_weights(generator, "resnet18", "imagenet")
+        load_weights(generator, "imagenet")
     assert list(torch_home.iterdir()) == []
 
 
 def test_a_damaged_cached_file_is_a_configuration_error(torch_home: Path) -> None:
     (torch_home / cached_name("resnet18")).write_bytes(b"<html>log in</html>")
     with torch.device("meta"):
-        generator = Generator("resnet18", 3)
+        generator = Generator(Architecture("resnet18", 3))
     with pytest.raises(ConfigError):
-        load_backbone_weights(generator, "resnet18", "imagenet")
+        load_weights(generator, "imagenet")
+
+
+def test_without_a_network_imagenet_may_lie_in_the_run(
+    resnet18_state: State, torch_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_args: object, **_options: object) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    generator = Generator(Architecture("resnet18", 3))
+    run = LocalStore(tmp_path / "run")
+    with pytest.raises(ConfigError) as caught:
+        load_weights(generator, "imagenet", mirror=run)
+    place = f"{tmp_path}/run/weights/{cached_name('resnet18')}"
+    assert place in caught.value.mend
+    Path(place).parent.mkdir(parents=True)
+    torch.save(resnet18_state, place)
+    assert place in load_weights(generator, "imagenet", mirror=run)
+    assert_arrived(generator, resnet18_state)
+
+
+def test_weights_of_timms_networks_have_timms_names(tmp_path: Path) -> None:
+    generator = Generator(Architecture("timm:resnet26d", 3))
+    other = timm.create_model("resnet26d")
+    note = load_weights(generator, saved(other.state_dict(), tmp_path / "w.pth"))
+    assert "left out of it: fc.bias, fc.weight" in note
+    wanted = other.state_dict()
+    own = generator.backbone.body.state_dict()
+    assert own
+    assert all(torch.equal(value, wanted[name]) for name, value in own.items())
+
+
+def test_timm_without_a_network_is_a_configuration_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    generator = Generator(Architecture("timm:resnet26d", 3))
+    with pytest.raises(ConfigError, match="timm could not get those of resnet26d") as caught:
+        load_weights(generator, "imagenet")
+    assert "model.weights=FILE" in caught.value.mend

@@ -16,10 +16,10 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from job.data.dataset import Dataset, Item
-from job.data.images import IMAGENET_MEAN, IMAGENET_STD, read_rgb, scaled_image
+from job.data.images import read_rgb, scaled_image
 from job.data.scan import scan_dataset
 from job.errors import DataError
-from job.models.generator import Generator
+from job.models.generator import Architecture, Generator
 from job.training.evaluation import evaluate, load_ahead, predict
 from tests.conftest import MakeData
 from tests.unit.training.tiny import CPU
@@ -28,12 +28,12 @@ from tests.unit.training.tiny import CPU
 @pytest.fixture
 def generator() -> Generator:
     """With a batch norm that has seen something, and a head that has an opinion."""
-    network = Generator("tiny", 3)
+    network = Generator(Architecture("tiny", 3))
     with torch.no_grad():
         for branch in network.head.branches:
             branch.weight.mul_(20)
         for _ in range(3):
-            network(torch.randn(4, 3, 32, 32) * 2)
+            network((torch.randn(4, 3, 32, 32) * 0.5 + 0.45) * 255)
     return network
 
 
@@ -53,7 +53,7 @@ def slow_counts(
         picture, mask = Image.open(item.image), np.asarray(Image.open(item.mask))
         size = (round(picture.width * image_scale), round(picture.height * image_scale))
         picture = picture.resize(size, Image.Resampling.BILINEAR)
-        tensor = TF.normalize(TF.to_tensor(picture), IMAGENET_MEAN, IMAGENET_STD)
+        tensor = TF.pil_to_tensor(picture).float()
         with torch.no_grad():
             logits = generator(tensor[None])
             full = F.interpolate(logits, mask.shape, mode="bilinear", align_corners=True)
@@ -183,7 +183,7 @@ def test_predict_interpolates_logits_not_classes(generator: Generator) -> None:
     generator.eval()
     image = np.random.default_rng(0).integers(0, 256, (33, 41, 3)).astype(np.uint8)
     prediction = predict(generator, image, (66, 90), CPU)
-    tensor = TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)[None]
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     with torch.no_grad():
         full = F.interpolate(generator(tensor), (66, 90), mode="bilinear", align_corners=True)
     assert prediction.shape == (66, 90)

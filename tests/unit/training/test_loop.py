@@ -24,13 +24,13 @@ from job.checkpoint.manager import BestModel, CheckpointManager
 from job.checkpoint.publisher import Publisher
 from job.config import Config
 from job.data.dataset import DatasetInfo, Item
-from job.data.images import IMAGENET_MEAN, IMAGENET_STD
 from job.data.scan import scan_dataset
 from job.data.splits import SplitItems, items_of, make_splits
 from job.data.streams import Batch
 from job.errors import DataError, Diverged, Fenced
 from job.events import EvalEvent, Notice, TrainEvent
 from job.models.files import ModelCard, load_generator, model_file
+from job.models.generator import Architecture
 from job.preemption import StopRequest
 from job.storage import LocalStore
 from job.training.confusion import ConfusionMatrix
@@ -190,12 +190,10 @@ class Run:
 
     def best_writer(self, checkpoints: Publisher) -> Callable[[TrainState, float], BestModel]:
         card = ModelCard(
-            backbone="tiny",
+            architecture=Architecture("tiny", self.info.num_classes),
             classes=self.info.classes,
             ignore_index=self.info.ignore_index,
             palette=self.info.palette,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
             image_scale=1.0,
         )
 
@@ -524,14 +522,29 @@ def test_an_attempt_goes_on_after_the_last_saved_iteration(make_run: MakeRun) ->
     assert attempt.heard.iterations("step_done") == [4, 5]
 
 
-@pytest.mark.parametrize("stops", [(1,), (2,), (3, 4), (1, 2, 3, 4, 5)])
-def test_stops_change_nothing(make_run: MakeRun, stops: tuple[int, ...]) -> None:
+MODERN = {
+    "data__strong_augment": True,
+    "data__cutmix": 0.5,
+    "train__ema_decay": 0.9,
+    "loss__gate_warmup": 3,
+    "model__head": "deeplabv3plus",
+}
+
+
+@pytest.mark.parametrize(
+    ("stops", "more"),
+    [((1,), {}), ((2,), {}), ((3, 4), {}), ((1, 2, 3, 4, 5), {}), ((1, 2, 4), MODERN)],
+)
+def test_stops_change_nothing(
+    make_run: MakeRun, stops: tuple[int, ...], more: dict[str, Any]
+) -> None:
     changes: dict[str, Any] = {
         "train__eval_every": 2,
         "data__random_scale": True,
         "data__random_mirror": True,
         "loss__threshold_st": 0.49,
         "loss__st_start": 2,
+        **more,
     }
     straight = make_run("straight", **changes)()
     the_run = make_run("stopped", **changes)
@@ -546,7 +559,7 @@ def test_stops_change_nothing(make_run: MakeRun, stops: tuple[int, ...]) -> None
 
     assert losses_of(heard) == losses_of(straight.heard)
     assert heard.of("evaluation") == straight.heard.of("evaluation")
-    for name in ("generator", "discriminator"):
+    for name in ("generator", "discriminator", "predictor"):
         wanted = getattr(straight.state, name).state_dict()
         for key, value in getattr(attempt.state, name).state_dict().items():
             assert torch.equal(value, wanted[key]), key

@@ -9,14 +9,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from job.config import LossConfig
 from job.data.images import IGNORE
 from job.training.losses import (
     cross_entropy,
     discriminator_loss,
     feature_matching,
     gate,
+    gate_threshold,
     one_hot_maps,
+    presence,
     self_training,
 )
 
@@ -146,9 +150,19 @@ def test_the_gate_is_outside_the_graph() -> None:
 # ---------------------------------------------------------------------------- self-training
 
 
+def self_trained(logits: Tensor, accepted: Tensor, valid: Tensor) -> Tensor:
+    """With the own most likely class, and confidence in all."""
+    return self_training(
+        logits,
+        logits.detach().argmax(dim=1),
+        accepted[:, None, None] & valid,
+        torch.ones_like(valid),
+    )
+
+
 def test_self_training_is_the_cross_entropy_with_the_own_most_likely_class() -> None:
     logits = logits_of((2.0, 0.0), (0.0, 1.0))
-    loss = self_training(logits, torch.tensor([True]), torch.ones(1, 1, 2, dtype=torch.bool))
+    loss = self_trained(logits, torch.tensor([True]), torch.ones(1, 1, 2, dtype=torch.bool))
     wanted = (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1))) / 2
     assert loss.item() == pytest.approx(wanted)
 
@@ -157,7 +171,7 @@ def test_self_training_leaves_out_padding_and_refused_images() -> None:
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     valid = torch.ones(2, 4, 4, dtype=torch.bool)
     valid[0, :, 2:] = False
-    loss = self_training(logits, torch.tensor([True, False]), valid)
+    loss = self_trained(logits, torch.tensor([True, False]), valid)
     loss.backward()
     kept = logits[0, :, :, :2]
     wanted = F.cross_entropy(kept[None], kept[None].argmax(dim=1))
@@ -170,7 +184,7 @@ def test_self_training_leaves_out_padding_and_refused_images() -> None:
 @pytest.mark.parametrize("why", ["none accepted", "none valid"])
 def test_self_training_on_nothing_is_0_with_zero_gradient(why: str) -> None:
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
-    loss = self_training(
+    loss = self_trained(
         logits,
         torch.full((2,), why != "none accepted"),
         torch.full((2, 4, 4), why != "none valid"),
@@ -187,7 +201,7 @@ def test_masking_equals_selecting(seed: int, count: int) -> None:
     logits = torch.randn(count, 4, 5, 6, generator=generator, requires_grad=True)
     accepted = torch.rand(count, generator=generator) < 0.5
     valid = torch.rand(count, 5, 6, generator=generator) < 0.8
-    masked = self_training(logits, accepted, valid)
+    masked = self_trained(logits, accepted, valid)
     masked_gradient = torch.autograd.grad(masked, logits)[0]
 
     # As the reference does: pick images, then pixels; nothing picked gives no loss at all.
@@ -204,10 +218,59 @@ def test_masking_equals_selecting(seed: int, count: int) -> None:
 def test_self_training_makes_the_prediction_more_certain() -> None:
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     valid = torch.ones(1, 4, 4, dtype=torch.bool)
-    self_training(logits, torch.tensor([True]), valid).backward()
+    self_trained(logits, torch.tensor([True]), valid).backward()
     before = logits.detach()
     after = before - logits.grad
     assert (after.softmax(1).amax(1) > before.softmax(1).amax(1)).all()
+
+
+def test_pixels_that_are_not_confident_count_as_0() -> None:
+    logits = logits_of((2.0, 0.0), (0.0, 1.0))
+    everything = torch.ones(1, 1, 2, dtype=torch.bool)
+    confident = torch.tensor([[[True, False]]])
+    loss = self_training(logits, torch.tensor([[[0, 1]]]), everything, confident)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-2)) / 2)
+    loss.backward()
+    assert not logits.grad[..., 1].any()
+
+
+def test_labels_may_come_from_somebody_else() -> None:
+    logits = logits_of((2.0, 0.0), (0.0, 1.0))
+    everything = torch.ones(1, 1, 2, dtype=torch.bool)
+    loss = self_training(logits, torch.tensor([[[1, 1]]]), everything, everything)
+    wanted = (math.log1p(math.exp(2)) + math.log1p(math.exp(-1))) / 2
+    assert loss.item() == pytest.approx(wanted)
+
+
+def test_the_threshold_comes_down_to_its_place() -> None:
+    loss = LossConfig(threshold_st=0.2, st_start=100, gate_warmup=400)
+    found = [gate_threshold(loss, iteration) for iteration in (1, 100, 200, 500, 501, 10**6)]
+    assert found == pytest.approx([1, 1, 0.8, 0.2, 0.2, 0.2])
+
+
+def test_without_a_warmup_the_threshold_stays() -> None:
+    loss = LossConfig(threshold_st=0.6, st_start=100)
+    assert {gate_threshold(loss, iteration) for iteration in (1, 100, 101, 10**6)} == {0.6}
+
+
+# ---------------------------------------------------------- which classes an image holds
+
+
+def test_presence_is_the_cross_entropy_with_the_classes_of_the_mask() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.0]])
+    loss = presence(logits, labels(0, 0, IGNORE, 2))
+    wanted = (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)) + math.log(2)) / 3
+    assert loss.item() == pytest.approx(wanted)
+
+
+def test_an_image_without_a_label_says_nothing_of_what_it_holds() -> None:
+    logits = torch.randn(2, 3, requires_grad=True)
+    masks = torch.cat([labels(0, 1), labels(IGNORE, IGNORE)])
+    loss = presence(logits, masks)
+    loss.backward()
+    assert loss.item() == pytest.approx(presence(logits[:1], masks[:1]).item())
+    assert not logits.grad[1].any()
+    assert presence(logits, torch.full_like(masks, IGNORE)).item() == 0
 
 
 # ---------------------------------------------------------------------------- discriminator

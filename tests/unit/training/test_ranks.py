@@ -12,7 +12,10 @@ from job.training.ranks import Ranks, RunningStatistics, _together
 
 def network() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)
+        nn.Conv2d(3, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 2, 1),
+        nn.BatchNorm2d(2, momentum=0.01),
     )
 
 
@@ -45,6 +48,18 @@ def test_running_statistics_are_those_of_one_process(world: int, each: int) -> N
     for one in ranks:
         for name, value in alone.state_dict().items():
             torch.testing.assert_close(one.state_dict()[name], value, rtol=1e-12, atol=1e-12)
+
+
+def test_running_statistics_that_are_fixed_stay_as_they_are() -> None:
+    one = network()
+    one[1].eval()
+    before = {name: value.clone() for name, value in one[1].state_dict().items()}
+    statistics = RunningStatistics(one, Ranks(0, 2))
+    one(torch.randn(2, 3, 5, 5))
+    assert len(statistics.own_part(1)) == 2
+    statistics.finish(1)
+    for name, value in one[1].state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_alone_everything_is_as_it_was() -> None:

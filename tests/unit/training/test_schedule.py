@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.training.schedule import HEAD_FACTOR, polynomial
+from job.config import Config
+from job.training.schedule import polynomial
 
 
 def test_the_first_iteration_has_the_base_rate() -> None:
@@ -48,4 +49,4 @@ def test_base_0_stays_0() -> None:
 
 
 def test_the_head_learns_ten_times_faster() -> None:
-    assert HEAD_FACTOR == 10
+    assert Config().train.head_factor == 10

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from job.checkpoint.manager import BestModel
 from job.errors import ConfigError
-from job.models.generator import Generator
-from job.training.schedule import HEAD_FACTOR
+from job.models.generator import Architecture, Generator
 from job.training.state import TrainState, new_train_state
 from job.training.step import StepLosses, train_step
 from tests.unit.training.tiny import CLASSES, CPU, new_state, random_batch, tiny_config
@@ -68,6 +67,48 @@ def test_everything_comes_back_from_a_file(tmp_path: Path) -> None:
     assert other.unreadable == {"a.png", "b.png"}
     other.run_facts = state.run_facts
     assert same(other.state_dict(), state.state_dict())
+
+
+def test_a_teacher_comes_back_from_a_file(tmp_path: Path) -> None:
+    state = trained_state(train__ema_decay=0.9)
+    assert not same(state.teacher.state_dict(), state.generator.state_dict())
+    other = new_state(tiny_config(train__ema_decay=0.9, train__seed=5))
+    other.load_state_dict(through_a_file(state, tmp_path))
+    assert same(other.state_dict(), state.state_dict())
+    assert other.predictor is other.teacher
+    assert not any(p.requires_grad for p in other.teacher.parameters())
+
+
+def test_a_teacher_that_a_run_did_not_begin_with_starts_as_its_generator(tmp_path: Path) -> None:
+    state = trained_state()
+    other = new_state(tiny_config(train__ema_decay=0.9))
+    other.load_state_dict(through_a_file(state, tmp_path))
+    assert same(other.teacher.state_dict(), state.generator.state_dict())
+
+
+def test_without_a_teacher_the_generator_is_what_is_used() -> None:
+    state = new_state(tiny_config())
+    assert state.predictor is state.generator
+    assert "teacher" not in state.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("wish", "scale_learns", "statistics_move"),
+    [("trained", True, True), ("affine_frozen", False, True), ("frozen", False, False)],
+)
+def test_batch_norm_is_as_configured(
+    wish: str, scale_learns: bool, statistics_move: bool, tmp_path: Path
+) -> None:
+    weights = tmp_path / "w.pth"
+    torch.save(Generator(Architecture("tiny", CLASSES)).backbone.state_dict(), weights)
+    config = tiny_config(model__weights=str(weights), model__batch_norm=wish)
+    state = new_state(config)
+    norm = state.generator.backbone.bn1
+    scale, mean = norm.weight.clone(), norm.running_mean.clone()
+    state.set_learning_rates(1, config)
+    train_step(state, random_batch(config), config, 1)
+    assert (not torch.equal(norm.weight, scale)) == scale_learns
+    assert (not torch.equal(norm.running_mean, mean)) == statistics_move
 
 
 def test_a_state_without_a_best_model_comes_back_without(tmp_path: Path) -> None:
@@ -185,7 +226,7 @@ def test_the_largest_seed_works() -> None:
 
 def backbone_file(folder: Path) -> str:
     """Weights to begin with, unlike any seed's."""
-    state = Generator("tiny", CLASSES).backbone.state_dict()
+    state = Generator(Architecture("tiny", CLASSES)).backbone.state_dict()
     path = folder / "backbone.pth"
     torch.save({name: torch.full_like(value, 0.5) for name, value in state.items()}, path)
     return str(path)
@@ -266,7 +307,7 @@ def test_the_optimizers_are_set_as_configured() -> None:
     state = new_state(config)
     backbone, head = state.optimizer_G.param_groups
     assert isinstance(state.optimizer_G, torch.optim.SGD)
-    assert (backbone["lr"], head["lr"]) == (0.02, 0.02 * HEAD_FACTOR)
+    assert (backbone["lr"], head["lr"]) == (0.02, 0.02 * 10)
     for group in (backbone, head):
         assert (group["momentum"], group["weight_decay"]) == (0.8, 0.01)
         assert not group["nesterov"]
@@ -284,5 +325,5 @@ def test_learning_rates_of_an_iteration_depend_on_nothing_else() -> None:
     assert lr_d == pytest.approx(1e-3 / 2)
     backbone, head = state.optimizer_G.param_groups
     assert {id(p) for p in head["params"]} == {id(p) for p in state.generator.head.parameters()}
-    assert (backbone["lr"], head["lr"]) == (lr_g, HEAD_FACTOR * lr_g)
+    assert (backbone["lr"], head["lr"]) == (lr_g, 10 * lr_g)
     assert state.optimizer_D.param_groups[0]["lr"] == lr_d

@@ -16,12 +16,13 @@ import torchvision.transforms.functional as TF
 from torch import Tensor, nn
 
 from job.config import Config
-from job.data.images import IGNORE, IMAGENET_MEAN, IMAGENET_STD, PADDING_RGB
+from job.data.images import IGNORE
 from job.data.streams import Batch
 from job.models.discriminator import Discriminator, discriminator_input
+from job.models.normalization import IMAGENET_MEAN, IMAGENET_STD
 from job.training.losses import one_hot_maps
 from job.training.state import TrainState
-from job.training.step import StepLosses, normalized, train_step
+from job.training.step import StepLosses, _view, train_step
 from tests.unit.training.tiny import CLASSES, SIZE, new_state, random_batch, tiny_config
 
 Gradients = dict[str, Tensor]
@@ -93,9 +94,11 @@ def slow_step(
     sums = dict.fromkeys(("ce", "fm", "st", "d", "st_count"), 0.0)
     parts = config.train.accumulate
 
-    def prepared(images: Tensor) -> Tensor:
+    def predicted(images: Tensor) -> Tensor:
         floats = images.float() / 255
-        return torch.stack([TF.normalize(x, IMAGENET_MEAN, IMAGENET_STD) for x in floats])
+        seen = torch.stack([TF.normalize(x, IMAGENET_MEAN, IMAGENET_STD) for x in floats])
+        logits = generator.head(*generator.backbone(seen))
+        return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=True)
 
     def seen(maps: Tensor, images: Tensor, valid: Tensor) -> Tensor:
         rows = []
@@ -107,16 +110,14 @@ def slow_step(
     for index in range(parts):
         part = slice(index * config.train.batch_size, (index + 1) * config.train.batch_size)
         truth = batch.labeled_masks[part].long()
-        ce = F.cross_entropy(
-            generator(prepared(batch.labeled_images[part])), truth, ignore_index=IGNORE
-        )
+        ce = F.cross_entropy(predicted(batch.labeled_images[part]), truth, ignore_index=IGNORE)
         assert batch.unlabeled_images is not None
         assert batch.unlabeled_valid is not None
         assert batch.real_images is not None
         assert batch.real_masks is not None
         unlabeled_valid = batch.unlabeled_valid[part]
         real_masks = batch.real_masks[part].long()
-        logits = generator(prepared(batch.unlabeled_images[part]))
+        logits = predicted(batch.unlabeled_images[part])
         both = unlabeled_valid & (real_masks != IGNORE)
         maps = F.one_hot(real_masks.clamp_max(CLASSES), CLASSES + 1)[..., :CLASSES]
         fake = seen(logits.softmax(dim=1), batch.unlabeled_images[part], both)
@@ -189,7 +190,7 @@ def scores(state: TrainState, batch: Batch) -> list[float]:
             assert part.unlabeled_images is not None
             assert part.unlabeled_valid is not None
             assert part.real_masks is not None
-            maps = state.generator(normalized(part.unlabeled_images)).softmax(dim=1)
+            maps = state.generator(part.unlabeled_images).softmax(dim=1)
             valid = part.unlabeled_valid & (part.real_masks != IGNORE)
             fake = discriminator_input(maps, part.unlabeled_images.float(), valid)
             found += state.discriminator(fake)[0].sigmoid().tolist()
@@ -480,8 +481,11 @@ class PerPixel(nn.Module):
         self.weights = nn.Conv2d(3, CLASSES, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        result: Tensor = self.weights(images)
+        result: Tensor = self.weights(images.float() / 255)
         return result
+
+    def with_presence(self, images: Tensor) -> tuple[Tensor, None]:
+        return self(images), None
 
 
 def per_pixel_losses(batch: Batch, config: Config) -> dict[str, Tensor]:
@@ -618,15 +622,198 @@ def test_real_samples_show_the_labels_and_fakes_the_predictions() -> None:
         assert float(given.max()) < 1
 
 
-# ---------------------------------------------------------------------------- normalisation
+# ------------------------------------------------------------------ a teacher and changed views
 
 
-def test_images_are_normalised_by_imagenets_statistics() -> None:
-    images = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8)
-    wanted = torch.stack([TF.normalize(x / 255, IMAGENET_MEAN, IMAGENET_STD) for x in images])
-    torch.testing.assert_close(normalized(images), wanted)
+MODERN = {
+    "data__strong_augment": True,
+    "data__cutmix": 1.0,
+    "train__ema_decay": 0.9,
+    "loss__confidence": 0.45,
+}
 
 
-def test_padding_is_almost_0_once_normalised() -> None:
-    padding = torch.tensor(PADDING_RGB, dtype=torch.uint8).view(1, 3, 1, 1)
-    assert normalized(padding).abs().max() < 0.01
+def slow_modern_losses(state: TrainState, batch: Batch, config: Config) -> dict[str, float]:
+    """Feature matching, self-training and the discriminator's loss, image by image.
+
+    The boxes and colours are taken as they come: their own tests are in test_views.py.
+    """
+    shown, mixed = _view(batch.unlabeled_images, config, 1, 0)
+    images, masks = mixed(batch.unlabeled_images), mixed(batch.real_masks)
+    valid = mixed(batch.unlabeled_valid) & (masks != IGNORE)
+    maps = F.one_hot(masks.long().clamp_max(CLASSES), CLASSES + 1)[..., :CLASSES]
+    with torch.no_grad():
+        logits = copy.deepcopy(state.generator)(shown)
+        fake = discriminator_input(logits.softmax(dim=1), images.float(), valid)
+        real = discriminator_input(
+            maps.permute(0, 3, 1, 2).float(), mixed(batch.real_images).float(), valid
+        )
+        teacher_maps = state.teacher(batch.unlabeled_images).softmax(dim=1)
+        plain = discriminator_input(
+            teacher_maps,
+            batch.unlabeled_images.float(),
+            batch.unlabeled_valid & (batch.real_masks != IGNORE),
+        )
+        (fake_score, fake_features), (real_score, real_features) = map(
+            state.discriminator, (fake, real)
+        )
+        scores = state.discriminator(plain)[0].sigmoid()
+    accepted = scores > config.loss.threshold_st
+    probability, label = teacher_maps.max(dim=1)
+    per_pixel = F.cross_entropy(logits, mixed(label), reduction="none")
+    counts = mixed((accepted[:, None, None] & batch.unlabeled_valid).clone())
+    sure = mixed(probability) > config.loss.confidence
+    total, counted = float(per_pixel[counts & sure].sum()), int(counts.sum())
+    halves = [
+        F.binary_cross_entropy(score.sigmoid(), torch.full_like(score, truth))
+        for score, truth in ((fake_score, 0.0), (real_score, 1.0))
+    ]
+    return {
+        "fm": float((fake_features.mean(0) - real_features.mean(0)).abs().mean()),
+        "st": total / counted,
+        "d": float(sum(halves) / 2),
+        "st_count": float(accepted.sum()),
+    }
+
+
+def modern_state(config: Config) -> TrainState:
+    """With a teacher that differs from its generator."""
+    state = still_state(config, dropout=False)
+    assert state.teacher is not None
+    with torch.no_grad():
+        for branch in state.teacher.head.branches:
+            branch.weight.mul_(300)  # of some pixels it is sure, of others not
+        state.teacher.head.branches[0].bias.add_(0.05)
+    return state
+
+
+def test_a_modern_step_computes_what_it_says() -> None:
+    config = tiny_config(**MODERN)
+    batch = random_batch(config)
+    state = modern_state(config)
+    wanted = slow_modern_losses(copy.deepcopy(state), batch, config)
+    losses = train_step(state, batch, config, 1)
+    assert wanted["st"] > 0
+    for name, value in wanted.items():
+        assert getattr(losses, name).item() == pytest.approx(value, rel=1e-4), name
+
+
+def test_confidence_leaves_pixels_out() -> None:
+    batch = random_batch(tiny_config())
+    found = []
+    for confidence in (0.0, 0.45, 0.999):
+        config = tiny_config(**MODERN | {"loss__confidence": confidence})
+        found.append(train_step(modern_state(config), batch, config, 1).st.item())
+    assert found[0] > found[1] > found[2] == 0
+
+
+@pytest.mark.parametrize("change", ["data__strong_augment", "data__cutmix"])
+def test_a_changed_view_changes_what_is_learned_and_not_what_is_labeled(change: str) -> None:
+    on, off = {change: 1}, {change: 0}
+    batch = random_batch(tiny_config())
+    config = tiny_config(**MODERN | on)
+    one = train_step(modern_state(config), batch, config, 1)
+    config = tiny_config(**MODERN | off)
+    other = train_step(modern_state(config), batch, config, 1)
+    assert one.ce.item() == other.ce.item()
+    assert one.st_count.item() == other.st_count.item()
+    assert one.st.item() != other.st.item()
+    assert one.fm.item() != other.fm.item()
+
+
+def test_without_a_teacher_the_generator_labels_its_own_weak_view() -> None:
+    config = tiny_config(data__strong_augment=True)
+    batch = random_batch(config)
+    state = still_state(config, dropout=False)
+    before = state.generator.backbone.bn1.num_batches_tracked.item()
+    losses = train_step(state, batch, config, 1)
+    assert losses.st.item() > 0
+    # Labeled and unlabeled; labeling moves no statistics and leaves the network in training.
+    assert state.generator.backbone.bn1.num_batches_tracked.item() == before + 2
+    assert state.generator.training
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    config = tiny_config(**MODERN)
+    state = modern_state(config)
+    train_step(state, random_batch(config), config, 1)
+    assert all(p.grad is None for p in state.teacher.parameters())
+
+
+@pytest.mark.parametrize(("iteration", "keep"), [(1, 0.5), (3, 0.75), (1000, 0.9)])
+def test_the_teacher_moves_towards_the_generator(iteration: int, keep: float) -> None:
+    config = tiny_config(**MODERN, train__iterations=2000)
+    state = new_state(config)
+    before = {name: value.clone() for name, value in state.teacher.state_dict().items()}
+    state.set_learning_rates(iteration, config)
+    train_step(state, random_batch(config), config, iteration)
+    after, own = state.teacher.state_dict(), state.generator.state_dict()
+    moved = 0
+    for name, value in after.items():
+        if value.is_floating_point():
+            wanted = keep * before[name] + (1 - keep) * own[name]
+            torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
+            moved += not torch.equal(value, before[name])
+        else:
+            assert torch.equal(value, own[name])
+    assert moved > 20
+    assert not any(module.training for module in state.teacher.modules())
+
+
+def test_views_depend_on_seed_iteration_and_part_alone() -> None:
+    images = random_batch(tiny_config()).unlabeled_images
+
+    def seen(iteration: int, part: int, seed: int = 0) -> bytes:
+        config = tiny_config(**MODERN, train__seed=seed)
+        return bytes(_view(images, config, iteration, part)[0].numpy().tobytes())
+
+    torch.manual_seed(1)
+    one = seen(4, 0)
+    torch.manual_seed(2)
+    assert seen(4, 0) == one
+    assert len({one, seen(5, 0), seen(4, 1), seen(4, 0, seed=1)}) == 4
+
+
+# ----------------------------------------------------------------- which classes an image holds
+
+
+MLMT = {"model__mlmt_threshold": 0.2, "train__ema_decay": 0.9}
+
+
+def test_the_branch_learns_from_masks_and_from_the_teacher() -> None:
+    config = tiny_config(**MLMT, loss__lambda_mlmt=0.5)
+    batch = random_batch(config)
+    state = still_state(config, dropout=False)
+    with torch.no_grad():
+        state.teacher.presence.bias.add_(1.0)
+        apart = copy.deepcopy(state.generator)
+        _, of_labeled = apart.with_presence(batch.labeled_images)
+        _, of_unlabeled = apart.with_presence(batch.unlabeled_images)
+        _, taught = state.teacher.with_presence(batch.unlabeled_images)
+    held = [[float((mask == k).any()) for k in range(CLASSES)] for mask in batch.labeled_masks]
+    wanted = F.binary_cross_entropy(of_labeled.sigmoid(), torch.tensor(held))
+    wanted += (of_unlabeled.sigmoid() - taught.sigmoid()).square().mean()
+    losses = train_step(state, batch, config, 1)
+    assert losses.mlmt.item() == pytest.approx(wanted.item(), rel=1e-4)
+    rest = losses.ce + 0.1 * losses.fm + losses.st
+    assert losses.g.item() == pytest.approx((rest + 0.5 * losses.mlmt).item(), rel=1e-5)
+    assert state.generator.presence.weight.grad.abs().sum() > 0
+    assert state.teacher.presence.weight.grad is None
+
+
+def test_images_with_a_box_of_another_one_teach_nothing_about_what_they_hold() -> None:
+    batch = random_batch(tiny_config())
+    found = []
+    for cutmix in (0.0, 1.0):
+        config = tiny_config(**MLMT, data__cutmix=cutmix)
+        state = still_state(config, dropout=False)
+        with torch.no_grad():
+            state.teacher.presence.bias.add_(1.0)
+        found.append(train_step(state, batch, config, 1).mlmt.item())
+    of_masks = found[1]
+    assert found[0] > of_masks + 0.01
+
+
+def test_without_the_branch_there_is_no_such_loss() -> None:
+    config = tiny_config()
+    assert train_step(new_state(config), random_batch(config), config, 1).mlmt.item() == 0

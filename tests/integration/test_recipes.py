@@ -1,0 +1,66 @@
+"""`s4gan bench-recipe`, stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from job.recipes import SCORES
+from tests.conftest import MakeData
+from tests.integration.conftest import SMALL
+from tests.services import wait_until
+
+
+def arguments(data: Path, out: Path, *more: str) -> list[str]:
+    settings = SMALL | {"train.iterations": 20}
+    return [
+        "bench-recipe",
+        *(f"--data={data}", f"--out={out}", "--seeds=1", *more),
+        *("--recipe=labels=guide,train.supervised_only=true", "--recipe=all=guide"),
+        *(f"--set={key}={value}" for key, value in settings.items()),
+    ]
+
+
+def test_a_comparison_goes_on_after_a_stop_and_ends_with_a_table(
+    start: Any, make_data: MakeData, tmp_path: Path
+) -> None:
+    data, out = make_data(), tmp_path / "out"
+    first = start(arguments(data, out, f"--test={data}"), forked=False)
+    ledger = out / "labels" / "seed-0" / "metrics.jsonl"
+    wait_until(lambda: ledger.exists() and '"iteration": 5' in ledger.read_text())
+    first.send(signal.SIGTERM)
+    assert first.finish() == 75, first.output
+    assert "the same command goes on" in first.output
+
+    second = start(arguments(data, out, f"--test={data}"), forked=False)
+    assert second.finish() == 0, second.output
+    table = (out / "table.md").read_text()
+    assert table in second.output
+    for name in ("labels", "all"):
+        folder = out / name / "seed-0"
+        score = json.loads((folder / SCORES).read_text())
+        summary = json.loads((folder / "summary.json").read_text())
+        # The test data are the validation data here, so both ways of scoring have to agree.
+        assert score["miou"] == summary["best"]["val_miou"] == score["val_miou"]
+        assert f"| {name} | **{score['miou']:.4f}** |" in table
+    lines = ledger.read_text().splitlines()
+    assert len({json.loads(line)["attempt"] for line in lines}) == 2
+
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")}
+    third = start(arguments(data, out, f"--test={data}"), forked=False)
+    assert third.finish() == 0, third.output
+    assert "training" not in third.output
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")} == written
+
+
+def test_a_run_that_fails_is_named_with_what_it_said(
+    start: Any, make_data: MakeData, tmp_path: Path
+) -> None:
+    data = make_data(unlabeled=0)
+    bench = start(arguments(data, tmp_path / "out", "--recipe=none=guide"), forked=False)
+    assert bench.finish() == 78, bench.output
+    assert "none, seed 0: ended with exit code 78" in bench.output
+    assert "every training image is labeled" in bench.output
+    assert "Traceback" not in bench.output
