@@ -217,25 +217,66 @@ def evaluate(
     val_list: Annotated[
         str | None, typer.Option(help="File that names the images of val, as data.val_list.")
     ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="plain, voc, cityscapes, cityscapes-full or context.")
+    ] = "plain",
+    window: options.Window = None,
+    stride: options.Stride = None,
+    flip: options.Flip = False,
+    scales: options.Scales = None,
+    boundary: Annotated[
+        bool, typer.Option("--boundary", help="Boundary F-score too; slower.")
+    ] = False,
+    boundary_tolerance: Annotated[
+        float, typer.Option(min=0.0001, max=0.5, help="Of the image's diagonal.")
+    ] = 0.0075,
+    csv: Annotated[Path | None, typer.Option(help="Write the classes' scores there.")] = None,
+    per_image: Annotated[
+        Path | None, typer.Option(help="Write each image's mIoU there, as CSV.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Score a model: mIoU, IoU of each class, pixel accuracy, at the masks' full resolution."""
+    """Score a model: mIoU, IoU and accuracy of each class, and more.
+
+    At the masks' full resolution, unless the protocol says otherwise. Probabilities are averaged
+    over windows, mirrored images and scales.
+    """
     if split not in ("val", "train"):
         raise ConfigError(f"--split {split}: must be val or train")
     named = {"layout": layout} | ({} if val_list is None else {"val_list": val_list})
     of_data = config_from_dict({"data": named}, source="the command line").data
+    if as_json and markdown:
+        raise ConfigError("--json and --markdown are both given", mend="leave out one")
+    for flag, file in (("--csv", csv), ("--per-image", per_image)):
+        if file is not None:
+            _refuse_uri(flag, file)
+            if not file.parent.is_dir() or file.is_dir():
+                raise ConfigError(f"{flag} {file}: cannot be a file there", mend="give its path")
     from job.inference import choose_device, evaluate_weights
+    from job.training.protocols import protocol_named
 
-    scores = evaluate_weights(weights, data, split, choose_device(), of_data, _transfer_progress())
+    looked_at = protocol_named(protocol).changed(
+        window=window, stride=stride, flip=flip, scales=scales
+    )
+    scores = evaluate_weights(
+        weights,
+        data,
+        split,
+        choose_device(),
+        of_data,
+        _transfer_progress(),
+        protocol=looked_at,
+        boundary=boundary_tolerance if boundary else None,
+    )
+    if csv is not None:
+        csv.write_text(scores.csv(), encoding="utf-8")
+    if per_image is not None:
+        per_image.write_text(scores.per_image_csv(), encoding="utf-8")
     if as_json:
         _print_json(vars(scores))
-        return
-    width = max(len(name) for name in scores.class_iou)
-    print(f"{scores.images} images of {split}")
-    print(f"mIoU            {scores.miou:.4f}")
-    print(f"pixel accuracy  {scores.pixel_accuracy:.4f}")
-    for name, iou in scores.class_iou.items():
-        print(f"  {name:<{width}}  {'does not occur' if iou is None else f'{iou:.4f}'}")
+    else:
+        print(scores.markdown() if markdown else scores.text())
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +18,12 @@ from job.errors import ConfigError, DataError
 from job.models.files import load_generator
 from job.models.generator import Generator
 from job.monitor.pictures import Example, index_png, overlay
+from job.scores import Scores
 from job.storage.progress import TransferProgress
 from job.storage.sync import data_folder
+from job.training.boundary import BoundaryScore
 from job.training.evaluation import evaluate, load_ahead, predict
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Result of `evaluate_weights`."""
-
-    split: str
-    images: int
-    miou: float
-    pixel_accuracy: float
-    class_iou: dict[str, float | None]
+from job.training.protocols import PLAIN, Protocol
 
 
 def choose_device() -> torch.device:
@@ -47,8 +38,13 @@ def evaluate_weights(
     device: torch.device,
     data: DataConfig | None = None,
     progress: TransferProgress | None = None,
+    *,
+    protocol: Protocol = PLAIN,
+    boundary: float | None = None,
 ) -> Scores:
     """Score a model on all labeled images of a split, at the full resolution of their masks.
+
+    Full resolution, unless the protocol resizes the masks.
 
     Args:
         weights: path or URI of a model file.
@@ -57,6 +53,8 @@ def evaluate_weights(
         device: where to compute.
         data: says the layout and the validation images, if they are not to be looked for.
         progress: told how far the data are on their way here.
+        protocol: how an image is looked at.
+        boundary: tolerance of the boundary F-score, of the diagonal; None: there is none.
 
     Raises:
         ConfigError: the weights cannot be used, or do not fit the classes.
@@ -83,18 +81,19 @@ def evaluate_weights(
                 mend="check --data and --split",
             )
         check_data(SplitItems(labeled=(), unlabeled=(), val=items, train_sample=()), dataset.info)
+        borders = None if boundary is None else BoundaryScore(card.num_classes, boundary)
         found = evaluate(
-            generator, items, dataset.info, image_scale=card.image_scale, device=device
+            generator,
+            items,
+            dataset.info,
+            image_scale=card.image_scale,
+            device=device,
+            protocol=protocol,
+            keep=1,
+            look=None if borders is None else lambda _, *pair: borders.update(*pair),
         )
     assert found is not None
-    matrix = found.matrix
-    return Scores(
-        split=split,
-        images=len(items),
-        miou=matrix.miou(),
-        pixel_accuracy=matrix.pixel_accuracy(),
-        class_iou=dict(zip(card.classes, matrix.class_iou(), strict=True)),
-    )
+    return Scores.of(found, split=split, protocol=protocol, classes=card.classes, borders=borders)
 
 
 def predict_folder(

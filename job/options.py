@@ -57,6 +57,17 @@ ResumeAnyway = Annotated[
     ),
 ]
 Stack = Annotated[str | None, typer.Option("--stack", help="Its name. [$S4GAN_STACK or s4gan]")]
+Window = Annotated[
+    str | None,
+    typer.Option(metavar="HxW", help="The network sees so much at a time, with overlaps."),
+]
+Stride = Annotated[
+    str | None, typer.Option(metavar="HxW", help="From window to window. [2/3 of one]")
+]
+Flip = Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")]
+Scales = Annotated[
+    str | None, typer.Option(metavar="S,S,...", help="Average over these sizes: 0.75,1,1.25.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
