@@ -110,6 +110,14 @@ def _refuse_uri(name: str, folder: Path) -> None:
         raise ConfigError(f"{name} {folder}: must be a local folder", mend="give its path")
 
 
+def _refuse_no_file(flag: str, file: Path | None) -> None:
+    """That can be written, later, when it has cost time."""
+    if file is not None:
+        _refuse_uri(flag, file)
+        if not file.parent.is_dir() or file.is_dir():
+            raise ConfigError(f"{flag} {file}: cannot be a file there", mend="give a file's path")
+
+
 def _transfer_progress() -> ConsoleProgress:
     """On stderr: stdout is for results."""
     from rich.console import Console
@@ -249,10 +257,7 @@ def evaluate(
     if as_json and markdown:
         raise ConfigError("--json and --markdown are both given", mend="leave out one")
     for flag, file in (("--csv", csv), ("--per-image", per_image)):
-        if file is not None:
-            _refuse_uri(flag, file)
-            if not file.parent.is_dir() or file.is_dir():
-                raise ConfigError(f"{flag} {file}: cannot be a file there", mend="give its path")
+        _refuse_no_file(flag, file)
     from job.inference import choose_device, evaluate_weights
     from job.training.protocols import protocol_named
 
@@ -284,15 +289,79 @@ def predict(
     weights: Annotated[
         str, typer.Option(help="best_model.pth or final_model.pth of a run; a path or s3://.")
     ],
-    images: Annotated[str, typer.Option(help="Folder or s3:// prefix of images.")],
-    out: Annotated[Path, typer.Option(help="Folder for NAME.png and NAME_overlay.png.")],
+    images: Annotated[
+        str, typer.Option(help="Folder, s3:// prefix, image, or pattern ('photos/*.jpg').")
+    ],
+    out: Annotated[
+        str, typer.Option(help="Folder or s3:// prefix for NAME.png and NAME_overlay.png.")
+    ],
+    window: options.Window = None,
+    stride: options.Stride = None,
+    flip: options.Flip = False,
+    scales: options.Scales = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(min=64, help="Side of a tile. [1024, of images above 4 megapixels]"),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images of one size at once.")] = 1,
+    no_overlay: Annotated[bool, typer.Option("--no-overlay", help="Class numbers only.")] = False,
+    coco: Annotated[Path | None, typer.Option(help="COCO annotations (run lengths) too.")] = None,
+    polygons: Annotated[Path | None, typer.Option(help="Polygons too, as JSON.")] = None,
 ) -> None:
-    """Segment a folder of images: class numbers as PNG, and a colour overlay to look at."""
-    from job.inference import choose_device, predict_folder
+    """Segment images: class numbers as PNG, and a colour overlay to look at.
 
-    _refuse_uri("--out", out)
-    predicted = predict_folder(weights, images, out, choose_device(), _transfer_progress())
-    print(f"{sum(1 for _ in predicted)} images predicted into {out}")
+    An image that cannot be decoded is named and left out; the exit code is then 78.
+    """
+    for flag, file in (("--coco", coco), ("--polygons", polygons)):
+        _refuse_no_file(flag, file)
+    from job.inference import choose_device
+    from job.outlines import CocoOutlines, PolygonOutlines
+    from job.prediction import Wish, predict_images
+    from job.training.protocols import PLAIN
+
+    protocol = PLAIN.changed(window=window, stride=stride, flip=flip, scales=scales)
+    kinds = ((coco, CocoOutlines), (polygons, PolygonOutlines))
+    wanted = [(file, kind) for file, kind in kinds if file is not None]
+    outcome = predict_images(
+        weights,
+        images,
+        out,
+        choose_device(),
+        Wish(protocol=protocol, tile=tile, batch=batch, with_overlay=not no_overlay),
+        outlines=[kind for _, kind in wanted],
+        progress=_transfer_progress(),
+    )
+    for (file, _), outline in zip(wanted, outcome.outlines, strict=True):
+        file.write_bytes(outline.to_json())
+    print(f"{outcome.written} images predicted into {out}")
+    if outcome.unreadable:
+        raise DataError(
+            "\n".join([*outcome.unreadable[:5], f"{len(outcome.unreadable)} left out"]),
+            mend="replace these files; the predictions of the others are there",
+        )
+
+
+@app.command()
+def export(
+    weights: Annotated[
+        str, typer.Option(help="best_model.pth or final_model.pth of a run; a path or s3://.")
+    ],
+    format_: Annotated[str, typer.Option("--format", help="onnx or safetensors.")],
+    out: Annotated[str, typer.Option(help="File to be written; a path or s3://.")],
+    images: Annotated[
+        str | None, typer.Option(help="Images to compare ONNX and torch on. [noise]")
+    ] = None,
+) -> None:
+    """Write a model for other programs; ONNX is compared with torch before the file is left."""
+    from job.export import export as export_model
+
+    done = export_model(weights, out, format_, images=images)
+    print(f"{done.uri}: {done.size / 2**20:.1f} MiB")
+    if done.difference is not None:
+        print(
+            f"its logits differ from torch's by {done.difference:.1e} at most "
+            f"({done.checked} images)"
+        )
 
 
 @app.command()

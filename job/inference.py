@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from job.config import DataConfig
 from job.data.checks import check_data
-from job.data.dataset import FOLDER, IMAGE_ENDINGS, MARK, DatasetInfo, Item
+from job.data.dataset import FOLDER, MARK, DatasetInfo, Item
 from job.data.images import read_labels, read_rgb, scaled_image
 from job.data.scan import scan_dataset
 from job.data.splits import SplitItems
 from job.errors import ConfigError, DataError
 from job.models.files import load_generator
 from job.models.generator import Generator
-from job.monitor.pictures import Example, index_png, overlay
+from job.monitor.pictures import Example
 from job.scores import Scores
 from job.storage.progress import TransferProgress
 from job.storage.sync import data_folder
 from job.training.boundary import BoundaryScore
-from job.training.evaluation import evaluate, load_ahead, predict
+from job.training.evaluation import evaluate, predict
 from job.training.protocols import PLAIN, Protocol
 
 
@@ -94,57 +93,6 @@ def evaluate_weights(
         )
     assert found is not None
     return Scores.of(found, split=split, protocol=protocol, classes=card.classes, borders=borders)
-
-
-def predict_folder(
-    weights: str,
-    images_uri: str,
-    out: Path,
-    device: torch.device,
-    progress: TransferProgress | None = None,
-) -> Iterator[Path]:
-    """Write NAME.png (class numbers, with palette) and NAME_overlay.png for each image.
-
-    Args:
-        weights: path or URI of a model file.
-        images_uri: folder or s3:// prefix.
-        out: local folder.
-        device: where to compute.
-        progress: told how far the images are on their way here.
-
-    Yields:
-        The index PNG of each image once it is written.
-
-    Raises:
-        ConfigError: the weights cannot be used, or the output folder is the input folder.
-        DataError: no image, two of one name, or one that cannot be read.
-    """
-    with data_folder(images_uri, progress=progress) as images:
-        if not images.is_dir():
-            raise DataError(f"--images {images}: no such folder")
-        if images.resolve() == out.resolve():
-            raise ConfigError(f"--out {out}: is the folder of the images", mend="choose another")
-        paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
-        if not paths:
-            raise DataError(
-                f"--images {images_uri}: holds no image",
-                mend=f"images end in {', '.join(sorted(IMAGE_ENDINGS))}",
-            )
-        targets = [out / path.relative_to(images).with_suffix(".png") for path in paths]
-        for path, target in zip(paths, targets, strict=True):
-            if targets.count(target) > 1:
-                raise DataError(f"{path}: another image has the same name but for its ending")
-        generator, card, _ = load_generator(weights, device)
-
-        for image, target in zip(load_ahead(read_rgb, paths), targets, strict=True):
-            scaled = scaled_image(image, card.image_scale)
-            classes = predict(generator, scaled, (image.height, image.width), device)
-            prediction = classes.to(torch.uint8).cpu().numpy()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            index_png(prediction, card.palette).save(target)
-            picture = overlay(np.asarray(image), prediction, card.palette)
-            picture.save(target.with_name(f"{target.stem}_overlay.png"))
-            yield target
 
 
 def examples(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from job.models.normalization import Normalization
 from job.storage.files import local_copy
 
 FORMAT = 2
+SAFETENSORS = ".safetensors"
+_HEADER = "s4gan"
+"""Key of the header that holds, as JSON, what a model file has beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,37 @@ def _from_format_1(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"format": FORMAT, "card": {**card, "architecture": architecture}}
 
 
+def write_safetensors(content: dict[str, Any], path: Path) -> None:
+    """Write the content of a model file as safetensors; all but the weights goes to its header.
+
+    Raises:
+        ConfigError: safetensors is not installed.
+    """
+    facts = {name: value for name, value in content.items() if name != "state_dict"}
+    tensors = {name: value.contiguous() for name, value in content["state_dict"].items()}
+    _safetensors().save_file(tensors, path, metadata={_HEADER: json.dumps(facts)})
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    _safetensors()
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        content: dict[str, Any] = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+        content["state_dict"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return content
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ConfigError(
+            "safetensors is not installed", mend="pip install 's4gan-job[export]'"
+        ) from None
+    return safetensors.torch
+
+
 def load_generator(
     weights: str | Path, device: torch.device
 ) -> tuple[Generator, ModelCard, dict[str, Any]]:
@@ -102,11 +137,16 @@ def load_generator(
     Raises:
         ConfigError: not there, damaged, or not a generator's model file.
     """
-    mend = "give best_model.pth or final_model.pth of a run"
+    mend = "give best_model.pth or final_model.pth of a run, or what s4gan export made of one"
     path = f"{weights}"
     with local_copy(path, name="--weights", mend=mend) as file:
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            if path.endswith(SAFETENSORS):
+                content = _read_safetensors(file)
+            else:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        except ConfigError:
+            raise
         except Exception as error:  # torch raises whatever its unpickler stumbles over
             raise ConfigError(f"--weights {path}: damaged ({reason(error)})", mend=mend) from None
     if not isinstance(content, dict) or content.get("kind") != "generator":

@@ -1,0 +1,338 @@
+"""Predicting images: from a folder, a prefix, a pattern or a file, to pictures and outlines."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import io
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+
+from job.data.dataset import IMAGE_ENDINGS
+from job.data.images import Array, read_rgb, scaled_image
+from job.errors import ConfigError, DataError
+from job.models.files import ModelCard, load_generator
+from job.models.generator import Generator
+from job.monitor.pictures import index_png, overlay
+from job.outlines import Outlines
+from job.storage import open_store
+from job.storage.files import local_copy
+from job.storage.progress import Silent, TransferProgress
+from job.storage.sync import data_folder
+from job.training.evaluation import load_ahead, predict
+from job.training.protocols import PLAIN, Protocol, logits_of
+
+TILED_ABOVE = 4_000_000
+"""Pixels, as the network sees them: larger images go through it in tiles."""
+TILE = 1024
+MARGIN = 128
+"""Both in pixels as the network sees them. What is predicted nearer to a tile's edge than the
+margin is left to the neighbour, which sees what is around it."""
+_WILD = "*?["
+_WRITERS = 4
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How images are predicted, and what is written of them."""
+
+    protocol: Protocol = PLAIN
+    tile: int | None = None
+    """Side of a tile in pixels as the network sees them; None: of TILE, above TILED_ABOVE."""
+    batch: int = 1
+    """Images of one size that pass through the network together."""
+    with_overlay: bool = True
+
+
+@dataclass
+class Outcome:
+    """What became of the images."""
+
+    written: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    """What is wrong with each that could not be decoded."""
+    outlines: list[Outlines] = field(default_factory=list)
+
+
+def predict_images(
+    weights: str,
+    images_uri: str,
+    out_uri: str,
+    device: torch.device,
+    wish: Wish | None = None,
+    *,
+    outlines: Sequence[Callable[[Sequence[str]], Outlines]] = (),
+    progress: TransferProgress | None = None,
+) -> Outcome:
+    """Write NAME.png (class numbers, with palette) and NAME_overlay.png for each image.
+
+    An image that cannot be decoded is left out; the others go on.
+
+    Args:
+        weights: path or URI of a model file.
+        images_uri: a folder, an s3:// prefix, a file, or a pattern such as photos/*.jpg.
+        out_uri: folder or s3:// prefix.
+        device: where to compute.
+        wish: how, and what is written.
+        outlines: each makes one of the names of the classes, which is told of each prediction.
+        progress: told how far it is.
+
+    Raises:
+        ConfigError: the weights cannot be used, or the output folder is the input folder.
+        DataError: no image, or two of one name.
+        StorageError: something cannot be fetched or written.
+    """
+    wish, progress = wish or Wish(), progress or Silent()
+    outcome = Outcome()
+    with _images(images_uri, progress) as (root, paths):
+        out = open_store(out_uri)
+        if out.local_path("") == root.resolve():
+            raise ConfigError(
+                f"--out {out_uri}: is the folder of the images", mend="choose another"
+            )
+        keys = _keys(root, paths)
+        generator, card, _ = load_generator(weights, device)
+        outcome.outlines = [make(card.classes) for make in outlines]
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            pending = []
+            progress.begin("predicting", len(paths), sum(path.stat().st_size for path in paths))
+            for done in _predicted(generator, card, paths, device, wish):
+                progress.advance(1, done.path.stat().st_size)
+                if isinstance(done, _Unreadable):
+                    outcome.unreadable.append(done.problem)
+                    continue
+                key = keys[done.path]
+                for name, content in _pictures(done, key, card, wish):
+                    pending.append(pool.submit(out.write, name, content))
+                for outline in outcome.outlines:
+                    outline.add(done.path.relative_to(root).as_posix(), done.classes)
+                outcome.written += 1
+                while len(pending) > 4 * _WRITERS:
+                    pending.pop(0).result()
+            for future in pending:
+                future.result()
+            progress.end()
+    return outcome
+
+
+# ---------------------------------------------------------------- which images
+
+
+@contextlib.contextmanager
+def _images(uri: str, progress: TransferProgress) -> Iterator[tuple[Path, list[Path]]]:
+    """The folder that names are relative to, and the images."""
+    name = uri.rpartition("/")[2]
+    mend = f"images end in {', '.join(sorted(IMAGE_ENDINGS))}"
+    if any(sign in uri for sign in _WILD):
+        fixed = _fixed_part(uri)
+        pattern = uri[len(fixed) :].lstrip("/")
+        with data_folder(fixed or ".", progress=progress) as root:
+            _require_folder(root, fixed or ".")
+            paths = [
+                path
+                for path in _images_below(root)
+                if _matches(path.relative_to(root).as_posix(), pattern)
+            ]
+            if not paths:
+                raise DataError(f"--images {uri}: no image has such a name", mend=mend)
+            yield root, paths
+    elif PurePosixPath(name).suffix.lower() in IMAGE_ENDINGS and not Path(uri).is_dir():
+        with local_copy(uri, name="--images", mend="give an image, a folder or a prefix") as path:
+            yield path.parent, [path]
+    else:
+        with data_folder(uri, progress=progress) as root:
+            _require_folder(root, uri)
+            paths = _images_below(root)
+            if not paths:
+                raise DataError(f"--images {uri}: holds no image", mend=mend)
+            yield root, paths
+
+
+def _fixed_part(uri: str) -> str:
+    """The folder before the first part with a wildcard."""
+    parts = uri.split("/")
+    first = next(i for i, part in enumerate(parts) if any(sign in part for sign in _WILD))
+    if first == 0:
+        return ""
+    return "/".join(parts[:first]) or "/"
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """As a shell does it: * stays within a folder, ** does not."""
+    if "**" in pattern:
+        return fnmatch.fnmatchcase(path, pattern.replace("**/", "*"))
+    parts, wanted = path.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+
+def _require_folder(root: Path, uri: str) -> None:
+    if not root.is_dir():
+        raise DataError(f"--images {uri}: no such folder or image")
+
+
+def _images_below(root: Path) -> list[Path]:
+    return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
+
+
+def _keys(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
+    """Where each prediction goes, without its ending."""
+    keys: dict[str, Path] = {}
+    for path in paths:
+        key = path.relative_to(root).with_suffix("").as_posix()
+        if key in keys:
+            raise DataError(
+                f"{path}: has the same name as {keys[key].name} but for its ending",
+                mend="rename one of the two",
+            )
+        keys[key] = path
+    return {path: key for key, path in keys.items()}
+
+
+# ---------------------------------------------------------------- the network
+
+
+@dataclass(frozen=True)
+class _Read:
+    path: Path
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    path: Path
+    problem: str
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    path: Path
+    image: Image.Image
+    classes: Array
+    """Class numbers, uint8 (H, W)."""
+
+
+def _predicted(
+    generator: Generator,
+    card: ModelCard,
+    paths: Sequence[Path],
+    device: torch.device,
+    wish: Wish,
+) -> Iterator[_Predicted | _Unreadable]:
+    """Each image with its prediction, in order; several of one size at once, if asked."""
+    waiting: list[_Read] = []
+
+    def flush() -> Iterator[_Predicted]:
+        found = _classes(generator, card, [one.image for one in waiting], device, wish)
+        for one, classes in zip(waiting, found, strict=True):
+            yield _Predicted(one.path, one.image, classes)
+        waiting.clear()
+
+    for one in load_ahead(_read, paths):
+        is_other = isinstance(one, _Unreadable) or (
+            len(waiting) > 0 and one.image.size != waiting[0].image.size
+        )
+        if waiting and (is_other or len(waiting) == wish.batch):
+            yield from flush()
+        if isinstance(one, _Unreadable):
+            yield one
+        else:
+            waiting.append(one)
+    if waiting:
+        yield from flush()
+
+
+def _read(path: Path) -> _Read | _Unreadable:
+    try:
+        return _Read(path, read_rgb(path))
+    except DataError as error:
+        return _Unreadable(path, error.message)
+
+
+def _classes(
+    generator: Generator,
+    card: ModelCard,
+    images: Sequence[Image.Image],
+    device: torch.device,
+    wish: Wish,
+) -> list[Array]:
+    """Of images of one size."""
+    look = _look(generator, card, device, wish)
+    width, height = images[0].size
+    pixels = height * width * card.image_scale**2
+    if wish.tile is not None or pixels > TILED_ABOVE:
+        side = wish.tile or TILE
+        return [tiled(image, card.image_scale, side, look) for image in images]
+    if len(images) == 1 or wish.protocol.averages:
+        return [look(image) for image in images]
+    batch = np.stack([scaled_image(image, card.image_scale) for image in images])
+    tensor = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device)
+    with torch.no_grad():
+        logits = logits_of(generator, tensor, wish.protocol)
+        if logits.shape[-2:] != (height, width):
+            logits = torch.nn.functional.interpolate(
+                logits, (height, width), mode="bilinear", align_corners=True
+            )
+    return list(logits.argmax(dim=1).to(torch.uint8).cpu().numpy())
+
+
+def _look(
+    generator: Generator, card: ModelCard, device: torch.device, wish: Wish
+) -> Callable[[Image.Image], Array]:
+    def look(image: Image.Image) -> Array:
+        scaled = scaled_image(image, card.image_scale)
+        classes = predict(generator, scaled, (image.height, image.width), device, wish.protocol)
+        found: Array = classes.to(torch.uint8).cpu().numpy()
+        return found
+
+    return look
+
+
+def tiled(
+    image: Image.Image, image_scale: float, side: int, look: Callable[[Image.Image], Array]
+) -> Array:
+    """Predict an image tile by tile, so that its size does not decide the memory.
+
+    Args:
+        image: of any size.
+        image_scale: of the model.
+        side: of a tile, margin not included, in pixels as the network sees them.
+        look: predicts a part of the image.
+    """
+    step = max(1, round(side / image_scale))
+    margin = max(1, round(MARGIN / image_scale))
+    classes = np.empty((image.height, image.width), np.uint8)
+    for top in range(0, image.height, step):
+        for left in range(0, image.width, step):
+            bottom, right = min(top + step, image.height), min(left + step, image.width)
+            around = (
+                max(0, left - margin),
+                max(0, top - margin),
+                min(image.width, right + margin),
+                min(image.height, bottom + margin),
+            )
+            found = look(image.crop(around))
+            rows = slice(top - around[1], bottom - around[1])
+            columns = slice(left - around[0], right - around[0])
+            classes[top:bottom, left:right] = found[rows, columns]
+    return classes
+
+
+def _pictures(
+    done: _Predicted, key: str, card: ModelCard, wish: Wish
+) -> Iterator[tuple[str, bytes]]:
+    yield f"{key}.png", _png(index_png(done.classes, card.palette))
+    if wish.with_overlay:
+        picture = overlay(np.asarray(done.image), done.classes, card.palette)
+        yield f"{key}_overlay.png", _png(picture)
+
+
+def _png(picture: Image.Image) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    return content.getvalue()
