@@ -92,7 +92,7 @@ def load_model(weights: str | Path, device: str | torch.device | None = None) ->
     Raises:
         ConfigError: not there, damaged, or not a model of this program.
     """
-    return Model(*load_generator(weights, torch.device(device or "cpu")))
+    return Model(*load_generator(weights, torch.device(device or "cpu"))).eval()
 
 
 def _picture(image: Image.Image | Array | str | Path) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from contourpy import FillType, contour_generator
@@ -130,7 +130,8 @@ def polygons(mask: NDArray[np.bool_]) -> list[tuple[Points, list[Points]]]:
     """Exterior and holes of each connected part of a mask (H, W); closed, first point is last."""
     framed = np.pad(mask.astype(np.float32), 1)
     generator = contour_generator(z=framed, fill_type=FillType.OuterOffset)
-    points, offsets = generator.filled(0.5, np.inf)[:2]
+    # Of this type of fill there are two lists, and neither holds a None.
+    points, offsets = cast(tuple[list[Any], list[Any]], generator.filled(0.5, np.inf))
     found = []
     for some, cuts in zip(points, offsets, strict=True):
         rings = [_corners(some[start:end] - 1).tolist() for start, end in itertools.pairwise(cuts)]

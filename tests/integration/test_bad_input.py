@@ -372,7 +372,7 @@ def test_a_damaged_small_file_of_a_run_is_named(s4gan, make_data, tmp_path, name
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["predict", "--weights=w.pth", "--images=i", "--out=s3://bucket/out"],
+        ["predict", "--weights=w.pth", "--images=i", "--out=o", "--coco=s3://bucket/c.json"],
         ["pull", "s3://bucket/run", "s3://bucket/elsewhere"],
     ],
 )

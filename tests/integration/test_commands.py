@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,9 @@ from job.storage.s3 import S3Store
 from tests.conftest import CLASSES, PALETTE, write_data
 from tests.integration.conftest import command
 from tests.services import BUCKET
+
+VOK = ["--protocol", "vok"]
+NO_CSV = ["--csv", "nowhere/x.csv"]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +47,71 @@ def test_evaluate_agrees_with_the_run(finished, s4gan):
     assert scores["images"] == 4
 
     table = s4gan(["evaluate", "--weights", run / "best_model.pth", "--data", data])
-    assert f"mIoU            {scores['miou']:.4f}" in table.out
+    assert f"mIoU                   {scores['miou']:.4f}" in table.out
     assert all(name in table.out for name in CLASSES)
+
+
+def test_evaluate_writes_tables_for_people_and_programs(finished, tmp_path, s4gan):
+    data, run, _ = finished
+    arguments = ["evaluate", "--weights", run / "best_model.pth", "--data", data]
+    result = s4gan(
+        [
+            *arguments,
+            "--markdown",
+            "--boundary",
+            *("--protocol=voc", "--window=32x40", "--stride=20", "--flip", "--scales=0.75,1"),
+            f"--csv={tmp_path / 'classes.csv'}",
+            f"--per-image={tmp_path / 'images.csv'}",
+        ]
+    )
+    assert result.code == 0, result.err
+    said = "protocol voc (pad_to 505x505, window 32x40, stride 20x20, flip on, scales 0.75x1.0)"
+    assert said in result.out
+    assert "| mIoU |" in result.out
+    assert "| class | IoU | accuracy | boundary F |" in result.out
+    rows = list(csv.DictReader((tmp_path / "classes.csv").read_text().splitlines()))
+    assert [row["class"] for row in rows] == [*CLASSES, "(mean)"]
+    assert f"{float(rows[-1]['IoU']):.4f}" in result.out
+    images = list(csv.DictReader((tmp_path / "images.csv").read_text().splitlines()))
+    assert sorted(row["image"] for row in images) == [f"val_{i:04d}" for i in range(4)]
+    scores = [float(row["mIoU"]) for row in images]
+    assert scores == sorted(scores)
+
+
+def test_predict_writes_outlines_and_goes_on_after_a_broken_image(finished, tmp_path, s4gan):
+    data, run, _ = finished
+    images = tmp_path / "images"
+    shutil.copytree(data / "val/images", images)
+    (images / "broken.png").write_text("no image")
+    result = s4gan(
+        [
+            *("predict", "--weights", run / "best_model.pth", "--images", f"{images}/*.png"),
+            *("--out", tmp_path / "out", "--no-overlay", "--batch=2", "--flip"),
+            *("--coco", tmp_path / "coco.json", "--polygons", tmp_path / "polygons.json"),
+        ]
+    )
+    assert result.code == 78
+    assert "4 images predicted" in result.out
+    assert "broken.png" in result.err
+    assert "1 left out" in result.err
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    coco = json.loads((tmp_path / "coco.json").read_text())
+    assert [image["file_name"] for image in coco["images"]] == [f"val_000{i}.png" for i in range(4)]
+    assert sum(annotation["area"] for annotation in coco["annotations"]) == 4 * 40 * 48
+    assert len(json.loads((tmp_path / "polygons.json").read_text())["images"]) == 4
+
+
+def test_export_says_how_far_it_is_from_torch(finished, tmp_path, s4gan):
+    data, run, _ = finished
+    result = s4gan(
+        [
+            *("export", "--weights", run / "best_model.pth", "--format=onnx"),
+            *("--out", tmp_path / "m.onnx", "--images", data / "val/images"),
+        ]
+    )
+    assert result.code == 0, result.err
+    assert "(4 images)" in result.out
+    assert (tmp_path / "m.onnx").stat().st_size > 1_000_000
 
 
 def test_evaluate_on_the_training_images(finished, s4gan):
@@ -136,6 +204,14 @@ def test_predict_writes_index_and_overlay(finished, tmp_path, s4gan):
                 "{data}/val/images",
             ],
             "choose another",
+        ),
+        (
+            ["evaluate", *("--weights", "{run}/best_model.pth", "--data", "{data}"), *VOK],
+            "no such protocol",
+        ),
+        (
+            ["evaluate", *("--weights", "{run}/best_model.pth", "--data", "{data}"), *NO_CSV],
+            "cannot be a file there",
         ),
         (["train", "--data", "{data}", "--run", "x", "--config", "giude"], "did you mean guide"),
     ],

@@ -439,13 +439,15 @@ def test_evaluate_and_predict_take_uris(
     scored = start(["evaluate", weights, f"--data={DATA}"], environment=environment)
     assert scored.finish() == 0, scored.output
     best = json.loads((finished / run.SUMMARY).read_text())["best"]["val_miou"]
-    assert f"mIoU            {best:.4f}" in scored.output
+    assert f"mIoU                   {best:.4f}" in scored.output
     images = f"--images={DATA}/val/images"
     predicted = start(
-        ["predict", weights, images, f"--out={tmp_path}/out"], environment=environment
+        ["predict", weights, images, f"--out={RUN}/predicted"], environment=environment
     )
     assert predicted.finish() == 0, predicted.output
-    assert (tmp_path / "out" / "val_0000_overlay.png").exists()
+    keys = [info.key for info in store.list("predicted/")]
+    assert len(keys) == 8
+    assert "predicted/val_0000_overlay.png" in keys
     missing = start(
         ["evaluate", f"--weights={RUN}/x.pth", f"--data={DATA}"], environment=environment
     )

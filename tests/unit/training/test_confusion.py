@@ -146,3 +146,42 @@ def test_255_classes_fit_in_8_bits() -> None:
     values = torch.arange(255, dtype=torch.uint8).unsqueeze(0)
     matrix = matrix_of(values, values, 255)
     assert torch.equal(matrix.counts, torch.eye(255, dtype=torch.int64))
+
+
+# ------------------------------------------------------------------ what else is counted
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=scored())
+def test_class_accuracy_is_torchmetrics(case: tuple[int, torch.Tensor, torch.Tensor]) -> None:
+    classes, prediction, truth = case
+    matrix = matrix_of(prediction, truth, classes)
+    if not matrix.counts.any():
+        assert matrix.mean_class_accuracy() == 0
+        return
+    wanted = multiclass_accuracy(
+        prediction, truth.long(), classes, average="none", ignore_index=IGNORE
+    )
+    for index, value in enumerate(matrix.class_accuracy()):
+        if value is not None:
+            assert value == pytest.approx(wanted[index].item(), abs=1e-6)
+    present = [value for value in matrix.class_accuracy() if value is not None]
+    assert matrix.mean_class_accuracy() == pytest.approx(sum(present) / len(present))
+
+
+def test_frequency_weighted_iou_by_hand() -> None:
+    # Truth 0 0 0 1, predicted 0 0 1 1: IoU 2/3 and 1/2, shares 3/4 and 1/4.
+    matrix = matrix_of(row(0, 0, 1, 1), row(0, 0, 0, 1))
+    assert matrix.frequency_weighted_iou() == pytest.approx(0.75 * 2 / 3 + 0.25 / 2)
+
+
+def test_a_class_that_never_occurs_counts_as_0_in_the_references_mean() -> None:
+    matrix = matrix_of(row(0, 0, 1, 1), row(0, 0, 0, 1))
+    assert matrix.miou() == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert matrix.miou_all() == pytest.approx((2 / 3 + 1 / 2) / 3)
+
+
+def test_without_a_labeled_pixel_all_scores_are_0() -> None:
+    matrix = matrix_of(row(0, 1), row(IGNORE, IGNORE))
+    assert matrix.miou_all() == matrix.frequency_weighted_iou() == 0
+    assert matrix.mean_class_accuracy() == 0

@@ -1,0 +1,191 @@
+"""Which images are predicted, and in what pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from job.errors import ConfigError, DataError
+from job.models.files import ModelCard, model_file
+from job.models.generator import Architecture, Generator
+from job.prediction import Wish, predict_images, tiled
+from job.training.protocols import PLAIN
+from tests.unit.training.tiny import CPU
+
+CLASSES = ("background", "square", "disc")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(3)
+    generator = Generator(Architecture("tiny", 3))
+    with torch.no_grad():
+        for branch in generator.head.branches:
+            branch.weight.mul_(40)
+        for _ in range(3):
+            generator(torch.rand(4, 3, 64, 64) * 255)
+    card = ModelCard(generator.architecture, CLASSES, 255, ((0, 0, 0),) * 3, 1.0)
+    path = tmp_path_factory.mktemp("model") / "best_model.pth"
+    torch.save(model_file(generator, card, kind="generator", iteration=1), path)
+    return str(path)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two sizes, two folders, and something that is no image."""
+    folder = tmp_path / "photos"
+    rng = np.random.default_rng(0)
+    for name, size in {
+        "a.png": (40, 48),
+        "b.jpg": (40, 48),
+        "sub/c.png": (40, 48),
+        "sub/d.png": (64, 33),
+    }.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3)).astype(np.uint8)).save(path)
+    (folder / "notes.txt").write_text("hello")
+    return folder
+
+
+def predicted(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): np.asarray(Image.open(path)).tobytes()
+        for path in sorted(folder.rglob("*.png"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("", ["a", "b", "sub/c", "sub/d"]),
+        ("/*.png", ["a"]),
+        ("/*", ["a", "b"]),
+        ("/**/*.png", ["a", "sub/c", "sub/d"]),
+        ("/s*/[c]*", ["sub/c"]),
+        ("/b.jpg", ["b"]),
+        ("/sub/?.png", ["c", "d"]),
+    ],
+)
+def test_a_folder_a_pattern_or_a_file_says_which(
+    pattern: str, names: list[str], photos: Path, weights: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    outcome = predict_images(weights, f"{photos}{pattern}", str(out), CPU)
+    assert outcome.written == len(names)
+    found = sorted(p.relative_to(out).with_suffix("").as_posix() for p in out.rglob("*.png"))
+    # Names are relative to the folder before the first wildcard.
+    found = [name for name in found if not name.endswith("_overlay")]
+    assert found == names or found == [Path(name).name for name in names]
+
+
+def test_batches_change_nothing(photos: Path, weights: str, tmp_path: Path) -> None:
+    for batch in (1, 2, 8):
+        out = str(tmp_path / str(batch))
+        predict_images(weights, str(photos), out, CPU, Wish(batch=batch))
+    assert predicted(tmp_path / "1") == predicted(tmp_path / "2") == predicted(tmp_path / "8")
+    assert len(set(predicted(tmp_path / "1")["a.png"])) > 1
+
+
+def test_without_overlays_there_are_class_numbers_only(
+    photos: Path, weights: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    predict_images(weights, str(photos), str(out), CPU, Wish(with_overlay=False))
+    assert sorted(predicted(out)) == ["a.png", "b.png", "sub/c.png", "sub/d.png"]
+
+
+def test_an_unreadable_image_is_named_and_the_others_go_on(
+    photos: Path, weights: str, tmp_path: Path
+) -> None:
+    (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
+    outcome = predict_images(weights, str(photos), str(tmp_path / "out"), CPU, Wish(batch=3))
+    assert outcome.written == 4
+    assert len(outcome.unreadable) == 1
+    assert "broken.png" in outcome.unreadable[0]
+
+
+def test_what_mirrors_and_windows_do_reaches_the_pictures(
+    photos: Path, weights: str, tmp_path: Path
+) -> None:
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    predict_images(weights, str(photos / "a.png"), str(plain), CPU)
+    protocol = PLAIN.changed(window="32", flip=True)
+    predict_images(weights, str(photos / "a.png"), str(other), CPU, Wish(protocol=protocol))
+    assert predicted(plain) != predicted(other)
+
+
+@pytest.mark.parametrize(
+    ("images", "out", "said"),
+    [
+        ("nowhere", "out", "no such folder or image"),
+        ("photos/x*.png", "out", "no image has such a name"),
+        ("photos/x.png", "out", "no such file"),
+        ("photos", "photos", "choose another"),
+    ],
+)
+def test_wrong_places_are_named(
+    images: str,
+    out: str,
+    said: str,
+    photos: Path,
+    weights: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    with pytest.raises((ConfigError, DataError)) as caught:
+        predict_images(weights, images, out, CPU)
+    assert said in str(caught.value)
+
+
+def test_two_images_of_one_name_are_refused(photos: Path, weights: str, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(photos / "a.jpg")
+    with pytest.raises(DataError, match="the same name"):
+        predict_images(weights, str(photos), str(tmp_path / "out"), CPU)
+
+
+# ---------------------------------------------------------------------------- tiles
+
+
+def by_place(image: Image.Image) -> np.ndarray:
+    """A network that looks at nothing but the pixel: its red."""
+    return np.asarray(image)[..., 0].copy()
+
+
+@pytest.mark.parametrize("side", [64, 100, 128, 1000])
+@pytest.mark.parametrize("image_scale", [1.0, 0.5])
+def test_tiles_cover_every_pixel_once(side: int, image_scale: float) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (301, 217, 3)).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    assert np.array_equal(tiled(image, image_scale, side, by_place), pixels[..., 0])
+
+
+def test_a_tile_sees_what_is_around_it_and_no_more() -> None:
+    sizes = []
+
+    def look(part: Image.Image) -> np.ndarray:
+        sizes.append(part.size)
+        return by_place(part)
+
+    tiled(Image.new("RGB", (1000, 300)), 1.0, 400, look)
+    assert sizes == [(528, 300), (656, 300), (328, 300)]
+
+
+def test_with_a_margin_tiles_are_nearly_what_the_whole_is(
+    photos: Path, weights: str, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(1)
+    small = Image.fromarray(rng.integers(0, 256, (12, 16, 3)).astype(np.uint8))
+    small.resize((640, 480), Image.Resampling.BICUBIC).save(photos / "large.png")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    image = str(photos / "large.png")
+    predict_images(weights, image, str(whole), CPU)
+    predict_images(weights, image, str(parts), CPU, Wish(tile=256))
+    one, other = (np.asarray(Image.open(folder / "large.png")) for folder in (whole, parts))
+    assert one.shape == other.shape == (480, 640)
+    assert len(np.unique(one)) > 1
+    assert (one == other).mean() > 0.98
