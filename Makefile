@@ -96,7 +96,7 @@ lint: setup ## ruff, ruff format, mypy --strict, import-linter, hadolint, shellc
 lock: ## resolve requirements.lock anew (needs uv)
 	uv pip compile --universal --generate-hashes --python-version 3.11 --all-extras --no-header --quiet \
 	  --upgrade pyproject.toml -o requirements.lock
-	uv pip compile --universal --generate-hashes --python-version 3.11 --no-header --quiet \
+	uv pip compile --universal --generate-hashes --python-version 3.11 --extra timm --no-header --quiet \
 	  --constraints requirements.lock pyproject.toml -o docker/requirements.lock
 
 clean: ## remove the environment and the demo's data and run

@@ -140,7 +140,7 @@ def bench_recipes(
                     f"{one.recipe.name}, seed {one.seed}: mIoU {done[-1].miou:.4f} "
                     f"({len(done)} of {len(todo)}, {(time.monotonic() - started) / 60:.0f} min)"
                 )
-        except JobError:
+        except BaseException:
             for future in futures:
                 future.cancel()
             children.stop()
