@@ -245,10 +245,10 @@ def evaluate(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Score a model: mIoU, IoU and accuracy of each class, and more.
+    """Score a model on labeled images.
 
-    At the masks' full resolution, unless the protocol says otherwise. Probabilities are averaged
-    over windows, mirrored images and scales.
+    mIoU, IoU and accuracy of each class, and more, at the masks' full resolution, unless the
+    protocol says otherwise. Probabilities are averaged over windows, mirrored images and scales.
     """
     if split not in ("val", "train"):
         raise ConfigError(f"--split {split}: must be val or train")
@@ -308,7 +308,9 @@ def predict(
     coco: Annotated[Path | None, typer.Option(help="COCO annotations (run lengths) too.")] = None,
     polygons: Annotated[Path | None, typer.Option(help="Polygons too, as JSON.")] = None,
 ) -> None:
-    """Segment images: class numbers as PNG, and a colour overlay to look at.
+    """Segment images.
+
+    Class numbers as PNG, and a colour overlay to look at.
 
     An image that cannot be decoded is named and left out; the exit code is then 78.
     """
@@ -352,7 +354,10 @@ def export(
         str | None, typer.Option(help="Images to compare ONNX and torch on. [noise]")
     ] = None,
 ) -> None:
-    """Write a model for other programs; ONNX is compared with torch before the file is left."""
+    """Write a model as ONNX or safetensors.
+
+    ONNX is compared with torch before the file is left.
+    """
     from job.export import export as export_model
 
     done = export_model(weights, out, format_, images=images)
@@ -499,9 +504,10 @@ def bench_recipe(
     parallel: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     assignments: options.Assignments = None,
 ) -> None:
-    """Train recipes over several seeds and print one Markdown table; the same command goes on.
+    """Compare recipes over several seeds.
 
-    --set goes to every recipe: the same iterations, network and crop for all.
+    Ends with one Markdown table; the same command goes on after a stop. --set goes to every recipe:
+    the same iterations, network and crop for all.
     """
     _refuse_uri("--out", out)
     from job.recipes import DEFAULT_RECIPES, Recipe, bench_recipes
