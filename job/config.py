@@ -242,6 +242,11 @@ class LossConfig(_Section):
     """Of an accepted image only pixels train whose class is more probable than this; 0: all (Sohn
     et al. 2020, arXiv:2001.07685)."""
 
+    @property
+    def warm_up(self) -> int:
+        """Last iteration in which self-training does not act as it will."""
+        return self.st_start + self.gate_warmup
+
 
 class CheckpointConfig(_Section):
     """When the state is saved."""

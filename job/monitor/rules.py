@@ -44,7 +44,7 @@ class Setting:
         train = self.config.train
         return Scale(
             train.iterations,
-            train.iterations if train.supervised_only else self.config.loss.st_start,
+            train.iterations if train.supervised_only else self.config.loss.warm_up,
             train.batch_size * train.accumulate,
         )
 
@@ -56,7 +56,7 @@ class Setting:
     @property
     def self_trains(self) -> bool:
         """Whether self-training ever begins."""
-        return self.is_adversarial and self.config.loss.st_start < self.config.train.iterations
+        return self.is_adversarial and self.config.loss.warm_up < self.config.train.iterations
 
     def words(self) -> dict[str, Any]:
         """For the remedies."""
@@ -124,7 +124,7 @@ class Rule:
         """Of a run, the first one that counts."""
         first = setting.scale.at(self.begins)
         if self.only_self_training:
-            first = max(first, setting.config.loss.st_start + 1)
+            first = max(first, setting.config.loss.warm_up + 1)
         return first
 
     def applies(self, setting: Setting) -> bool:

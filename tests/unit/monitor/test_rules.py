@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.config import Config, config_from_yaml, load_config, preset_names
+from job.config import Config, config_from_dict, config_from_yaml, load_config, preset_names
 from job.monitor.rules import RULES, Setting, rules_by_id
 from tests.series import CLASSES, Curve, findings
 
@@ -342,3 +342,16 @@ def test_every_flag_that_is_advised_exists(preset: str) -> None:
     said = " ".join(text for rule in RULES for text in rule.advice(setting, 1))
     assert set(re.findall(r"--[a-zA-Z-]+\b", said)) <= flags
     assert set(re.findall(r"--set ([\w.]+)=", said)) <= set(valid_keys())
+
+
+def test_while_the_gate_opens_slowly_nothing_is_asked_of_self_training() -> None:
+    config = config_from_dict(
+        {"loss": {"st_start": 1000, "gate_warmup": 3000}, "train": {"iterations": 50_000}},
+        source="test",
+    )
+    setting = Setting(config)
+    by_id = {rule.id: rule for rule in RULES}
+    assert by_id["st_count_zero"].first_iteration(setting) == 4001
+    assert setting.scale.at(1000) == 4000
+    never = config_from_dict({"loss": {"gate_warmup": 60_000}}, source="test")
+    assert not Setting(never).self_trains
