@@ -274,7 +274,7 @@ def resumed_at(attempt: AttemptProcess) -> int | None:
     found = re.search(r"resuming after iteration (\d+)", attempt.output)
     if found:
         return int(found[1])
-    return 0 if "backbone: " in attempt.output else None
+    return 0 if "generator: " in attempt.output else None
 
 
 def newest(store: S3Store, damaged: Set[str]) -> int:

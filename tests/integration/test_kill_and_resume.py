@@ -84,7 +84,7 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(twin, start, tmp_path):
     # An iteration long enough to be in the middle of it when the second one comes.
     big = {"data__crop_size": 256, "train__batch_size": 8, "train__accumulate": 8}
     training = start(command(data, tmp_path / "long", train__log_every=1, **big))
-    training.wait_for("backbone:")
+    training.wait_for("generator:")
     training.send(signal.SIGINT)
     training.wait_for("Ctrl-C again")
     training.send(signal.SIGINT)

@@ -404,7 +404,7 @@ def test_a_read_only_run_shows_before_training(cloud: Cloud, fault_proxy: FaultP
     assert ended.code == 74, ended
     assert "access denied" in ended.err
     assert "s3:PutObject" in ended.err
-    assert "backbone:" not in ended.out
+    assert "generator:" not in ended.out
 
 
 def test_without_the_right_to_list_nothing_is_taken_for_absent(
