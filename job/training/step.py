@@ -167,8 +167,10 @@ def _unlabeled_part(
     st = torch.zeros_like(fm)
     if iteration > config.loss.st_start:
         counted = mixed(accepted[:, None, None] & part.unlabeled_valid)
-        confident = label_maps.amax(dim=1) > config.loss.confidence
-        st = losses.self_training(logits, label_maps.argmax(dim=1), counted, confident)
+        # Both at once: argmax alone takes three times as long on a CPU.
+        probability, labels = label_maps.max(dim=1)
+        confident = probability > config.loss.confidence
+        st = losses.self_training(logits, labels, counted, confident)
 
     # Generator: look real to the discriminator, and learn from what already does.
     rest = config.loss.lambda_st * st + config.loss.lambda_mlmt * mlmt
