@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo drill soak bench s3 submit status logs cancel pull image run-local push deploy test test-container lint lock clean
+.PHONY: help setup demo drill soak bench bench-storage s3 submit status logs cancel pull image run-local push deploy test test-container lint lock clean
 
 DOCKER ?= docker
 IMAGE  ?= s4gan:latest
@@ -36,7 +36,11 @@ soak: setup ## 200 random interruptions and network faults (half an hour)
 	$(BIN)/python scripts/make_demo_data.py demo/data
 	$(BIN)/python scripts/soak.py --data demo/data --folder demo/soak --interruptions 200
 
-bench: setup ## what a save costs, and how fast data arrive (10 GB of disk; S5CMD=, AWS= to compare)
+bench: setup ## how long an iteration takes, ours and a plain one by turns; on the GPU if there is one
+	$(BIN)/python -m scripts.bench
+	$(BIN)/python -m scripts.bench --parts --rounds 5
+
+bench-storage: setup ## what a save costs, and how fast data arrive (10 GB of disk; S5CMD=, AWS=)
 	$(BIN)/python scripts/bench_save.py --folder demo/bench
 	$(BIN)/python scripts/bench_transfer.py --folder demo $(if $(S5CMD),--s5cmd $(S5CMD)) $(if $(AWS),--aws $(AWS))
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from job.models.precision import in_float32
+
 LEAK = 0.2
 DROPOUT = 0.5
 
@@ -41,13 +43,17 @@ class Discriminator(nn.Module):
     def forward(self, segmentation: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (positive: looks real) and the pooled features that are matched."""
         features = segmentation
+        if features.is_cuda:  # see the generator
+            features = features.contiguous(memory_format=torch.channels_last)
         last = len(self.convolutions) - 1
         for index, convolution in enumerate(self.convolutions):
             features = F.leaky_relu(convolution(features), LEAK)
             if index < last:
                 features = self.dropout(features)
-        pooled = features.mean(dim=(2, 3))
-        return self.classifier(pooled).squeeze(1), pooled
+        pooled = features.float().mean(dim=(2, 3))
+        # What the gate and the losses look at closely is float32.
+        with in_float32(pooled):
+            return self.classifier(pooled).squeeze(1), pooled
 
 
 def discriminator_input(class_maps: Tensor, images: Tensor, valid: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from job.config import ModelConfig
 from job.models.backbones import make_backbone
 from job.models.normalization import NORMALIZATIONS, Normalization
+from job.models.precision import in_float32
 
 ATROUS_RATES = (6, 12, 18, 24)
 """Of DeepLabv2. Source: Chen et al. 2017, arXiv:1606.00915, section 4.1 (ASPP-L)."""
@@ -178,11 +179,21 @@ class Generator(nn.Module):
 
     def with_presence(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits as they are, and those of which classes an image holds, (N, K), if it is asked."""
-        low, features = self.backbone(self.architecture.normalization.apply(images))
+        normalized = self.architecture.normalization.apply(images)
+        if normalized.is_cuda:  # whose convolutions are faster so, in half precision above all
+            normalized = normalized.contiguous(memory_format=torch.channels_last)
+        low, features = self.backbone(normalized)
+        # In float32 from here on, whatever the convolutions were computed in.
         logits = F.interpolate(
-            self.head(low, features), images.shape[-2:], mode="bilinear", align_corners=True
+            self.head(low, features).float(),
+            images.shape[-2:],
+            mode="bilinear",
+            align_corners=True,
         )
-        presence = None if self.presence is None else self.presence(features.mean(dim=(2, 3)))
+        presence = None
+        if self.presence is not None:
+            with in_float32(features):
+                presence = self.presence(features.float().mean(dim=(2, 3)))
         return logits, presence
 
     def freeze_batch_norm_affine(self) -> None:

@@ -5,20 +5,19 @@ Shape legend: N batch, K classes, H/W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.autograd import backward
+from torch import Tensor
+from torch.autograd import backward, grad
 
 from job.config import Config
 from job.data.dataset import IGNORE
 from job.data.streams import Batch
 from job.models.discriminator import Discriminator, discriminator_input
 from job.training import losses
+from job.training.precision import computed_in, number_format
 from job.training.ranks import Ranks, RunningStatistics
 from job.training.state import TrainState
 from job.training.views import Mix, changed_colours
@@ -63,12 +62,15 @@ def train_step(
 
     statistics = RunningStatistics(state.generator, ranks)
     parts = batch.split(config.train.batch_size)
+    device = batch.labeled_images.device
+    precision = number_format(config.train, device)
 
     for number, part in enumerate(parts, start=ranks.rank * len(parts)):
         torch.manual_seed(_seed(config, iteration, number))
         # Supervised: its own forward and backward, so that only one graph is alive at a time
         # and batch norm sees labeled and unlabeled images apart (as in the reference).
-        logits, presence = state.generator.with_presence(part.labeled_images)
+        with computed_in(precision, device):
+            logits, presence = state.generator.with_presence(part.labeled_images)
         ce = losses.cross_entropy(logits, part.labeled_masks)
         mlmt = torch.zeros_like(ce)
         if presence is not None:
@@ -117,55 +119,65 @@ def _unlabeled_part(
     discriminator = state.discriminator
     shown, mixed = _view(part.unlabeled_images, config, iteration, number)
 
-    logits, presence = state.generator.with_presence(shown)
+    device = part.labeled_images.device
+    precision = number_format(config.train, device)
+    with computed_in(precision, device):
+        logits, presence = state.generator.with_presence(shown)
     maps = logits.softmax(dim=1)
     # One mask for the pair: padding of the fake and void of the real are blank in both, or the
     # discriminator would tell them apart by their holes. By the boxes it may not tell them apart
     # either, so the real ones are mixed alike.
     real_masks = mixed(part.real_masks)
     valid = mixed(part.unlabeled_valid) & (real_masks != IGNORE)
-    fake = discriminator_input(maps, mixed(part.unlabeled_images).float(), valid)
+    judged = maps.detach().requires_grad_()  # cut here: each network gets its own gradient
+    fake = discriminator_input(judged, mixed(part.unlabeled_images).float(), valid)
     real = discriminator_input(
         losses.one_hot_maps(real_masks, logits.shape[1]), mixed(part.real_images).float(), valid
     )
 
-    # Generator: look real to the discriminator, and learn from what already does.
-    with _fixed(discriminator):
-        _, fake_features = discriminator(fake)
-        with torch.no_grad():
-            _, real_features = discriminator(real)
-        fm = losses.feature_matching(fake_features, real_features)
-        mlmt = torch.zeros_like(fm)
-        if _labels_itself(config):
-            score = _score(discriminator, fake)
-            label_maps = maps.detach()
-        else:
+    # Discriminator: labels are real, predictions are not. One pass is enough for both networks, as
+    # its weights do not change in between.
+    with computed_in(precision, device):
+        scores, features = discriminator(torch.cat([fake, real]))
+    fm = losses.feature_matching(*features.chunk(2))
+    (wish,) = grad(fm, judged, retain_graph=True)  # how the class maps should change
+    d = losses.discriminator_loss(*scores.chunk(2))
+    backward(share * d, inputs=list(discriminator.parameters()))
+
+    # Which predictions look real, and what they are told to be.
+    mlmt = torch.zeros_like(fm)
+    if _labels_itself(config):
+        with computed_in(precision, device):
+            score = _score(discriminator, fake.detach())
+        label_maps = maps.detach()
+    else:
+        unmixed_valid = part.unlabeled_valid & (part.real_masks != IGNORE)
+        with computed_in(precision, device):
             unmixed, taught = _teachers(state, part.unlabeled_images)
-            unmixed_valid = part.unlabeled_valid & (part.real_masks != IGNORE)
             score = _score(
                 discriminator,
                 discriminator_input(unmixed, part.unlabeled_images.float(), unmixed_valid),
             )
-            label_maps = mixed(unmixed)
-            if presence is not None and taught is not None:
-                # Not of images with a box of another one: nobody knows what is left in them.
-                whole = torch.tensor(mixed.whole, device=presence.device)
-                mlmt = losses.presence_consistency(presence, taught, whole)
-        accepted = losses.gate(score, losses.gate_threshold(config.loss, iteration))
-        if iteration > config.loss.st_start:
-            counted = mixed(accepted[:, None, None] & part.unlabeled_valid)
-            confident = label_maps.amax(dim=1) > config.loss.confidence
-            st = losses.self_training(logits, label_maps.argmax(dim=1), counted, confident)
-        else:
-            st = torch.zeros_like(fm)
-        of_generator = config.loss.lambda_fm * fm + config.loss.lambda_st * st
-        backward(share * (of_generator + config.loss.lambda_mlmt * mlmt))
+        label_maps = mixed(unmixed)
+        if presence is not None and taught is not None:
+            # Not of images with a box of another one: nobody knows what is left in them.
+            whole = torch.tensor(mixed.whole, device=presence.device)
+            mlmt = losses.presence_consistency(presence, taught, whole)
+    accepted = losses.gate(score, losses.gate_threshold(config.loss, iteration))
+    st = torch.zeros_like(fm)
+    if iteration > config.loss.st_start:
+        counted = mixed(accepted[:, None, None] & part.unlabeled_valid)
+        # Both at once: argmax alone takes three times as long on a CPU.
+        probability, labels = label_maps.max(dim=1)
+        confident = probability > config.loss.confidence
+        st = losses.self_training(logits, labels, counted, confident)
 
-    # Discriminator: labels are real, predictions are not. `detach` keeps it from the generator.
-    fake_logits, _ = discriminator(fake.detach())
-    real_logits, _ = discriminator(real)
-    d = losses.discriminator_loss(fake_logits, real_logits)
-    backward(share * d)
+    # Generator: look real to the discriminator, and learn from what already does.
+    rest = config.loss.lambda_st * st + config.loss.lambda_mlmt * mlmt
+    roots, gradients = [maps], [share * config.loss.lambda_fm * wish]
+    if rest.requires_grad:
+        roots, gradients = [*roots, share * rest], [*gradients, torch.ones_like(rest)]
+    backward(roots, gradients)
 
     total.fm += share * fm.detach()
     total.st += share * st.detach()
@@ -225,13 +237,3 @@ def _score(discriminator: Discriminator, fake: Tensor) -> Tensor:
     discriminator.train()
     assert isinstance(score, Tensor)
     return score
-
-
-@contextmanager
-def _fixed(network: nn.Module) -> Iterator[None]:
-    """Within the block gradients pass through a network but not into its parameters."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)

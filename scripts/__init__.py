@@ -1,0 +1,1 @@
+"""Programs for developers: benchmarks, demo data, services for the tests."""

@@ -1,0 +1,39 @@
+"""The benchmark runs, and measures both steps in one run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scripts import bench
+from tests.unit.training.tiny import CPU
+
+SMALL = bench.Case("tiny", 65, 2)
+
+
+def test_both_steps_are_timed_by_turns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "peak", lambda step, case, device: 3e6 if step == "ours" else 4e6)
+    bench.print_cases([SMALL], CPU, rounds=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
+    assert [line.split("|")[2].strip() for line in lines] == ["plain", "ours", "**ours / plain**"]
+    assert "**0.750**" in lines[2]
+
+
+def test_peak_memory_is_what_an_iteration_adds() -> None:
+    assert bench.peak_bytes("ours", SMALL) >= 0
+
+
+def test_flop_are_those_of_both_networks() -> None:
+    small, double = bench.flop(SMALL), bench.flop(bench.Case("tiny", 65, 4))
+    assert double == pytest.approx(2 * small)
+    # 0.051 MFLOP a pixel and image, four images; the discriminator comes on top.
+    assert small > 4 * 65 * 65 * 0.05e6
+
+
+def test_the_parts_compute_the_same() -> None:
+    masks = torch.randint(0, bench.CLASSES, (2, 9, 7), dtype=torch.uint8)
+    masks[:, 0] = bench.IGNORE
+    ours = bench.losses.one_hot_maps(masks, bench.CLASSES)
+    assert torch.equal(bench.class_maps_on_cpu(masks, bench.CLASSES), ours)
