@@ -7,11 +7,13 @@ ledger's again, and no state has to be kept elsewhere.
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 from job.errors import ExitCode
@@ -218,7 +220,10 @@ class Watch:
 
     def _judge(self, rule: Rule) -> Finding | None:
         first = rule.first_iteration(self.setting)
-        points: Points = [point for point in self._series[rule.metric] if point[0] >= first]
+        points: Points = self._series[rule.metric]
+        start = bisect.bisect_left(points, first, key=itemgetter(0))
+        if start:
+            points = points[start:]  # not looked through point by point: this is done at each line
         episode = self._open.get(rule.id)
         seen = rule.condition(
             points, self._series.__getitem__, self.setting, is_open=episode is not None

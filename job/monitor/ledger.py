@@ -179,7 +179,9 @@ class Ledger:
             dropped: list[dict[str, Any]] = []
             for event in read_ledger(self.path):
                 last = evaluated_iteration if event["event"] == "eval" else iteration
-                (kept if event.get("iteration", 0) <= last else dropped).append(event)
+                # That a finding is over was told then, not when it was found.
+                told_at = max(event.get("iteration", 0), event.get("ended") or 0)
+                (kept if told_at <= last else dropped).append(event)
             self._write_anew(kept)
             return dropped
 

@@ -106,7 +106,9 @@ def test_two_are_equal_to_one(of_one: Path, of_two: Path) -> None:
     assert_close(of_one, of_two)
 
 
-def test_two_are_equal_to_one_with_a_teacher_and_mixed_views(data: Path, tmp_path: Path) -> None:
+def test_two_are_equal_to_one_with_a_teacher_and_mixed_views(
+    start: Any, data: Path, tmp_path: Path
+) -> None:
     changes = {
         "train__iterations": 6,
         "train__ema_decay": 0.9,
@@ -117,7 +119,7 @@ def test_two_are_equal_to_one_with_a_teacher_and_mixed_views(data: Path, tmp_pat
     states = []
     for gpus in (1, 2):
         folder = tmp_path / str(gpus)
-        attempt = AttemptProcess(arguments(data, folder, gpus, **changes))
+        attempt = start(arguments(data, folder, gpus, **changes))
         assert attempt.finish() == 0, attempt.output
         states.append(final_state(folder, 6))
     for name, value in states[0]["teacher"].items():

@@ -24,7 +24,7 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_a_comparison_goes_on_after_a_stop_and_ends_with_a_table(
-    start: Any, make_data: MakeData, tmp_path: Path
+    start: Any, s4gan: Any, make_data: MakeData, tmp_path: Path
 ) -> None:
     data, out = make_data(), tmp_path / "out"
     first = start(arguments(data, out, f"--test={data}"), forked=False)
@@ -34,10 +34,10 @@ def test_a_comparison_goes_on_after_a_stop_and_ends_with_a_table(
     assert first.finish() == 75, first.output
     assert "the same command goes on" in first.output
 
-    second = start(arguments(data, out, f"--test={data}"), forked=False)
-    assert second.finish() == 0, second.output
+    second = s4gan(arguments(data, out, f"--test={data}"))
+    assert second.code == 0, second.err
     table = (out / "table.md").read_text()
-    assert table in second.output
+    assert table in second.out
     for name in ("labels", "all"):
         folder = out / name / "seed-0"
         score = json.loads((folder / SCORES).read_text())
@@ -49,9 +49,9 @@ def test_a_comparison_goes_on_after_a_stop_and_ends_with_a_table(
     assert len({json.loads(line)["attempt"] for line in lines}) == 2
 
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")}
-    third = start(arguments(data, out, f"--test={data}"), forked=False)
-    assert third.finish() == 0, third.output
-    assert "training" not in third.output
+    third = s4gan(arguments(data, out, f"--test={data}"))
+    assert third.code == 0, third.err
+    assert "training" not in third.err
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")} == written
 
 

@@ -243,8 +243,8 @@ def test_a_notice_comes_while_a_slow_network_carries_an_upload(
     store: S3Store,
     tmp_path: Path,
 ) -> None:
-    """An upload takes ten seconds, longer than the training between two saves."""
-    fault_proxy.add(Throttle(400_000, method="PUT", times=None))
+    """An upload takes five seconds, longer than the training between two saves."""
+    fault_proxy.add(Throttle(800_000, method="PUT", times=None))
     attempt = cloud(environment=imds.environment())
     part = Hold(method="PUT", match="state.pth", at="upload", after_bytes=400_000)
     on_the_wire = fault_proxy.add(part)

@@ -591,3 +591,17 @@ def test_where_the_run_is_a_folder_the_ledger_grows_in_place(tmp_path: Path) -> 
     assert local.read_bytes() == before
     assert not mirror._thread.is_alive()
     lease.release()
+
+
+def test_that_a_finding_is_over_is_forgotten_with_the_iterations_that_showed_it(
+    tmp_path: Path,
+) -> None:
+    """Else it would be told twice: the drill has seen it."""
+    found = {"rule": "d_stuck", "iteration": 185, "since": 176}
+    ledger = Ledger(tmp_path / "metrics.jsonl", attempt=1)
+    ledger.notice(Notice("health", "", {**found, "ended": None}))
+    ledger.notice(Notice("health", "", {**found, "ended": 196}))
+    dropped = ledger.rewind(iteration=195, evaluated_iteration=0)
+    ledger.close()
+    assert [event["ended"] for event in dropped] == [196]
+    assert [event["ended"] for event in read_ledger(tmp_path / "metrics.jsonl")] == [None]
