@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo drill soak bench bench-storage s3 submit status logs cancel pull image run-local push deploy test test-container lint lock clean
+.PHONY: help setup demo drill soak bench bench-storage s3 submit status logs cancel pull image run-local push deploy test test-slow test-container lint lock clean
 
 DOCKER ?= docker
 IMAGE  ?= s4gan:latest
@@ -82,8 +82,11 @@ push: setup ## put the image into the stack's repository
 deploy: setup ## make or change the AWS stack (ARGS="--parameter AlarmEmail=you@example.org")
 	$(BIN)/s4gan infra deploy $(ARGS)
 
-test: setup ## the test suite, but for the container's
-	$(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/container
+test: setup ## the test suite, but for the slow ones and the container's
+	$(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/container -m "not slow"
+
+test-slow: setup ## several ranks, faults of S3, divergence, health of real runs (5 minutes)
+	$(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/container -m slow
 
 test-container: setup ## build the image with a real Docker engine and run it (5 minutes, 12 GB of disk)
 	$(BIN)/pytest tests/container

@@ -552,7 +552,11 @@ def _restore_or_begin(
         pretrained=saved is None,
         mirror=attempt.store,
     )
-    state.run_facts = {"config": config.to_dict(), **asdict(attempt.identity)}
+    state.run_facts = {
+        "config": config.to_dict(),
+        "card": asdict(attempt.card),  # with it a checkpoint can be evaluated as it is
+        **asdict(attempt.identity),
+    }
     console.print(f"device: {_device_name(attempt.device, attempt.gpus)}")
     if saved is None:
         console.print(f"generator: {note}")

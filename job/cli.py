@@ -236,8 +236,9 @@ def evaluate(
         bool, typer.Option("--boundary", help="Boundary F-score too; slower.")
     ] = False,
     boundary_tolerance: Annotated[
-        float, typer.Option(min=0.0001, max=0.5, help="Of the image's diagonal.")
-    ] = 0.0075,
+        float | None,
+        typer.Option(min=0.0001, max=0.5, help="Of the image's diagonal. [default: 0.0075]"),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the classes' scores there.")] = None,
     per_image: Annotated[
         Path | None, typer.Option(help="Write each image's mIoU there, as CSV.")
@@ -254,11 +255,16 @@ def evaluate(
         raise ConfigError(f"--split {split}: must be val or train")
     named = {"layout": layout} | ({} if val_list is None else {"val_list": val_list})
     of_data = config_from_dict({"data": named}, source="the command line").data
+    if boundary_tolerance is not None and not boundary:
+        raise ConfigError("--boundary-tolerance: without --boundary", mend="add --boundary")
+    if val_list is not None and split != "val":
+        raise ConfigError("--val-list: is for --split val", mend="leave one of the two out")
     if as_json and markdown:
         raise ConfigError("--json and --markdown are both given", mend="leave out one")
     for flag, file in (("--csv", csv), ("--per-image", per_image)):
         _refuse_no_file(flag, file)
     from job.inference import choose_device, evaluate_weights
+    from job.training.boundary import TOLERANCE
     from job.training.protocols import protocol_named
 
     looked_at = protocol_named(protocol).changed(
@@ -272,7 +278,7 @@ def evaluate(
         of_data,
         _transfer_progress(),
         protocol=looked_at,
-        boundary=boundary_tolerance if boundary else None,
+        boundary=(boundary_tolerance or TOLERANCE) if boundary else None,
     )
     if csv is not None:
         csv.write_text(scores.csv(), encoding="utf-8")

@@ -201,4 +201,10 @@ class Preempted(JobError):
 
 def reason(error: BaseException) -> str:
     """The first line of any exception, or its name if it has no text; for use in our messages."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    text = str(error)
+    # torch's advice for a file that its safe reader refuses is to read it unsafely: not ours.
+    if "weights_only" in text or "Weights only load failed" in text:
+        return "it holds more than tensors and plain values, or is no file of torch"
+    if "PytorchStreamReader" in text:
+        return "the file is cut off or damaged"
+    return (text or type(error).__name__).splitlines()[0]

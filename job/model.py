@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from job.data.images import Array, read_rgb, scaled_image
+from job.data.images import Array, read_rgb, scaled_image, to_rgb
+from job.errors import DataError
 from job.models.files import ModelCard, load_generator
 from job.models.generator import Generator
 from job.training.evaluation import predict
@@ -99,5 +100,10 @@ def _picture(image: Image.Image | Array | str | Path) -> Image.Image:
     if isinstance(image, (str, Path)):
         return read_rgb(Path(image))
     if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise DataError(
+                f"an array of {image.dtype} {image.shape} is no RGB image",
+                mend="give uint8 of the shape (height, width, 3), or a PIL image",
+            )
         return Image.fromarray(image)
-    return image.convert("RGB")
+    return to_rgb(image)

@@ -35,6 +35,7 @@ MARGIN = 128
 """Both in pixels as the network sees them. What is predicted nearer to a tile's edge than the
 margin is left to the neighbour, which sees what is around it."""
 _WILD = "*?["
+_OVERLAY = "_overlay"
 _WRITERS = 4
 
 
@@ -96,7 +97,11 @@ def predict_images(
             raise ConfigError(
                 f"--out {out_uri}: is the folder of the images", mend="choose another"
             )
-        keys = _keys(root, paths)
+        own = out.local_path("")
+        if own is not None and own.is_relative_to(root.resolve()):
+            # What was predicted before is no image to predict.
+            paths = [path for path in paths if not path.resolve().is_relative_to(own)]
+        keys = _keys(root, paths, with_overlay=wish.with_overlay)
         generator, card, _ = load_generator(weights, device)
         outcome.outlines = [make(card.classes) for make in outlines]
         with ThreadPoolExecutor(_WRITERS) as pool:
@@ -129,7 +134,9 @@ def _images(uri: str, progress: TransferProgress) -> Iterator[tuple[Path, list[P
     """The folder that names are relative to, and the images."""
     name = uri.rpartition("/")[2]
     mend = f"images end in {', '.join(sorted(IMAGE_ENDINGS))}"
-    if any(sign in uri for sign in _WILD):
+    if Path(uri).is_file() and PurePosixPath(name).suffix.lower() not in IMAGE_ENDINGS:
+        raise DataError(f"--images {uri}: its name does not end as one of an image", mend=mend)
+    if any(sign in uri for sign in _WILD) and not Path(uri).exists():
         fixed = _fixed_part(uri)
         pattern = uri[len(fixed) :].lstrip("/")
         with data_folder(fixed or ".", progress=progress) as root:
@@ -173,14 +180,16 @@ def _matches(path: str, pattern: str) -> bool:
 
 def _require_folder(root: Path, uri: str) -> None:
     if not root.is_dir():
-        raise DataError(f"--images {uri}: no such folder or image")
+        raise DataError(
+            f"--images {uri}: no such folder or image", mend="check the path; s3:// for a prefix"
+        )
 
 
 def _images_below(root: Path) -> list[Path]:
     return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
 
 
-def _keys(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
+def _keys(root: Path, paths: Sequence[Path], *, with_overlay: bool) -> dict[Path, str]:
     """Where each prediction goes, without its ending."""
     keys: dict[str, Path] = {}
     for path in paths:
@@ -191,6 +200,13 @@ def _keys(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
                 mend="rename one of the two",
             )
         keys[key] = path
+    for key, path in keys.items():
+        if with_overlay and f"{key}{_OVERLAY}" in keys:
+            raise DataError(
+                f"{path}: its overlay would have the name of what is predicted of "
+                f"{keys[f'{key}{_OVERLAY}'].name}",
+                mend="rename one of the two, or leave the overlays out: --no-overlay",
+            )
     return {path: key for key, path in keys.items()}
 
 
@@ -329,7 +345,7 @@ def _pictures(
     yield f"{key}.png", _png(index_png(done.classes, card.palette))
     if wish.with_overlay:
         picture = overlay(np.asarray(done.image), done.classes, card.palette)
-        yield f"{key}_overlay.png", _png(picture)
+        yield f"{key}{_OVERLAY}.png", _png(picture)
 
 
 def _png(picture: Image.Image) -> bytes:

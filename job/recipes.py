@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from job import run
-from job.config import Config, load_config, parse_assignment
-from job.errors import ConfigError, ExitCode, JobError, Preempted
+from job.config import Config, config_from_yaml, load_config, parse_assignment
+from job.errors import ConfigError, DataError, ExitCode, JobError, Preempted
 from job.monitor.ledger import read_ledger
 
 DEFAULT_RECIPES = (
@@ -36,6 +36,7 @@ DEFAULT_RECIPES = (
 TABLE = "table.md"
 SCORES = "scores.json"
 LOG = "train.log"
+GIVEN = "recipe.yaml"
 _LAST_LINES = 5
 
 
@@ -127,6 +128,12 @@ def bench_recipes(
         for seed in range(seeds)
         for recipe in recipes
     ]
+    if "train.seed" in common:
+        raise ConfigError("--set train.seed: --seeds says which", mend="leave it out")
+    for one in todo:
+        _refuse_other_settings(one)
+    if test is not None:
+        _refuse_bad_test(test)
     started = time.monotonic()
     done: list[Score] = []
     with _stopping() as children, ThreadPoolExecutor(parallel) as pool:
@@ -220,6 +227,39 @@ def _stopping() -> Iterator[_Children]:
             signal.signal(number, handler)
 
 
+def _refuse_other_settings(one: _Run) -> None:
+    """A run that is there already, but not of this recipe: neither its score nor its rest fits."""
+    given = one.folder / GIVEN
+    if not given.exists():
+        return
+    before = config_from_yaml(given.read_text(encoding="utf-8"), source=str(given)).to_dict()
+    changed = [
+        f"{section}.{key}: {before[section][key]!r} in the run, {value!r} now"
+        for section, values in one.config.to_dict().items()
+        for key, value in values.items()
+        if before[section][key] != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"{one.folder}: was trained with other settings: {'; '.join(changed)}",
+            mend="choose another --out, or remove that folder",
+        )
+
+
+def _refuse_bad_test(test: str) -> None:
+    """Before anything is trained; the classes are compared when there is a model."""
+    from job.data.scan import scan_dataset
+    from job.storage.sync import data_folder
+
+    try:
+        with data_folder(test) as folder:
+            dataset = scan_dataset(folder)
+    except DataError as error:
+        raise DataError(f"--test {test}: {error.message}", mend="check --test") from None
+    if not any(item.mask for item in dataset.val):
+        raise DataError(f"--test {test}: its val has no image with a mask", mend="check --test")
+
+
 def _train_and_score(
     one: _Run,
     data: str,
@@ -234,7 +274,7 @@ def _train_and_score(
         if found.scored == _scored(data, test):
             return found
     one.folder.mkdir(parents=True, exist_ok=True)
-    given = one.folder / "recipe.yaml"
+    given = one.folder / GIVEN
     given.write_text(one.config.to_yaml(), encoding="utf-8")
     log = one.folder / LOG
     tell(f"{one.called}: training; follow: tail -f {shlex.quote(str(log))}")

@@ -158,7 +158,7 @@ def _read(path: Path, *, look: bool) -> tuple[Image.Image, ImageFacts | None]:
                 )
             # Before decoding, which forgets the bits; the orientation of a PNG may come after it.
             facts = _facts(image) if look else None
-            rgb = _to_rgb(image)
+            rgb = to_rgb(image)
             if facts is not None:
                 facts = dataclasses.replace(
                     facts,
@@ -174,7 +174,8 @@ def _read(path: Path, *, look: bool) -> tuple[Image.Image, ImageFacts | None]:
         ) from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """As `read_rgb` does it, of an image that is open already."""
     if image.mode.startswith("I"):
         # Pillow would clip 16 bits at 255 and leave a white image.
         grey = np.asarray(image, np.int64) // 257

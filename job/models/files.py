@@ -91,6 +91,20 @@ def _from_format_1(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"format": FORMAT, "card": {**card, "architecture": architecture}}
 
 
+def _of_checkpoint(content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's network that labels, as a model file; anything else as it is."""
+    card = content.get("run", {}).get("card") if "kind" not in content else None
+    if card is None or "generator" not in content:
+        return content
+    return {
+        "format": FORMAT,
+        "kind": "generator",
+        "card": card,
+        "iteration": content["iteration"],
+        "state_dict": content.get("teacher") or content["generator"],
+    }
+
+
 def write_safetensors(content: dict[str, Any], path: Path) -> None:
     """Write the content of a model file as safetensors; all but the weights goes to its header.
 
@@ -125,7 +139,7 @@ def _safetensors() -> Any:
 def load_generator(
     weights: str | Path, device: torch.device
 ) -> tuple[Generator, ModelCard, dict[str, Any]]:
-    """Read a generator from a model file, ready to predict (evaluation mode).
+    """Read a generator from a model file or a checkpoint, ready to predict (evaluation mode).
 
     Args:
         weights: path or URI of the file.
@@ -149,6 +163,8 @@ def load_generator(
             raise
         except Exception as error:  # torch raises whatever its unpickler stumbles over
             raise ConfigError(f"--weights {path}: damaged ({reason(error)})", mend=mend) from None
+    if isinstance(content, dict):
+        content = _of_checkpoint(content)
     if not isinstance(content, dict) or content.get("kind") != "generator":
         raise ConfigError(f"--weights {path}: not a generator of this program", mend=mend)
     if content.get("format") == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,8 @@ class Diagnosis:
     val_miou: float | None
     findings: Sequence[Finding]
     """Oldest first; those that are over, too."""
+    assumed: bool = False
+    """The run's configuration is not known: it is judged as one of the preset guide."""
 
     @property
     def is_healthy(self) -> bool:
@@ -66,11 +69,14 @@ class Diagnosis:
             "train_miou": self.train_miou,
             "val_miou": self.val_miou,
             "findings": [finding.to_dict() for finding in self.findings],
+            "assumed_preset": "guide" if self.assumed else None,
         }
 
     def text(self) -> str:
         """For the user."""
         lines = [self.source, f"iteration {self.iteration} of {self.iterations}"]
+        if self.assumed:
+            lines.append("judged as a run of the preset guide; say another one with --config")
         if self.standing is not None:
             lines.append(self.standing.line())
         if self.fit is not None:
@@ -100,13 +106,14 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
     if text.lstrip()[:1] == b"{":
         events = parse_ledger(text, shown)
     else:
-        events = list(_of_console(text.decode(errors="replace")))
+        events = list(_of_console(_decoded(text)))
         if not events:
             raise ConfigError(
                 f"{shown}: has no lines of losses",
                 mend="give a run, its metrics.jsonl, or what s4gan train has printed",
             )
-    chosen = config or _config_of(store) or _guessed(events)
+    known = config or _config_of(store)
+    chosen = _as_long_as_said(known or Config(), events)
     classes = next((len(e["class_iou"]) for e in events if e.get("class_iou")), None)
     watch = Watch(Setting(Remedies.of(events).applied(chosen), classes))
     for event in events:
@@ -121,6 +128,7 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
         train_miou=scores["train_miou"] if scores else None,
         val_miou=scores["val_miou"] if scores else None,
         findings=tuple(watch.findings),
+        assumed=known is None,
     )
 
 
@@ -149,10 +157,20 @@ def _config_of(store: ObjectStore) -> Config | None:
     return None
 
 
-def _guessed(events: Sequence[Mapping[str, Any]]) -> Config:
-    """The guide's, with as many iterations as the log says."""
-    said = next((event["of"] for event in events if "of" in event), None)
-    return Config() if said is None else Config.model_validate({"train": {"iterations": said}})
+def _as_long_as_said(config: Config, events: Sequence[Mapping[str, Any]]) -> Config:
+    """With as many iterations as a console log says itself, in its last line."""
+    said = next((event["of"] for event in reversed(events) if "of" in event), None)
+    if said is None:
+        return config
+    train = config.train.model_copy(update={"iterations": said})
+    return config.model_copy(update={"train": train})
+
+
+def _decoded(text: bytes) -> str:
+    """UTF-8, or UTF-16 as some Windows shells redirect."""
+    if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return text.decode("utf-16", errors="replace")
+    return text.decode(errors="replace")
 
 
 def _of_console(text: str) -> Iterator[dict[str, Any]]:
@@ -167,7 +185,7 @@ def _of_console(text: str) -> Iterator[dict[str, Any]]:
         if found := _LOSSES.search(line):
             iteration, of, *losses, count = found.groups()
             values = [_float(one) for one in losses]
-            if None in values:
+            if None in values or int(of) < 1:
                 continue
             names = ("loss_ce", "loss_fm", "loss_st", "loss_d")
             event = {"event": "train", "iteration": int(iteration), "of": int(of)}
@@ -193,13 +211,12 @@ def _of_console(text: str) -> Iterator[dict[str, Any]]:
 def _append(events: list[dict[str, Any]], event: dict[str, Any]) -> None:
     """Drop what an attempt before had told of this iteration and later ones."""
     at, kind = event["iteration"], event["event"]
-    events[:] = [
-        before
-        for before in events
-        if before.get("iteration", 0) < at
-        or (before["iteration"] == at and before["event"] != kind)
-    ]
-    events.append(event)
+    stay = []
+    while events and events[-1].get("iteration", at) >= at:  # from the end: a log may be long
+        before = events.pop()
+        if "iteration" not in before or (before["iteration"] == at and before["event"] != kind):
+            stay.append(before)
+    events += [*reversed(stay), event]
 
 
 def _float(text: str) -> float | None:

@@ -143,10 +143,16 @@ class Watch:
             return self._observe_losses(event)
         if kind == "eval":
             return self._observe_scores(event)
+        if kind == "configuration_changed":
+            # More iterations raise the learning rates, as they should.
+            self._series["lr_g"].clear()
+            self._series["lr_d"].clear()
         if kind == "attempt_ended":
-            if event["exit_code"] == ExitCode.DIVERGED:
+            reason = str(event.get("reason", ""))
+            # Or Loss_CE had jumped, of which its own rule tells.
+            if event["exit_code"] == ExitCode.DIVERGED and "Loss_CE is" not in reason:
                 return self._happened("non_finite")
-            if str(event.get("reason", "")).startswith(OUT_OF_MEMORY):
+            if reason.startswith(OUT_OF_MEMORY):
                 return self._happened("out_of_memory")
         return []
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 from job.config import Config
 from job.monitor.guide import (
     LOW_MIOU,
+    MAX_GAP,
     NORMAL_GAP,
     OVERFIT_GAP,
     Scale,
@@ -62,6 +63,8 @@ class Setting:
         """For the remedies."""
         train, data, loss = self.config.train, self.config.data, self.config.loss
         scale = self.scale
+        # The same images in all: of 3, not 1 and twice as often.
+        smaller = next((n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0), 1)
         return {
             "half_lr": f"{train.learning_rate / 2:g}",
             "half_lr_D": f"{train.learning_rate_D / 2:g}",
@@ -69,12 +72,12 @@ class Setting:
             "lr_D": f"{train.learning_rate_D:g}",
             "threshold": f"{loss.threshold_st:g}",
             "less_threshold": f"{min(loss.threshold_st / 2, Config().loss.threshold_st):g}",
-            "more_threshold": f"{min(0.9, loss.threshold_st * 2):g}",
+            "more_threshold": f"{min(0.9, loss.threshold_st * 2 or 0.2):g}",
             "wait_until": scale.at(5_000),
             "more_weight_decay": f"{train.weight_decay * 2 or 5e-4:g}",
             "more_iterations": train.iterations * 2,
-            "half_batch": max(1, train.batch_size // 2),
-            "more_accumulate": train.accumulate * 2,
+            "half_batch": train.batch_size // smaller,
+            "more_accumulate": train.accumulate * smaller,
             "more_val_split": f"{min(0.5, max(0.3, data.val_split * 1.5)):g}",
         }
 
@@ -201,7 +204,10 @@ class Median:
 
 @dataclass(frozen=True)
 class Stays:
-    """Every one of the last points is at a value."""
+    """The last points are at a value: their median, and none is far from it.
+
+    Once told, the median alone decides, or one line of noise would end it.
+    """
 
     at: float
     within: float
@@ -209,11 +215,16 @@ class Stays:
 
     def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
         """See `Condition`."""
-        del series, setting, is_open
+        del series, setting
         last = points[-self.points :]
-        if len(last) < self.points or any(abs(value - self.at) > self.within for _, value in last):
+        if len(last) < self.points:
             return None
-        return last[0][0], last[-1][1]
+        distances = [abs(value - self.at) for _, value in last]
+        if not is_open and max(distances) > 2 * self.within:
+            return None
+        if statistics.median(distances) > self.within * (2 if is_open else 1):
+            return None
+        return last[0][0], statistics.median(_values(last))
 
 
 @dataclass(frozen=True)
@@ -225,12 +236,32 @@ class Spike:
     rise: float = 1.0
     """And by as much, so that a small loss may double and double again."""
     points: int = 10
+    remembers: int = 500
+    """Points after which a level that has stayed up is the usual one."""
 
     def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
         """See `Condition`."""
-        del series, setting, is_open
-        before = _values(points[-self.points - 1 : -1])
-        return points[-1] if points and self.is_above(points[-1][1], before) else None
+        del series, setting
+        if not points:
+            return None
+        if is_open:
+            return points[-1] if self._is_up(points) else None
+        return points[-1] if self._jumps(points, len(points) - 1) else None
+
+    def _jumps(self, points: Points, index: int) -> bool:
+        before = _values(points[max(0, index - self.points) : index])
+        return self.is_above(points[index][1], before)
+
+    def _is_up(self, points: Points) -> bool:
+        """Whether it has not come back to what it was before it last jumped."""
+        end = len(points) - 1
+        for index in range(end, max(0, end - self.remembers), -1):
+            if self._jumps(points, index):
+                before = _values(points[max(0, index - self.points) : index])
+                usual = statistics.median(before)
+                now = statistics.median(_values(points[max(index, end - 2) :]))
+                return now > usual * self.ratio / 2 and now > usual + self.rise / 2
+        return False
 
     def is_above(self, value: float, before: Sequence[float]) -> bool:
         """Whether a value is far above those before it, of which there are enough to say so."""
@@ -247,20 +278,24 @@ class Rises:
     above: float
     """The last block is."""
     blocks: int = 4
-    points: int = 5
-    """Of each block."""
+    points: Sequence[int] = (5, 10, 20, 40)
+    """Of each block; what rises slowly, or in noise, shows in the longer ones."""
     ratio: float = 1.2
     """Of a block to the one before: what noise does not do four times in a row."""
 
     def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
         """See `Condition`."""
         del series, setting
-        last = points[-self.blocks * self.points :]
-        if len(last) < self.blocks * self.points:
+        sizes = (self._seen(points, size, is_open=is_open) for size in self.points)
+        return next((seen for seen in sizes if seen is not None), None)
+
+    def _seen(self, points: Points, size: int, *, is_open: bool) -> Seen:
+        last = points[-self.blocks * size :]
+        if len(last) < self.blocks * size:
             return None
         medians = [
-            statistics.median(_values(last[first : first + self.points]))
-            for first in range(0, len(last), self.points)
+            statistics.median(_values(last[first : first + size]))
+            for first in range(0, len(last), size)
         ]
         ratio = 1.0 if is_open else self.ratio
         rising = all(b > a * ratio for a, b in itertools.pairwise(medians))
@@ -450,8 +485,15 @@ _HALF_BOTH = (_HALF_LR, _HALF_LR_D)
 _MORE_LR_D = Remedy("--learning-rate-D {more_lr_D} (it is {lr_D})")
 _MIRROR = Remedy("--random-mirror", lambda config: not config.data.random_mirror)
 _SCALE = Remedy("--random-scale", lambda config: not config.data.random_scale)
-_LOWER_THRESHOLD = Remedy("--threshold-st {less_threshold} (it is {threshold})")
-_HIGHER_THRESHOLD = Remedy("--threshold-st {more_threshold} (it is {threshold})")
+_LOWER_THRESHOLD = Remedy(
+    "--threshold-st {less_threshold} (it is {threshold})",
+    lambda config: config.loss.threshold_st > 0,
+)
+_HIGHER_THRESHOLD = Remedy(
+    "--threshold-st {more_threshold} (it is {threshold})",
+    lambda config: config.loss.threshold_st < 0.9,
+)
+_MORE_DECAY = Remedy("--set train.weight_decay={more_weight_decay}")
 _LEARNING_AT_ALL = Remedy("check that the validation mIoU rises at all")
 _USE_BEST = Remedy("use best_model.pth, not final_model.pth, and stop earlier")
 _BROKEN = Remedy("look for broken images and empty masks: s4gan data check")
@@ -653,22 +695,34 @@ RULES: Sequence[Rule] = (
         "training mIoU is {value:.2f} above validation mIoU: overfitting",
         (
             _USE_BEST,
-            Remedy("--set train.weight_decay={more_weight_decay}"),
+            _MORE_DECAY,
             _MIRROR,
             _SCALE,
             _HALF_LR,
             Remedy("more labeled images"),
-            Remedy("--val-split {more_val_split}, if there is no val/ folder"),
+            Remedy(
+                "--val-split {more_val_split}, if there is no val/ folder",
+                lambda config: config.data.val_split < 0.5,
+            ),
         ),
     ),
     Rule(
         "slight_overfit",
         "Table: slight overfit, gap 0.12",
         "gap",
-        Within(above=NORMAL_GAP, upto=OVERFIT_GAP),
+        Within(above=NORMAL_GAP, upto=MAX_GAP),
         "note",
         "training mIoU is {value:.2f} above validation mIoU: a slight overfit, acceptable",
         (_MIRROR, _SCALE, Remedy("more labeled images")),
+    ),
+    Rule(
+        "large_gap",
+        "Gap between Train/Val should stay < 0.15",
+        "gap",
+        Within(above=MAX_GAP, upto=OVERFIT_GAP),
+        "warning",
+        "training mIoU is {value:.2f} above validation mIoU, which should stay below 0.15",
+        (_MIRROR, _SCALE, _MORE_DECAY, Remedy("more labeled images"), _USE_BEST),
     ),
     Rule(
         "underfitting",
@@ -714,7 +768,11 @@ RULES: Sequence[Rule] = (
         "problem",
         "the GPU's memory is not enough",
         (
-            Remedy("--batch-size {half_batch} --set train.accumulate={more_accumulate}"),
+            Remedy(
+                "--batch-size {half_batch} --set train.accumulate={more_accumulate}",
+                lambda config: config.train.batch_size > 1,
+            ),
+            Remedy("a smaller data.crop_size", lambda config: config.train.batch_size == 1),
             Remedy("close what else uses the GPU"),
         ),
     ),

@@ -22,7 +22,9 @@ class BoundaryScore:
     """Mean over images of the F-score of each class's border.
 
     A border pixel counts as met if the other one has a border of that class within the tolerance.
-    Ignored pixels have no border, nor is anything asked for beside them.
+    Ignored pixels within the tolerance of labeled ones go to those, as PASCAL VOC draws a band of
+    them along every border, which would leave no border to meet. Of what is farther inside an
+    ignored area, or beside it, nothing is asked.
 
     Args:
         num_classes: K.
@@ -39,8 +41,9 @@ class BoundaryScore:
 
         Shape: integers (H, W); truth may hold IGNORE.
         """
-        valid = truth != IGNORE
         radius = max(1, round(self._tolerance * math.hypot(*truth.shape)))
+        truth = _shared(truth, radius)
+        valid = truth != IGNORE
         disk = _disk(radius, truth.device)
         for index in range(len(self._counts)):
             wanted = _border((truth == index) & valid, valid)
@@ -67,6 +70,29 @@ class BoundaryScore:
         """Over the classes that have one; 0 if none has."""
         found = [score for score in self.class_scores() if score is not None]
         return sum(found) / len(found) if found else 0.0
+
+
+_BESIDE = (
+    (slice(1, None), slice(None)),
+    (slice(None, -1), slice(None)),
+    (slice(None), slice(1, None)),
+    (slice(None), slice(None, -1)),
+)
+"""Of an image, what has a neighbour above, below, to the left, to the right."""
+
+
+def _shared(truth: Tensor, steps: int) -> Tensor:
+    """Ignored pixels given to the labels beside them, from their edges inwards, so many deep."""
+    labels = truth
+    for _ in range(steps):
+        before, labels = labels, labels.clone()
+        for number, at in enumerate(_BESIDE):
+            neighbour = before[_BESIDE[number ^ 1]]
+            free = (labels[at] == IGNORE) & (neighbour != IGNORE)
+            labels[at] = torch.where(free, neighbour, labels[at])
+        if torch.equal(before, labels):
+            break
+    return labels
 
 
 def _border(mask: Tensor, valid: Tensor) -> Tensor:

@@ -30,7 +30,6 @@ def twin(tmp_path_factory):
     return data, folder / "run"
 
 
-@pytest.mark.slow
 def test_sigkill_at_random_iterations_changes_nothing(twin, start, tmp_path):
     data, uninterrupted = twin
     run = tmp_path / "run"
@@ -51,7 +50,6 @@ def test_sigkill_at_random_iterations_changes_nothing(twin, start, tmp_path):
         assert killed_at - event["resumed_at"] <= 3 * 7, "lost more than two saves on their way"
 
 
-@pytest.mark.slow
 def test_sigterm_exits_75_and_loses_nothing(twin, start, tmp_path):
     data, uninterrupted = twin
     run = tmp_path / "run"
@@ -71,7 +69,6 @@ def test_sigterm_exits_75_and_loses_nothing(twin, start, tmp_path):
     assert_same_result(run, uninterrupted, ITERATIONS)
 
 
-@pytest.mark.slow
 def test_ctrl_c_saves_and_a_second_one_leaves_at_once(twin, start, tmp_path):
     data, _ = twin
     run = tmp_path / "run"
@@ -92,7 +89,6 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(twin, start, tmp_path):
     assert not (tmp_path / "long" / "latest_checkpoint.pth").exists()
 
 
-@pytest.mark.slow
 def test_a_finished_run_can_be_finished_again(twin, start, tmp_path):
     data, uninterrupted = twin
     run = tmp_path / "run"
@@ -103,7 +99,6 @@ def test_a_finished_run_can_be_finished_again(twin, start, tmp_path):
     assert "Finished after 40 iterations" in training.output
 
 
-@pytest.mark.slow
 def test_a_finished_run_that_goes_on_is_not_finished(twin, start, tmp_path):
     data, uninterrupted = twin
     run = tmp_path / "run"
@@ -118,7 +113,6 @@ def test_a_finished_run_that_goes_on_is_not_finished(twin, start, tmp_path):
     assert best == "sha256"
 
 
-@pytest.mark.slow
 def test_loader_processes_do_not_change_the_result(twin, start, tmp_path):
     data, uninterrupted = twin
     run = tmp_path / "run"
@@ -130,7 +124,6 @@ def test_loader_processes_do_not_change_the_result(twin, start, tmp_path):
     assert_same_result(run, uninterrupted, ITERATIONS)
 
 
-@pytest.mark.slow
 def test_loader_processes_do_not_outlive_a_killed_training(twin, start, tmp_path):
     data, _ = twin
     training = start(command(data, tmp_path / "run", data__workers=2), forked=False)
@@ -158,7 +151,6 @@ def children_of(pid: int) -> list[int]:
     return found + [below for child in found for below in children_of(child)]
 
 
-@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_only_the_way_back_to_the_one_before(
     twin, start, tmp_path
 ):
@@ -184,7 +176,6 @@ def test_a_damaged_newest_checkpoint_costs_only_the_way_back_to_the_one_before(
     assert_same_result(run, uninterrupted, ITERATIONS)
 
 
-@pytest.mark.slow
 def test_two_attempts_at_once_one_trains(twin, start, tmp_path):
     data, _ = twin
     run = tmp_path / "run"
@@ -221,7 +212,6 @@ def test_files_of_a_finished_run(twin):
     assert len(recovery) == 3
 
 
-@pytest.mark.slow
 def test_sigterm_at_any_moment_of_the_start_exits_75(start, make_data, tmp_path):
     """Also while torch starts, whose C++ cannot bear an exception (found by the soak)."""
     data = make_data()

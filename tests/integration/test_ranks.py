@@ -28,6 +28,8 @@ CALM = 0.0005
 TOLERANCE = 1e-4
 """Of losses and weights, relative: sums in another order, over so many iterations."""
 
+pytestmark = pytest.mark.slow
+
 
 def arguments(data: Path, folder: Path, gpus: int, **changes: Any) -> list[str]:
     changes = {"train__iterations": ITERATIONS, "train__learning_rate": CALM, **changes}
@@ -304,7 +306,6 @@ class Impatient(AttemptProcess):
         )
 
 
-@pytest.mark.slow
 def test_a_machine_that_hangs_is_noticed(data: Path, tmp_path: Path) -> None:
     """Its connections stay open, so that no collective fails."""
     words = arguments(data, tmp_path / "run", 1, train__iterations=10**6)

@@ -7,10 +7,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from job.recipes import SCORES
 from tests.conftest import MakeData
 from tests.integration.conftest import SMALL
 from tests.services import wait_until
+
+pytestmark = pytest.mark.slow
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
@@ -53,6 +57,12 @@ def test_a_comparison_goes_on_after_a_stop_and_ends_with_a_table(
     assert third.code == 0, third.err
     assert "training" not in third.err
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")} == written
+
+    other = s4gan([*arguments(data, out, f"--test={data}"), "--set=train.learning_rate=0.02"])
+    assert other.code == 78, other.out
+    assert "train.learning_rate" in other.err
+    assert "0.02 now" in other.err
+    assert "training" not in other.err
 
 
 def test_a_run_that_fails_is_named_with_what_it_said(

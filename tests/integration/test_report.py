@@ -28,7 +28,6 @@ def best_of(run: str) -> BestEvaluation:
     return BestEvaluation.model_validate_json(open_store(run).read(keys.BEST_EVALUATION))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("where", ["folder", "bucket"])
 def test_it_is_there_from_the_first_evaluation_on(
     data: Path, start: Any, s4gan: Any, s3_env: None, bucket: str, tmp_path: Path, where: str
@@ -51,7 +50,6 @@ def test_it_is_there_from_the_first_evaluation_on(
     assert "At iteration" in (tmp_path / "again.html").read_text()
 
 
-@pytest.mark.slow
 def test_a_finished_run_shows_its_best_model(data: Path, start: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     training = start(command(data, run))

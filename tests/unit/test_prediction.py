@@ -142,6 +142,45 @@ def test_wrong_places_are_named(
     assert said in str(caught.value)
 
 
+def test_what_was_predicted_before_is_not_predicted_again(
+    photos: Path, weights: str, tmp_path: Path
+) -> None:
+    out = photos / "predicted"
+    first = predict_images(weights, str(photos), str(out), CPU)
+    again = predict_images(weights, str(photos), str(out), CPU)
+    assert again.written == first.written
+
+
+def test_an_overlay_never_takes_the_place_of_another_prediction(
+    photos: Path, weights: str, tmp_path: Path
+) -> None:
+    Image.new("RGB", (40, 40)).save(photos / "a_overlay.png")
+    Image.new("RGB", (40, 40)).save(photos / "a.png")
+    with pytest.raises(DataError, match="its overlay would have the name"):
+        predict_images(weights, str(photos), str(tmp_path / "out"), CPU)
+    plain = predict_images(
+        weights, str(photos), str(tmp_path / "out"), CPU, Wish(with_overlay=False)
+    )
+    assert plain.written == len(list((tmp_path / "out").rglob("*.png")))
+
+
+def test_a_name_with_brackets_is_a_file_if_there_is_one(
+    photos: Path, weights: str, tmp_path: Path
+) -> None:
+    Image.new("RGB", (40, 40)).save(photos / "a[1].png")
+    found = predict_images(weights, str(photos / "a[1].png"), str(tmp_path / "out"), CPU)
+    assert found.written == 1
+
+
+def test_a_file_that_does_not_end_as_an_image_is_told_which_do(
+    photos: Path, weights: str, tmp_path: Path
+) -> None:
+    (photos / "t.tif").write_bytes(b"II")
+    with pytest.raises(DataError) as caught:
+        predict_images(weights, str(photos / "t.tif"), str(tmp_path / "out"), CPU)
+    assert ".png" in caught.value.mend
+
+
 def test_two_images_of_one_name_are_refused(photos: Path, weights: str, tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(photos / "a.jpg")
     with pytest.raises(DataError, match="the same name"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from job.errors import ConfigError
+from job.errors import ConfigError, JobError
 from job.recipes import DEFAULT_RECIPES, Recipe, Score, bench_recipes, markdown
 
 
@@ -90,6 +90,27 @@ def test_wrong_recipes_are_refused_before_anything_is_trained(
             seeds=1,
             common={},
             test=None,
+            parallel=1,
+            tell=print,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("common", "test", "said"),
+    [({"train.seed": 5}, None, "--seeds says which"), ({}, "nowhere", "--test nowhere")],
+)
+def test_what_cannot_be_is_said_before_anything_is_trained(
+    common: dict[str, Any], test: str | None, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(JobError, match=said):
+        bench_recipes(
+            [Recipe.parse("a=guide")],
+            data="nowhere",
+            out=tmp_path / "out",
+            seeds=1,
+            common=common,
+            test=test,
             parallel=1,
             tell=print,
         )

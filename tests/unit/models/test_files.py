@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,23 @@ def test_a_file_of_another_format_says_which_one_is_read(
     with pytest.raises(ConfigError, match=f"has format {FORMAT + 1}.*reads {FORMAT}") as caught:
         load_generator(written(tmp_path / "m.pth", content), CPU)
     assert "version" in caught.value.mend
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_a_checkpoint_is_a_model_too(
+    trained: Generator, tmp_path: Path, with_teacher: bool
+) -> None:
+    """`paper-voc` is scored after 30,000 of its 40,000 iterations."""
+    other = Generator(Architecture("tiny", 3))
+    content = {
+        "iteration": 30,
+        "generator": (other if with_teacher else trained).state_dict(),
+        "run": {"config": {}, "card": asdict(CARD)},
+    }
+    if with_teacher:
+        content["teacher"] = trained.state_dict()
+    loaded, card, facts = load_generator(written(tmp_path / "checkpoint_30.pth", content), CPU)
+    images = torch.randn(1, 3, 33, 47)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), trained.eval()(images))
+    assert (card, facts["iteration"]) == (CARD, 30)

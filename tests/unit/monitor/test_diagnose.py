@@ -15,7 +15,7 @@ from job.config import Config, load_config
 from job.errors import ConfigError, StorageError
 from job.events import EvalEvent, TrainEvent
 from job.monitor.console import evaluation_head, evaluation_lines, train_line
-from job.monitor.diagnose import diagnose
+from job.monitor.diagnose import _append, diagnose
 from tests.series import lines
 
 GUESSING: Any = {"loss_d": lambda at: 0.693}
@@ -171,3 +171,71 @@ def test_the_command_ends_with_1_if_something_is_wrong(
             cli.diagnose(str(path), as_json=True)
         assert ended.value.exit_code == code
         assert json.loads(capsys.readouterr().out)["healthy"] == (code == 0)
+
+
+def test_a_log_of_no_iterations_is_told_of_and_one_in_utf_16_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    losses = (line for line in lines() if line["event"] == "train")
+    path.write_text(console(losses, 50_000).replace("/50000", "/0"))
+    with pytest.raises(ConfigError, match="no lines of losses"):
+        diagnose(str(path))
+    path.write_text(console(lines(**GUESSING), 50_000), encoding="utf-16")
+    assert [one.rule for one in diagnose(str(path)).findings] == ["d_stuck"]
+
+
+def test_a_log_says_itself_how_long_the_run_is(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text(console(lines(), 50_000))
+    found = diagnose(str(path), load_config("demo"))
+    assert found.iterations == 50_000
+    assert not found.assumed
+    assert "--config" not in found.text()
+    assert "judged as a run of the preset guide" in diagnose(str(path)).text()
+
+
+def test_a_long_log_takes_no_longer_a_line_than_a_short_one(tmp_path: Path) -> None:
+    """Each line once looked at all before it; counted, not timed."""
+    events: list[dict[str, Any]] = []
+
+    class Counted(dict[str, Any]):
+        looks = 0
+
+        def get(self, *arguments: Any) -> Any:
+            Counted.looks += 1
+            return super().get(*arguments)
+
+    for at in range(1, 1_001):
+        _append(events, Counted(event="train", iteration=at))
+        _append(events, Counted(event="eval", iteration=at))
+    assert len(events) == 2_000
+    assert Counted.looks < 10 * len(events)
+
+
+def test_more_iterations_raise_the_rates_and_that_is_no_fault(tmp_path: Path) -> None:
+    first = [line for line in lines() if line["iteration"] <= 10_000]
+    second = [
+        line | ({"lr_g": line["lr_g"] * 1.5, "lr_d": line["lr_d"] * 1.5} if "lr_g" in line else {})
+        for line in lines()
+        if line["iteration"] > 10_000
+    ]
+    asked = {"event": "configuration_changed", "changes": ["train.iterations: 10000, 50000"]}
+    stamp = {"attempt": 2, "time": 0.0}
+    ledger(tmp_path / run.LEDGER, [*first, asked | stamp, *second])
+    assert diagnose(str(tmp_path)).findings == ()
+    ledger(tmp_path / run.LEDGER, [*first, *second])
+    assert {one.rule for one in diagnose(str(tmp_path)).findings} == {
+        "lr_not_decaying",
+        "lr_D_not_decaying",
+    }
+
+
+def test_a_jump_of_the_loss_is_not_told_as_a_nan(tmp_path: Path) -> None:
+    ended = {
+        "event": "attempt_ended",
+        "exit_code": 70,
+        "reason": "training diverged: Loss_CE is 76.0, and was 1.0 before iteration 8",
+        "attempt": 1,
+        "time": 0.0,
+    }
+    ledger(tmp_path / run.LEDGER, [*(x for x in lines() if x["iteration"] <= 5_000), ended])
+    assert "non_finite" not in {one.rule for one in diagnose(str(tmp_path)).findings}

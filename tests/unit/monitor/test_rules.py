@@ -33,6 +33,7 @@ GUIDE = {
     "training mIoU decreases": "train_degrading",
     "validation mIoU far below its targets": "val_not_learning",
     "table: slight overfit": "slight_overfit",
+    "gap below 0.15": "large_gap",
     "table: overfitting": "overfitting",
     "table: underfitting": "underfitting",
     "generator's learning rate decreases": "lr_not_decaying",
@@ -175,6 +176,11 @@ CASES: Mapping[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
         (10_500, 11_000),
         {"train_miou": after(10_000, 0.80), "val_miou": after(10_000, 0.71)},
     ),
+    "large_gap": (
+        {"train_miou": after(10_000, 0.80), "val_miou": after(10_000, 0.62)},
+        (10_500, 11_000),
+        {"train_miou": after(10_000, 0.80), "val_miou": after(10_000, 0.66)},
+    ),
     "underfitting": (
         {"train_miou": ramp(0, 50_000, 0.22, 0.37), "val_miou": ramp(0, 50_000, 0.21, 0.35)},
         (26_000, 26_500),
@@ -223,6 +229,63 @@ def test_a_message_says_what_and_what_to_try(rule: str) -> None:
     assert found.remedies
     assert not {"{", "}"} & set(found.line())
     assert found.since <= found.iteration
+
+
+@pytest.mark.parametrize("sd", [0.002, 0.006, 0.010])
+@pytest.mark.parametrize("seed", range(4))
+def test_guessing_in_noise_is_one_episode_and_stays_open(sd: float, seed: int) -> None:
+    noise = random.Random(seed)
+    found = [
+        one for one in findings(loss_d=lambda at: noise.gauss(0.693, sd)) if one.rule == "d_stuck"
+    ]
+    assert [one.ended for one in found] == [None]
+
+
+def test_a_loss_that_jumps_and_stays_up_is_not_over() -> None:
+    found = [
+        one
+        for one in findings(loss_ce=lambda at: 3.5 if 12_000 < at <= 40_000 else 0.5)
+        if one.rule == "ce_spike"
+    ]
+    assert [one.iteration for one in found] == [12_100]
+    assert found[0].ended is not None
+    assert found[0].ended > 40_000
+
+
+@pytest.mark.parametrize("kind", ["three per cent a line", "in noise"])
+def test_a_slow_rise_is_a_rise(kind: str) -> None:
+    noise = random.Random(0)
+    curves: dict[str, Curve] = {
+        "three per cent a line": lambda at: 0.005 * 1.03 ** (at / 100),
+        "in noise": lambda at: (0.01 + 2 * at / 50_000) * noise.uniform(0.8, 1.2),
+    }
+    assert "fm_rising" in {one.rule for one in findings(loss_fm=curves[kind])}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule", "never"),
+    [
+        ({"loss.threshold_st": 0.95}, "st_high", "--threshold-st"),
+        ({"loss.threshold_st": 0.0}, "st_never_active", "--threshold-st"),
+        ({"data.val_split": 0.5}, "overfitting", "--val-split"),
+        ({"train.batch_size": 1}, "out_of_memory", "--batch-size"),
+    ],
+)
+def test_nothing_is_advised_that_changes_nothing(
+    changes: dict[str, Any], rule: str, never: str
+) -> None:
+    config = config_from_yaml("", source="x", overrides=changes)
+    advice = rules_by_id()[rule].advice(Setting(config), 20_000)
+    assert advice
+    assert not any(never in line for line in advice)
+
+
+def test_smaller_batches_hold_the_same_images_in_all() -> None:
+    config = config_from_yaml(
+        "", source="x", overrides={"train.batch_size": 3, "train.accumulate": 2}
+    )
+    advice = rules_by_id()["out_of_memory"].advice(Setting(config), 1)
+    assert advice[0] == "--batch-size 1 --set train.accumulate=6"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

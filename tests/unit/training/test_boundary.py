@@ -53,10 +53,19 @@ def test_an_image_of_one_class_has_no_border() -> None:
     assert score(flat, flat).mean() == 0
 
 
-def test_beside_ignored_pixels_nothing_is_asked_for() -> None:
+def test_beside_a_wide_ignored_area_nothing_is_asked_for() -> None:
+    truth = half(30)
+    truth[:, 20:40] = IGNORE
+    assert score(half(30), truth).class_scores() == [None, None, None]
+
+
+@pytest.mark.parametrize(("column", "wanted"), [(30, 1.0), (31, 1.0), (45, 0.0)])
+def test_a_band_of_ignored_pixels_along_a_border_is_shared(column: int, wanted: float) -> None:
+    """As PASCAL VOC draws it around every object."""
     truth = half(30)
     truth[:, 28:32] = IGNORE
-    assert score(half(30), truth).class_scores() == [None, None, None]
+    found = score(half(column), truth).class_scores()
+    assert found == [wanted, wanted, None]
 
 
 def test_images_are_averaged() -> None:
