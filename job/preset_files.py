@@ -1,5 +1,7 @@
-"""The presets' names and places. Apart from `job.config`, whose pydantic models take a quarter of
-a second to import, because `s4gan --help` names them.
+"""The presets' names and places.
+
+Apart from `job.config`, whose pydantic models take a quarter of a second to import: `s4gan --help`
+names them.
 """
 
 from __future__ import annotations
