@@ -36,11 +36,12 @@ POLL_S = 0.2
 _INCOMING = "incoming"
 _JOURNAL = "incoming.jsonl"
 _SETS = "sets"
+_ENTRY = ("path", "size", "mtime_ns", "tag", "check")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file of a set."""
+    """A file of a set. There may be a million: hence the slots."""
 
     path: str
     """Below the set, with slashes."""
@@ -50,6 +51,10 @@ class FileEntry:
     """Says which content it is, in the words of where it came from; compared, never computed."""
     check: str
     """See `digests.check_of`."""
+
+    def values(self) -> tuple[str, int, int, str, str]:
+        """All of it, in order."""
+        return self.path, self.size, self.mtime_ns, self.tag, self.check
 
 
 @dataclass(frozen=True)
@@ -190,8 +195,11 @@ class DataCache:
         """What of the incoming set is complete, from an earlier attempt."""
         content, again = SetContent(), True
         # A last line cut off by a kill ends the reading, which is right.
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            for line in self._journal_path.read_text().splitlines():
+        with (
+            contextlib.suppress(OSError, ValueError, TypeError, KeyError),
+            open(self._journal_path) as journal,
+        ):
+            for line in journal:
                 raw = json.loads(line)
                 if "boot" in raw:
                     again = raw["boot"] != boot_id()
@@ -216,17 +224,13 @@ class DataCache:
         """
         with explained_write(self.incoming):
             self.incoming.mkdir(parents=True, exist_ok=True)
-            left = {
-                Path(parent, name) for parent, _, names in os.walk(self.incoming) for name in names
-            } - {self.incoming / path for path in kept.files}
+            left = {path for path in _files_below(self.incoming) if path not in kept.files}
             if left:  # else the names of ten thousand parts would be made for nothing
-                left -= {
-                    part_of(self.incoming / path, ending)
-                    for path in expected
-                    for ending in (PART, JOURNAL)
-                }
+                for path in expected:
+                    for ending in (PART, JOURNAL):
+                        left.discard(part_of(Path(path), ending).as_posix())
             for path in left:
-                path.unlink()
+                (self.incoming / path).unlink()
             _remove_empty_folders(self.incoming)
             shutil.rmtree(self.unpacked, ignore_errors=True)
             self._close_journal()
@@ -250,7 +254,7 @@ class DataCache:
 
     def record(self, entries: Iterable[FileEntry]) -> None:
         """These files are complete in `incoming`."""
-        self._write_lines([vars(entry) for entry in entries])
+        self._write_lines(dict(zip(_ENTRY, entry.values(), strict=True)) for entry in entries)
 
     def record_archive(self, archive: ArchiveEntry) -> None:
         """The files of this archive, recorded before, are all there."""
@@ -269,27 +273,30 @@ class DataCache:
 
     def _write_index(self, id_: str, fingerprint: str, content: SetContent) -> DataSet:
         data = DataSet(id_, fingerprint, boot_id(), content)
-        raw = {
+        head = {
             "format": FORMAT,
             "fingerprint": fingerprint,
             "boot": data.boot,
-            "files": [list(vars(entry).values()) for entry in content.files.values()],
             "archives": [vars(archive) for archive in content.archives.values()],
         }
         path = self._index_path(id_)
         temporary = path.with_suffix(".tmp")
         with explained_write(path):
             with open(temporary, "w") as file:
-                json.dump(raw, file)
+                # Entry by entry: all of them as lists take as much memory as the set itself.
+                file.write(json.dumps(head)[:-1] + ', "files": [')
+                for number, entry in enumerate(content.files.values()):
+                    file.write((",\n" if number else "\n") + json.dumps(entry.values()))
+                file.write("]}")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         return data
 
-    def _write_lines(self, lines: list[dict[str, Any]]) -> None:
+    def _write_lines(self, lines: Iterable[dict[str, Any]]) -> None:
         assert self._journal is not None
         with explained_write(self._journal_path):
-            self._journal.write("".join(json.dumps(line) + "\n" for line in lines))
+            self._journal.writelines(json.dumps(line) + "\n" for line in lines)
             self._journal.flush()
 
     def _close_journal(self) -> None:
@@ -341,6 +348,14 @@ def try_lock(descriptor: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """Paths of all files below a folder, from there, with slashes."""
+    for parent, _, names in os.walk(folder):
+        inner = os.path.relpath(parent, folder)
+        for name in names:
+            yield name if inner == "." else f"{inner}/{name}"
 
 
 def _remove_empty_folders(folder: Path) -> None:

@@ -41,7 +41,7 @@ def part_of(path: Path, ending: str = PART) -> Path:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Whole:
     """An object to be fetched into a file."""
 
@@ -59,7 +59,7 @@ class Whole:
         return self.size > CHUNK_BYTES or parts_of(self.etag) > 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A file in a shard."""
 
@@ -91,7 +91,7 @@ class Span:
         return last.offset + last.size - self.first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Arrived:
     """A file that lies in the target folder, complete and verified."""
 
