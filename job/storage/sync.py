@@ -449,12 +449,13 @@ class _Bringer:
         """Files that need not be fetched: gathered before, or in an older set. And the others."""
         resumed = self.cache.resume()
         kept = SetContent()
+        is_begun = self.cache.incoming.is_dir()  # else a million files would be looked for
         for archive in plan.archives:
             self._keep_archive(archive, plan, resumed, kept)
         for path, tag in plan.tags.items():
             entry = resumed.files.get(path)
             if entry is None or entry.tag != tag:
-                entry = self._salvaged(path, plan)
+                entry = self._salvaged(path, plan) if is_begun else None
             if entry is not None:
                 kept.files[path] = entry
         missing = [path for path in plan.tags if path not in kept.files]

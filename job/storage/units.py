@@ -53,6 +53,10 @@ class Whole:
     path: str
     """Of the file, below the target folder."""
 
+    def __reduce__(self) -> tuple[type[Whole], tuple[str, int, str, str]]:
+        """On its way to a worker; what dataclasses do for slots takes several times as long."""
+        return Whole, (self.key, self.size, self.etag, self.path)
+
     @property
     def is_large(self) -> bool:
         """Whether it comes in chunks. What was uploaded in parts can only be checked so."""
@@ -69,6 +73,10 @@ class Member:
     """Of its first byte in the shard."""
     check: str
     """See `digests.check_of`."""
+
+    def __reduce__(self) -> tuple[type[Member], tuple[str, int, int, str]]:
+        """As that of `Whole`."""
+        return Member, (self.path, self.size, self.offset, self.check)
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ class Span:
         return last.offset + last.size - self.first
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Arrived:
     """A file that lies in the target folder, complete and verified."""
 
