@@ -36,6 +36,8 @@ POLL_S = 0.2
 _INCOMING = "incoming"
 _JOURNAL = "incoming.jsonl"
 _SETS = "sets"
+_FILES = ', "files": [\n'
+_END = "]}"
 _ENTRY = ("path", "size", "mtime_ns", "tag", "check")
 
 
@@ -284,10 +286,10 @@ class DataCache:
         with explained_write(path):
             with open(temporary, "w") as file:
                 # Entry by entry: all of them as lists take as much memory as the set itself.
-                file.write(json.dumps(head)[:-1] + ', "files": [')
+                file.write(json.dumps(head)[:-1] + _FILES)
                 for number, entry in enumerate(content.files.values()):
-                    file.write((",\n" if number else "\n") + json.dumps(entry.values()))
-                file.write("]}")
+                    file.write((",\n" if number else "") + json.dumps(entry.values()))
+                file.write("\n" + _END)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -313,13 +315,32 @@ class DataCache:
 
 
 def _read_index(path: Path) -> DataSet:
-    raw = json.loads(path.read_text())
-    if raw["format"] != FORMAT:
-        raise ValueError(f"{path}: format {raw['format']}")
-    files = (FileEntry(*values) for values in raw["files"])
-    archives = (_archive_from(archive) for archive in raw["archives"])
-    content = SetContent({f.path: f for f in files}, {a.key: a for a in archives})
+    content = SetContent()
+    with open(path) as file:
+        head = file.readline()
+        in_lines = head.endswith(_FILES)  # as `_write_index` does it, once it was all in one
+        raw = json.loads(head + _END if in_lines else head)
+        if raw["format"] != FORMAT:
+            raise ValueError(f"{path}: format {raw['format']}")
+        for values in _entries(file) if in_lines else raw["files"]:
+            entry = FileEntry(*values)
+            content.files[entry.path] = entry
+    content.archives = {one["key"]: _archive_from(one) for one in raw["archives"]}
     return DataSet(path.stem, raw["fingerprint"], raw["boot"], content)
+
+
+def _entries(lines: Iterable[str]) -> Iterator[list[Any]]:
+    """What `_write_index` has written of each file.
+
+    Raises:
+        ValueError: the end is missing.
+    """
+    for line in lines:
+        if line == _END:
+            return
+        if line != "\n":  # there is no file at all
+            yield json.loads(line.rstrip(",\n"))
+    raise ValueError("an index breaks off")
 
 
 def _archive_from(raw: Mapping[str, Any]) -> ArchiveEntry:

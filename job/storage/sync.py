@@ -77,6 +77,7 @@ def data_folder(
     bringer = _Bringer(source, progress or Silent(), stopped)
     data, held = bringer.bring()
     folder = bringer.cache.path_of(data)
+    del data  # of a million files half a gigabyte, and training takes days
     try:
         yield folder
     except DataError as error:  # what is to be mended is the original

@@ -617,5 +617,17 @@ def test_an_index_that_was_written_as_one_line_is_still_read(tmp_path: Path) -> 
         data = store.complete("f" * 64, cache.SetContent({one.path: one for one in entries}))
         (index,) = (store.folder / "sets").glob("*.json")
         assert store.sets() == [data]
-        index.write_text(json.dumps(json.loads(index.read_text())))
+        written = index.read_text()
+        index.write_text(json.dumps(json.loads(written)))
+        assert store.sets() == [data]
+        for length in range(0, len(written) - 1, 7):
+            index.write_text(written[:length])
+            assert store.sets() == []
+
+
+def test_an_index_of_no_files(tmp_path: Path) -> None:
+    store = cache.DataCache(tmp_path / "cache")
+    with store.locked(stopped=lambda: False, waiting=lambda: None):
+        store.begin(cache.SetContent(), expected=[])
+        data = store.complete("f" * 64, cache.SetContent())
         assert store.sets() == [data]
