@@ -78,6 +78,7 @@ from job.monitor.report import (
 )
 from job.monitor.rules import Setting
 from job.monitor.stall import stall_minutes, watch_stall
+from job.monitor.start import StartClock, StartTracker
 from job.monitor.stopping import StopRules
 from job.monitor.summary import Check, checklist, provenance, summary, summary_json
 from job.monitor.wandb_run import ModelFile, RunFacts
@@ -114,6 +115,7 @@ def train(
 
     Args and errors: as `attempt_at`.
     """
+    clock = StartClock.of_process()
     while True:
         try:
             return attempt_at(
@@ -123,6 +125,7 @@ def train(
                 console=console,
                 gpus=gpus,
                 resume_anyway=resume_anyway,
+                clock=clock,
             )
         except TrainingFailure as failure:
             if not failure.goes_on:
@@ -132,6 +135,7 @@ def train(
         # By now nothing holds the networks any more; without this they would still be there.
         gc.collect()
         torch.cuda.empty_cache()
+        clock = StartClock()
 
 
 def attempt_at(
@@ -142,6 +146,7 @@ def attempt_at(
     console: Console,
     gpus: int = 1,
     resume_anyway: bool = False,
+    clock: StartClock | None = None,
 ) -> ExitCode:
     """One attempt: take the run over, go on from its newest checkpoint, train, leave its files.
 
@@ -152,6 +157,7 @@ def attempt_at(
         console: where to print.
         gpus: how many GPUs of this machine train together; without any, so many processes.
         resume_anyway: go on with another configuration or other images than the run began with.
+        clock: of its start; by default that is now.
 
     Returns:
         OK: the run is finished.
@@ -161,6 +167,8 @@ def attempt_at(
         JobError: with the exit code of what went wrong; the run's checkpoints stay good.
     """
     # 1. Resolve the run.
+    clock = clock or StartClock()
+    clock.done("imports")
     patience_minutes = stall_minutes()
     notifier = Notifier.from_environment(run_uri)
     store = open_store(run_uri)
@@ -182,11 +190,10 @@ def attempt_at(
         watch_stall(patience_minutes, record.ledger.path, record.tell, record.mirror.publish),
         crew(gpus, node, device, record.tell) as others,
         # 3. Bring the data, look at it, split it as the run began.
-        data_folder(
-            data_uri, progress=ConsoleProgress(console), stopped=lambda: stop.requested
-        ) as folder,
+        _brought(data_uri, stop, console, clock) as folder,
     ):
         data = _prepare_data(store, config, data_uri, folder, stop, console, resume_anyway)
+        clock.done("checks")
         identity = _identity(store)
         # 4. Restore the newest checkpoint that verifies, or begin.
         manager = CheckpointManager(store, lease, scratch)
@@ -207,11 +214,12 @@ def attempt_at(
         store.write(run.CONFIG, config.to_yaml().encode())
         store.write(run.SPLITS, data.splits.to_json())
         stop.raise_if_requested()
+        clock.done("networks")
         ranks = others.meet(trained_with, data.splits, folder, state, stop)
         # 5. Start the trackers and the publisher.
         with (
             _remedying(attempt, manager, guard),
-            _tracking(attempt, state, stop, notifier) as tracking,
+            _tracking(attempt, state, stop, notifier, clock) as tracking,
         ):
             with _publishing(attempt, manager, stop) as publisher, _showing(attempt, stop) as show:
                 # 6. Train.
@@ -470,6 +478,19 @@ def _how_it_ended(failure: BaseException | None) -> tuple[ExitCode, str]:
 # ------------------------------------------------------------------------- 3: the data
 
 
+@contextlib.contextmanager
+def _brought(
+    data_uri: str, stop: StopRequest, console: Console, clock: StartClock
+) -> Iterator[Path]:
+    """The data in a local folder; what came before on the clock was to take the run over."""
+    clock.done("run")
+    with data_folder(
+        data_uri, progress=ConsoleProgress(console), stopped=lambda: stop.requested
+    ) as folder:
+        clock.done("data")
+        yield folder
+
+
 def _prepare_data(
     store: ObjectStore,
     config: Config,
@@ -636,7 +657,7 @@ def _device_name(device: torch.device, count: int) -> str:
 
 @contextlib.contextmanager
 def _tracking(
-    attempt: _Attempt, state: TrainState, stop: StopRequest, notifier: Notifier
+    attempt: _Attempt, state: TrainState, stop: StopRequest, notifier: Notifier, clock: StartClock
 ) -> Iterator[_Tracking]:
     """Console, ledger, W&B, and the rules; the last two are told how the attempt ended."""
     total = attempt.config.train.iterations
@@ -664,7 +685,8 @@ def _tracking(
         on_finding=[wandb.finding, notifier.finding],
         on_standing=[wandb.standing],
     )
-    trackers = Trackers([attempt.record.ledger, progress, wandb, health])
+    start = StartTracker(clock, attempt.record.tell)
+    trackers = Trackers([attempt.record.ledger, progress, wandb, health, start])
     failure: BaseException | None = None
     try:
         with progress:

@@ -1,6 +1,7 @@
 """The `s4gan` command: parses, calls what does the work, prints, exits. No logic of its own.
 
-Nothing here imports torch before a verb needs it, so that `--help` and errors come at once.
+Nothing here imports torch, boto3 or pydantic before a verb needs it, so that `--help` and errors
+come at once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import typer
 
 import job
 from job import options
-from job.config import config_from_dict
 from job.errors import ConfigError, DataError, ExitCode, JobError, StorageError
 
 if TYPE_CHECKING:
@@ -253,6 +253,8 @@ def evaluate(
     """
     if split not in ("val", "train"):
         raise ConfigError(f"--split {split}: must be val or train")
+    from job.config import config_from_dict
+
     named = {"layout": layout} | ({} if val_list is None else {"val_list": val_list})
     of_data = config_from_dict({"data": named}, source="the command line").data
     if boundary_tolerance is not None and not boundary:

@@ -24,8 +24,7 @@ from pydantic import (
 )
 
 from job.errors import ConfigError
-
-PRESETS_DIR = Path(__file__).parent / "presets"
+from job.preset_files import PRESETS_DIR, preset_names
 
 FREE_ON_RESUME = frozenset(
     {"data.workers", "train.log_every", "checkpoint.every", "checkpoint.keep_every"}
@@ -328,11 +327,6 @@ class Config(_Section):
     def to_yaml(self) -> str:
         """The text of `config.yaml`: every key, in the order of this file."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-def preset_names() -> list[str]:
-    """Names accepted by `--config` besides a file."""
-    return sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
 
 
 def load_config(name_or_file: str, overrides: Mapping[str, Any] | None = None) -> Config:

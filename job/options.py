@@ -1,12 +1,18 @@
-"""Options that several verbs take, and what they resolve to."""
+"""Options that several verbs take, and what they resolve to.
+
+Imports `job.config` only where it is used: `--help` does not need it, and it is slow to import.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from job.config import Config, config_from_yaml, load_config, parse_assignment, preset_names
+from job.preset_files import preset_names
+
+if TYPE_CHECKING:
+    from job.config import Config
 
 DEFAULT_CONFIG = "guide"
 
@@ -85,6 +91,8 @@ def overrides(
     assignments: list[str] | None = None,
 ) -> dict[str, Any]:
     """What the command line says of the configuration, by "section.key"; flags before `--set`."""
+    from job.config import parse_assignment
+
     flags = {
         "train.learning_rate": learning_rate,
         "train.learning_rate_D": learning_rate_D,
@@ -102,6 +110,8 @@ def overrides(
 
 def read_config(name_or_uri: str | None, changes: dict[str, Any]) -> Config:
     """As `load_config`, and from s3:// too; None is the default."""
+    from job.config import config_from_yaml, load_config
+
     name_or_uri = name_or_uri or DEFAULT_CONFIG
     if "://" not in name_or_uri:
         return load_config(name_or_uri, changes)

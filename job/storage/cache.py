@@ -36,11 +36,14 @@ POLL_S = 0.2
 _INCOMING = "incoming"
 _JOURNAL = "incoming.jsonl"
 _SETS = "sets"
+_FILES = ', "files": [\n'
+_END = "]}"
+_ENTRY = ("path", "size", "mtime_ns", "tag", "check")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file of a set."""
+    """A file of a set. There may be a million: hence the slots."""
 
     path: str
     """Below the set, with slashes."""
@@ -50,6 +53,10 @@ class FileEntry:
     """Says which content it is, in the words of where it came from; compared, never computed."""
     check: str
     """See `digests.check_of`."""
+
+    def values(self) -> tuple[str, int, int, str, str]:
+        """All of it, in order."""
+        return self.path, self.size, self.mtime_ns, self.tag, self.check
 
 
 @dataclass(frozen=True)
@@ -190,8 +197,11 @@ class DataCache:
         """What of the incoming set is complete, from an earlier attempt."""
         content, again = SetContent(), True
         # A last line cut off by a kill ends the reading, which is right.
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            for line in self._journal_path.read_text().splitlines():
+        with (
+            contextlib.suppress(OSError, ValueError, TypeError, KeyError),
+            open(self._journal_path) as journal,
+        ):
+            for line in journal:
                 raw = json.loads(line)
                 if "boot" in raw:
                     again = raw["boot"] != boot_id()
@@ -216,17 +226,13 @@ class DataCache:
         """
         with explained_write(self.incoming):
             self.incoming.mkdir(parents=True, exist_ok=True)
-            left = {
-                Path(parent, name) for parent, _, names in os.walk(self.incoming) for name in names
-            } - {self.incoming / path for path in kept.files}
+            left = {path for path in _files_below(self.incoming) if path not in kept.files}
             if left:  # else the names of ten thousand parts would be made for nothing
-                left -= {
-                    part_of(self.incoming / path, ending)
-                    for path in expected
-                    for ending in (PART, JOURNAL)
-                }
+                for path in expected:
+                    for ending in (PART, JOURNAL):
+                        left.discard(part_of(Path(path), ending).as_posix())
             for path in left:
-                path.unlink()
+                (self.incoming / path).unlink()
             _remove_empty_folders(self.incoming)
             shutil.rmtree(self.unpacked, ignore_errors=True)
             self._close_journal()
@@ -250,7 +256,7 @@ class DataCache:
 
     def record(self, entries: Iterable[FileEntry]) -> None:
         """These files are complete in `incoming`."""
-        self._write_lines([vars(entry) for entry in entries])
+        self._write_lines(dict(zip(_ENTRY, entry.values(), strict=True)) for entry in entries)
 
     def record_archive(self, archive: ArchiveEntry) -> None:
         """The files of this archive, recorded before, are all there."""
@@ -269,27 +275,30 @@ class DataCache:
 
     def _write_index(self, id_: str, fingerprint: str, content: SetContent) -> DataSet:
         data = DataSet(id_, fingerprint, boot_id(), content)
-        raw = {
+        head = {
             "format": FORMAT,
             "fingerprint": fingerprint,
             "boot": data.boot,
-            "files": [list(vars(entry).values()) for entry in content.files.values()],
             "archives": [vars(archive) for archive in content.archives.values()],
         }
         path = self._index_path(id_)
         temporary = path.with_suffix(".tmp")
         with explained_write(path):
             with open(temporary, "w") as file:
-                json.dump(raw, file)
+                # Entry by entry: all of them as lists take as much memory as the set itself.
+                file.write(json.dumps(head)[:-1] + _FILES)
+                for number, entry in enumerate(content.files.values()):
+                    file.write((",\n" if number else "") + json.dumps(entry.values()))
+                file.write("\n" + _END)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         return data
 
-    def _write_lines(self, lines: list[dict[str, Any]]) -> None:
+    def _write_lines(self, lines: Iterable[dict[str, Any]]) -> None:
         assert self._journal is not None
         with explained_write(self._journal_path):
-            self._journal.write("".join(json.dumps(line) + "\n" for line in lines))
+            self._journal.writelines(json.dumps(line) + "\n" for line in lines)
             self._journal.flush()
 
     def _close_journal(self) -> None:
@@ -306,13 +315,32 @@ class DataCache:
 
 
 def _read_index(path: Path) -> DataSet:
-    raw = json.loads(path.read_text())
-    if raw["format"] != FORMAT:
-        raise ValueError(f"{path}: format {raw['format']}")
-    files = (FileEntry(*values) for values in raw["files"])
-    archives = (_archive_from(archive) for archive in raw["archives"])
-    content = SetContent({f.path: f for f in files}, {a.key: a for a in archives})
+    content = SetContent()
+    with open(path) as file:
+        head = file.readline()
+        in_lines = head.endswith(_FILES)  # as `_write_index` does it, once it was all in one
+        raw = json.loads(head + _END if in_lines else head)
+        if raw["format"] != FORMAT:
+            raise ValueError(f"{path}: format {raw['format']}")
+        for values in _entries(file) if in_lines else raw["files"]:
+            entry = FileEntry(*values)
+            content.files[entry.path] = entry
+    content.archives = {one["key"]: _archive_from(one) for one in raw["archives"]}
     return DataSet(path.stem, raw["fingerprint"], raw["boot"], content)
+
+
+def _entries(lines: Iterable[str]) -> Iterator[list[Any]]:
+    """What `_write_index` has written of each file.
+
+    Raises:
+        ValueError: the end is missing.
+    """
+    for line in lines:
+        if line == _END:
+            return
+        if line != "\n":  # there is no file at all
+            yield json.loads(line.rstrip(",\n"))
+    raise ValueError("an index breaks off")
 
 
 def _archive_from(raw: Mapping[str, Any]) -> ArchiveEntry:
@@ -341,6 +369,14 @@ def try_lock(descriptor: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """Paths of all files below a folder, from there, with slashes."""
+    for parent, _, names in os.walk(folder):
+        inner = os.path.relpath(parent, folder)
+        for name in names:
+            yield name if inner == "." else f"{inner}/{name}"
 
 
 def _remove_empty_folders(folder: Path) -> None:

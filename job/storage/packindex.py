@@ -20,9 +20,9 @@ INDEX = "pack.json"
 _SHARD = re.compile(r"shard-[0-9a-f]{16}\.tar")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PackedFile:
-    """A file of a pack."""
+    """A file of a pack. There may be a million: hence the slots."""
 
     path: str
     size: int

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
+from xml.etree import ElementTree
 
 from job.errors import DataError, StorageError
 from job.storage import open_store
@@ -76,6 +77,7 @@ def data_folder(
     bringer = _Bringer(source, progress or Silent(), stopped)
     data, held = bringer.bring()
     folder = bringer.cache.path_of(data)
+    del data  # of a million files half a gigabyte, and training takes days
     try:
         yield folder
     except DataError as error:  # what is to be mended is the original
@@ -107,9 +109,9 @@ def scratch_root() -> Path:
 # ---------------------------------------------------------------- sources
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Listed:
-    """An object below the data URI."""
+    """An object below the data URI. There may be a million: hence the slots."""
 
     path: str
     """Below it."""
@@ -158,8 +160,7 @@ class S3Source:
         self.uri = store.uri
         self.bucket, self.prefix = store.bucket, store.prefix
         self.client = store.client
-        # A third of the time of listing: nobody asks for them, and boto3 parses them slowly.
-        self.client.meta.events.register("before-parse.s3.ListObjectsV2", _without_times)
+        self.client.meta.events.register("before-parse.s3.ListObjectsV2", _read_contents)
         try:
             route = find_route(self.client, self.bucket)
             resolved = Session().get_credentials()
@@ -216,9 +217,41 @@ class S3Source:
             raise explain(error, "list", self.uri) from error
 
 
-def _without_times(response_dict: dict[str, Any], **_: Any) -> None:
+def _read_contents(
+    response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any
+) -> None:
+    """Take the objects out of a page of a list before botocore parses it, which is slow at that.
+
+    By then botocore has seen that the page is good XML. It adds `customized_response_dict` to
+    what it finds in the rest of the page, and then undoes the encoding of keys. A page that is
+    written in another way than by S3 stays as it is.
+    """
     body = response_dict["body"]
-    response_dict["body"] = re.sub(rb"<LastModified>[^<]*</LastModified>", b"", body)
+    if response_dict["status_code"] != 200:
+        return
+    found = []
+    for item in _CONTENTS.findall(body):
+        key, size, etag = (fact.search(item) for fact in (_KEY, _SIZE, _ETAG))
+        if key is None or size is None or etag is None:
+            return
+        found.append({"Key": _text(key[1]), "Size": int(size[1]), "ETag": _text(etag[1])})
+    if found:
+        customized_response_dict["Contents"] = found
+        response_dict["body"] = _CONTENTS.sub(b"", body)
+
+
+_CONTENTS = re.compile(rb"<Contents>(.*?)</Contents>", re.DOTALL)
+_KEY = re.compile(rb"<Key>([^<]+)</Key>")
+_SIZE = re.compile(rb"<Size>(\d+)</Size>")
+_ETAG = re.compile(rb"<ETag>([^<]+)</ETag>")
+
+
+def _text(escaped: bytes) -> str:
+    """Of XML."""
+    text = escaped.replace(b"&quot;", b'"').replace(b"&#34;", b'"')
+    if b"&" in text or b"\r" in text:  # seldom: keys come in URL encoding
+        return ElementTree.fromstring(b"<text>%s</text>" % escaped).text or ""
+    return text.decode()
 
 
 class _PackFolder:
@@ -252,11 +285,14 @@ class _Plan:
     """What a set is to consist of, by path; and where it would have to be fetched from."""
 
     tags: dict[str, str] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
     wholes: dict[str, Whole] = field(default_factory=dict)
     members: dict[str, tuple[Listed, Member]] = field(default_factory=dict)
     """Files of a pack, and the shards they are in."""
     archives: list[Listed] = field(default_factory=list)
+
+    def file(self, path: str) -> Whole | Member:
+        """Where a file comes from."""
+        return self.wholes[path] if path in self.wholes else self.members[path][1]
 
     def units(self, paths: Sequence[str]) -> list[Whole | Span]:
         """What to fetch for these files."""
@@ -334,14 +370,16 @@ class _Bringer:
                     return data
         return None
 
-    def _gather(self, listing: Sequence[Listed], fingerprint: str, lock: int) -> DataSet:
+    def _gather(self, listing: list[Listed], fingerprint: str, lock: int) -> DataSet:
+        """Make a set of what is listed; the list is empty after that."""
         began_s = time.monotonic()
         plan = self._plan(listing)
+        listing.clear()  # all is in the plan; of a million objects that is a hundred megabytes
         content, missing = self._take_over(plan)
         taken = len(content.files)
         units = plan.units(missing)
         archives = [a for a in plan.archives if a.path not in content.archives]
-        size = sum(plan.sizes[path] for path in missing) + sum(a.size for a in archives)
+        size = sum(plan.file(path).size for path in missing) + sum(a.size for a in archives)
         self._check_space(size, missing, len(archives))
         self._progress.begin("data", len(missing) + len(archives), size)
         try:
@@ -372,7 +410,6 @@ class _Bringer:
                     plan.archives.append(item)
                 else:
                     plan.tags[item.path] = item.etag
-                    plan.sizes[item.path] = item.size
                     plan.wholes[item.path] = Whole(item.key, item.size, item.etag, item.path)
         check_collisions(plan.tags, self._source.uri)
         return plan
@@ -407,19 +444,19 @@ class _Bringer:
             check_path(file.path, f"{self._source.uri}: {file.path}")
             member = Member(file.path, file.size, file.offset, f"sha256:{file.sha256}")
             plan.tags[file.path] = member.check
-            plan.sizes[file.path] = file.size
             plan.members[file.path] = (shards[file.shard], member)
 
     def _take_over(self, plan: _Plan) -> tuple[SetContent, list[str]]:
         """Files that need not be fetched: gathered before, or in an older set. And the others."""
         resumed = self.cache.resume()
         kept = SetContent()
+        is_begun = self.cache.incoming.is_dir()  # else a million files would be looked for
         for archive in plan.archives:
             self._keep_archive(archive, plan, resumed, kept)
         for path, tag in plan.tags.items():
             entry = resumed.files.get(path)
             if entry is None or entry.tag != tag:
-                entry = self._salvaged(path, plan)
+                entry = self._salvaged(path, plan) if is_begun else None
             if entry is not None:
                 kept.files[path] = entry
         missing = [path for path in plan.tags if path not in kept.files]
@@ -439,7 +476,7 @@ class _Bringer:
         file = self.cache.incoming / path
         try:
             status = file.lstat()
-            if status.st_size != plan.sizes[path]:
+            if status.st_size != plan.file(path).size:
                 return None
             if path in plan.members:
                 check = plan.members[path][1].check
@@ -509,10 +546,11 @@ class _Bringer:
         large = {unit.path for unit in units if isinstance(unit, Whole) and unit.is_large}
 
         def arrived(files: Sequence[Arrived]) -> None:
-            entries = [
-                FileEntry(file.path, file.size, file.mtime_ns, plan.tags[file.path], file.check)
-                for file in files
-            ]
+            entries = []
+            for file in files:
+                path = plan.file(file.path).path  # the worker's is a copy, and there may be many
+                tag = plan.tags[path]
+                entries.append(FileEntry(path, file.size, file.mtime_ns, tag, file.check))
             self.cache.record(entries)
             content.files |= {entry.path: entry for entry in entries}
             # The bytes of large ones have been told as they came.

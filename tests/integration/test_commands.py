@@ -36,6 +36,16 @@ def finished(tmp_path_factory):
     return data, folder / "run", training.output
 
 
+def test_a_run_says_how_long_it_took_to_begin(finished):
+    _, run, output = finished
+    assert len(re.findall(r"^first iteration after \d+\.\d s \(imports ", output, re.M)) == 1
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (told,) = [event for event in events if event["event"] == "first_iteration"]
+    stages = told["stages_s"]
+    assert list(stages) == ["imports", "run", "data", "checks", "networks", "iteration"]
+    assert told["after_s"] == pytest.approx(sum(stages.values()), abs=0.01)
+
+
 def test_evaluate_agrees_with_the_run(finished, s4gan):
     data, run, _ = finished
     result = s4gan(["evaluate", "--weights", run / "best_model.pth", "--data", data, "--json"])

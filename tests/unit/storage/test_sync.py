@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from job import heartbeat
 from job.drill.proxy import CorruptReply, CutReply, Hold, Latency, Status, Throttle
 from job.errors import AccessDenied, ConfigError, DataError, ExitCode, Preempted, StorageError
 from job.storage import cache, sync
+from job.storage.s3 import S3Store
 from job.storage.sync import data_folder
 from tests.services import s3_client, wait_until
 from tests.unit.storage.conftest import Remote, tree
@@ -526,3 +528,106 @@ def test_an_archive_and_an_object_of_one_name_are_refused(remote: Remote) -> Non
     remote.put_all({"a.png": b"1", "set.tar": tar_of({"a.png": b"2"})})
     with pytest.raises(DataError, match=r"a\.png comes twice"):
         bring(remote)
+
+
+# ---------------------------------------------------------------- many objects
+
+ODD = ["a b.png", "a&b<c>\"d'.png", "a+b%20c.png", "&amp;.png", "\u00e9\u4e16.png", "]]>.png"]
+
+
+def test_a_list_is_what_boto3_reads(remote: Remote) -> None:
+    remote.put_all({name: bytes(number) for number, name in enumerate(ODD)})
+    reply = remote.client.list_objects_v2(Bucket=remote.bucket, Prefix="data/")
+    expected = [
+        sync.Listed(item["Key"].removeprefix("data/"), item["Key"], item["Size"], item["ETag"])
+        for item in reply["Contents"]
+    ]
+    source = sync.S3Source(S3Store(remote.uri()))
+    assert source.listing() == expected
+    assert sorted(item.path for item in expected) == sorted(ODD)
+
+
+@pytest.mark.parametrize(
+    ("written", "key"),
+    [
+        ("a&amp;b.png", "a&b.png"),
+        ("&amp;lt;.png", "&lt;.png"),
+        ("&#233;&#x4e16;.png", "\u00e9\u4e16.png"),
+    ],
+)
+def test_what_is_escaped_in_a_page(written: str, key: str) -> None:
+    customized: dict[str, Any] = {}
+    body = (
+        "<ListBucketResult><Name>b</Name><Contents>\n<ETag>&#34;1&quot;</ETag>"
+        f"<Key>{written}</Key><Size>7</Size></Contents><KeyCount>1</KeyCount></ListBucketResult>"
+    )
+    page = {"status_code": 200, "body": body.encode()}
+    sync._read_contents(page, customized)
+    assert customized == {"Contents": [{"Key": key, "Size": 7, "ETag": '"1"'}]}
+    assert page["body"] == (
+        b"<ListBucketResult><Name>b</Name><KeyCount>1</KeyCount></ListBucketResult>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (500, b"<Contents><Key>a</Key><Size>1</Size><ETag>e</ETag></Contents>"),
+        (200, b"<Contents><Key><![CDATA[a]]></Key><Size>1</Size><ETag>e</ETag></Contents>"),
+        (200, b"<Contents><Key>a</Key><Size>1</Size></Contents>"),
+        (200, b"<Error><Code>InternalError</Code></Error>"),
+    ],
+)
+def test_any_other_page_is_left_to_boto3(status: int, body: bytes) -> None:
+    customized: dict[str, Any] = {}
+    page = {"status_code": status, "body": body}
+    sync._read_contents(page, customized)
+    assert (page["body"], customized) == (body, {})
+
+
+def test_a_page_that_breaks_off_is_asked_for_again(remote: Remote) -> None:
+    remote.put_all(FILES)
+    cut = remote.proxy.add(CutReply(300, method="GET", match="list-type"))
+    assert bring(remote) == FILES
+    assert cut.fired == 1
+
+
+def test_parts_of_files_that_are_still_wanted_stay_and_others_go(tmp_path: Path) -> None:
+    store = cache.DataCache(tmp_path / "cache")
+    with store.locked(stopped=lambda: False, waiting=lambda: None):
+        kept = cache.FileEntry("deep/er/kept.png", 1, 2, "tag", "crc32:0")
+        wanted, other = (
+            cache.part_of(store.incoming / "deep" / name) for name in ("wanted.png", "other.png")
+        )
+        for path in (store.incoming / kept.path, wanted, other, store.incoming / "stray.png"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x")
+        store.begin(cache.SetContent({kept.path: kept}), expected=["deep/wanted.png"])
+        assert set(tree(store.incoming)) == {
+            kept.path,
+            wanted.relative_to(store.incoming).as_posix(),
+        }
+
+
+def test_an_index_that_was_written_as_one_line_is_still_read(tmp_path: Path) -> None:
+    store = cache.DataCache(tmp_path / "cache")
+    entries = [cache.FileEntry(f"{n}.png", n, 2**62 + n, "tag", "crc32:0") for n in range(3)]
+    with store.locked(stopped=lambda: False, waiting=lambda: None):
+        store.begin(cache.SetContent(), expected=[])
+        data = store.complete("f" * 64, cache.SetContent({one.path: one for one in entries}))
+        (index,) = (store.folder / "sets").glob("*.json")
+        assert store.sets() == [data]
+        written = index.read_text()
+        index.write_text(json.dumps(json.loads(written)))
+        assert store.sets() == [data]
+        for length in range(0, len(written) - 1, 7):
+            index.write_text(written[:length])
+            assert store.sets() == []
+
+
+def test_an_index_of_no_files(tmp_path: Path) -> None:
+    store = cache.DataCache(tmp_path / "cache")
+    with store.locked(stopped=lambda: False, waiting=lambda: None):
+        store.begin(cache.SetContent(), expected=[])
+        data = store.complete("f" * 64, cache.SetContent())
+        assert store.sets() == [data]
