@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from job.data.dataset import IMAGE_ENDINGS
+from job.data.find import images_at
 from job.data.images import Array, read_rgb, scaled_image
 from job.errors import ConfigError, DataError
 from job.models.files import SAFETENSORS, load_generator, model_file, write_safetensors
 from job.storage.files import write_file
+from job.storage.progress import Silent
 
 ONNX = ".onnx"
 TOLERANCE = 1e-3
@@ -56,7 +57,7 @@ def export(weights: str, out: str, format_: str, *, images: str | None = None) -
         weights: path or URI of a model file.
         out: path or URI of the file to be written.
         format_: "onnx" or "safetensors".
-        images: folder or file to compare on; noise if there is none.
+        images: to compare on, as `s4gan predict` takes them; noise if there are none.
 
     Raises:
         ConfigError: a package is missing, the format is unknown, or the weights cannot be used.
@@ -156,12 +157,8 @@ def _inputs(images: str | None, image_scale: float) -> list[Array]:
     if images is None:
         rng = np.random.default_rng(0)
         return [rng.integers(0, 256, (*size, 3), np.uint8) for size in _CHECKED]
-    folder = Path(images)
-    paths = [folder] if folder.is_file() else sorted(folder.rglob("*"))
-    paths = [path for path in paths if path.suffix.lower() in IMAGE_ENDINGS][:_MAX_IMAGES]
-    if not paths:
-        raise DataError(f"--images {images}: holds no image", mend="give a folder or a file")
-    return [scaled_image(read_rgb(path), image_scale) for path in paths]
+    with images_at(images, Silent()) as (_, paths):
+        return [scaled_image(read_rgb(path), image_scale) for path in paths[:_MAX_IMAGES]]
 
 
 def _installed(name: str) -> Any:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fnmatch
 import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from job.data.dataset import IMAGE_ENDINGS
+from job.data.find import images_at
 from job.data.images import Array, read_rgb, scaled_image
 from job.errors import ConfigError, DataError
 from job.models.files import ModelCard, load_generator
@@ -22,9 +20,7 @@ from job.models.generator import Generator
 from job.monitor.pictures import index_png, overlay
 from job.outlines import Outlines
 from job.storage import open_store
-from job.storage.files import local_copy
 from job.storage.progress import Silent, TransferProgress
-from job.storage.sync import data_folder
 from job.training.evaluation import load_ahead, predict
 from job.training.protocols import PLAIN, Protocol, logits_of
 
@@ -34,7 +30,6 @@ TILE = 1024
 MARGIN = 128
 """Both in pixels as the network sees them. What is predicted nearer to a tile's edge than the
 margin is left to the neighbour, which sees what is around it."""
-_WILD = "*?["
 _OVERLAY = "_overlay"
 _WRITERS = 4
 
@@ -91,7 +86,7 @@ def predict_images(
     """
     wish, progress = wish or Wish(), progress or Silent()
     outcome = Outcome()
-    with _images(images_uri, progress) as (root, paths):
+    with images_at(images_uri, progress) as (root, paths):
         out = open_store(out_uri)
         if out.local_path("") == root.resolve():
             raise ConfigError(
@@ -126,67 +121,7 @@ def predict_images(
     return outcome
 
 
-# ---------------------------------------------------------------- which images
-
-
-@contextlib.contextmanager
-def _images(uri: str, progress: TransferProgress) -> Iterator[tuple[Path, list[Path]]]:
-    """The folder that names are relative to, and the images."""
-    name = uri.rpartition("/")[2]
-    mend = f"images end in {', '.join(sorted(IMAGE_ENDINGS))}"
-    if Path(uri).is_file() and PurePosixPath(name).suffix.lower() not in IMAGE_ENDINGS:
-        raise DataError(f"--images {uri}: its name does not end as one of an image", mend=mend)
-    if any(sign in uri for sign in _WILD) and not Path(uri).exists():
-        fixed = _fixed_part(uri)
-        pattern = uri[len(fixed) :].lstrip("/")
-        with data_folder(fixed or ".", progress=progress) as root:
-            _require_folder(root, fixed or ".")
-            paths = [
-                path
-                for path in _images_below(root)
-                if _matches(path.relative_to(root).as_posix(), pattern)
-            ]
-            if not paths:
-                raise DataError(f"--images {uri}: no image has such a name", mend=mend)
-            yield root, paths
-    elif PurePosixPath(name).suffix.lower() in IMAGE_ENDINGS and not Path(uri).is_dir():
-        with local_copy(uri, name="--images", mend="give an image, a folder or a prefix") as path:
-            yield path.parent, [path]
-    else:
-        with data_folder(uri, progress=progress) as root:
-            _require_folder(root, uri)
-            paths = _images_below(root)
-            if not paths:
-                raise DataError(f"--images {uri}: holds no image", mend=mend)
-            yield root, paths
-
-
-def _fixed_part(uri: str) -> str:
-    """The folder before the first part with a wildcard."""
-    parts = uri.split("/")
-    first = next(i for i, part in enumerate(parts) if any(sign in part for sign in _WILD))
-    if first == 0:
-        return ""
-    return "/".join(parts[:first]) or "/"
-
-
-def _matches(path: str, pattern: str) -> bool:
-    """As a shell does it: * stays within a folder, ** does not."""
-    if "**" in pattern:
-        return fnmatch.fnmatchcase(path, pattern.replace("**/", "*"))
-    parts, wanted = path.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
-
-
-def _require_folder(root: Path, uri: str) -> None:
-    if not root.is_dir():
-        raise DataError(
-            f"--images {uri}: no such folder or image", mend="check the path; s3:// for a prefix"
-        )
-
-
-def _images_below(root: Path) -> list[Path]:
-    return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
+# ---------------------------------------------------------------- what they are called
 
 
 def _keys(root: Path, paths: Sequence[Path], *, with_overlay: bool) -> dict[Path, str]:

@@ -13,6 +13,8 @@ from job.data.dataset import Item
 RARE_SHARE = 0.001
 """A class below this share of the labeled pixels is rare: of a crop of 321 x 321 pixels, the guide
 preset's, that is a patch of 10 x 10 on average."""
+MIN_ALONE, ALONE_SHARE = 4, 0.25
+"""Masks of a single class, and share of all, from which on they look as if left empty."""
 NAMES_SHOWN = 6
 """Classes named in one warning."""
 
@@ -29,12 +31,15 @@ class Balance:
     """Of each class; (K,)."""
     images: NDArray[np.int64] = field(init=False)
     """Masks that hold it; (K,)."""
+    alone: NDArray[np.int64] = field(init=False)
+    """Masks that hold it and no other class; (K,)."""
     largest: list[tuple[int, Item] | None] = field(init=False)
     """The mask that holds most of each class, with its pixels of it; for showing it."""
 
     def __post_init__(self) -> None:
         self.pixels = np.zeros(self.num_classes, np.int64)
         self.images = np.zeros(self.num_classes, np.int64)
+        self.alone = np.zeros(self.num_classes, np.int64)
         self.largest = [None] * self.num_classes
 
     def add(self, item: Item, pixels: NDArray[np.int64], ignored: int) -> None:
@@ -43,6 +48,8 @@ class Balance:
         self.ignored += ignored
         self.pixels += pixels
         self.images += pixels > 0
+        if np.count_nonzero(pixels) == 1:
+            self.alone += pixels > 0
         for index in np.flatnonzero(pixels):
             best = self.largest[index]
             if best is None or pixels[index] > best[0]:
@@ -62,6 +69,7 @@ class Balance:
         both = Balance(self.num_classes, self.masks + other.masks, self.ignored + other.ignored)
         both.pixels = self.pixels + other.pixels
         both.images = self.images + other.images
+        both.alone = self.alone + other.alone
         both.largest = [
             max((one for one in pair if one), key=lambda one: one[0], default=None)
             for pair in zip(self.largest, other.largest, strict=True)
@@ -118,6 +126,15 @@ def balance_warnings(
             warnings.append(
                 f"only one of {labeled.masks} labeled images holds {_names(classes, single)} "
                 f"(first: {first[1].image}); label more that do"
+            )
+    for called, part in (("labeled", labeled), ("validation", val)):
+        empty = part.alone >= max(MIN_ALONE, ALONE_SHARE * part.masks)
+        if empty.any() and np.count_nonzero(part.images) > 1:
+            index = int(np.flatnonzero(empty)[0])
+            warnings.append(
+                f"{part.alone[index]} of {part.masks} {called} masks hold nothing but "
+                f"{classes[index]}; if something is to be seen on those images, the masks were "
+                "left empty"
             )
     if val.masks and (val.images == 0).any():
         warnings.append(

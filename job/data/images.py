@@ -18,6 +18,10 @@ from PIL import Image
 from job.data.dataset import IGNORE, DatasetInfo
 from job.errors import DataError
 
+Image.MAX_IMAGE_PIXELS = 500_000_000
+"""Above it Pillow warns, and refuses above twice that: 3 GB of memory. Its own limit, a sixth, is
+less than many an aerial image has, which `s4gan predict` cuts into tiles."""
+
 PADDING_RGB = (124, 116, 104)
 """ImageNet's mean: padding is about 0 once normalised."""
 

@@ -6,6 +6,7 @@ import contextlib
 import pickle
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from job.config import TIMM
 from job.errors import ConfigError, ObjectNotFound, reason
 from job.models.backbones import RESNETS, TimmBackbone
 from job.models.generator import Generator
+from job.models.normalization import NORMALIZATIONS
 from job.storage import ObjectStore
 from job.storage.files import local_copy
 
@@ -54,8 +56,27 @@ def load_weights(generator: Generator, source: str, *, mirror: ObjectStore | Non
     if source == "imagenet":
         given, source = _imagenet(generator, mirror)
     else:
-        given = _from_file(source)
+        given, trained = _from_file(source)
+        return _take(generator, given, source) + _other_kind(generator, trained)
     return _take(generator, given, source)
+
+
+def _other_kind(generator: Generator, trained: Mapping[str, Any]) -> str:
+    """What a model of ours was made for and this generator is not: it fits, and learns badly."""
+    own = asdict(generator.architecture)
+    other = [
+        f"{key} {_called(trained[key])}"
+        for key in ("stride_in", "normalization")
+        if key in trained and trained[key] != own[key]
+    ]
+    return f"; warning: it was trained with another {' and '.join(other)}" if other else ""
+
+
+def _called(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    kinds = {name: asdict(kind) for name, kind in NORMALIZATIONS.items()}
+    return next((name for name, kind in kinds.items() if kind == value), "(none of ours)")
 
 
 def _take(generator: Generator, given: Mapping[str, Tensor], source: str) -> str:
@@ -168,7 +189,7 @@ def _imagenet(generator: Generator, mirror: ObjectStore | None) -> tuple[Weights
             key = f"{run.WEIGHTS}{name}"
             with _mirrored(mirror, key) as path:
                 if path is not None:
-                    return _read(path, f"{mirror.uri}/{key}"), f"{mirror.uri}/{key}"
+                    return _read(path, f"{mirror.uri}/{key}")[0], f"{mirror.uri}/{key}"
         place = f", put the file at {mirror.uri}/{run.WEIGHTS}{name}" if mirror is not None else ""
         raise ConfigError(
             f"model.weights imagenet: torchvision could not get {weights.url} ({reason(error)})",
@@ -192,18 +213,25 @@ def _mirrored(mirror: ObjectStore, key: str) -> Iterator[Path | None]:
 # ---------------------------------------------------------------- a file
 
 
-def _from_file(source: str) -> Weights:
+def _from_file(source: str) -> tuple[Weights, dict[str, Any]]:
     mend = "give a file, 'imagenet' or 'none'"
     with local_copy(source, name="model.weights", mend=mend) as path:
         return _read(path, source)
 
 
-def _read(path: Path, called: str) -> Weights:
+def _read(path: Path, called: str) -> tuple[Weights, dict[str, Any]]:
+    """The tensors, and of a file of ours the architecture they are of."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        card = content.get("card") or content.get("run", {}).get("card") or {}
+        architecture = dict(card.get("architecture", {}))
         for wrapper in WRAPPERS:
             if isinstance(content.get(wrapper), dict):
                 content = content[wrapper]
-        return {_plain(name): value.float() for name, value in content.items()}
+        return {_plain(name): value.float() for name, value in content.items()}, architecture
     except Exception as error:  # torch raises whatever its unpickler stumbles over
-        raise ConfigError(f"model.weights {called}: not a state dict ({reason(error)})") from None
+        raise ConfigError(
+            f"model.weights {called}: not a state dict ({reason(error)})",
+            mend="give a file of torch.save with a dict of tensors: torchvision's, or a model of "
+            "this program",
+        ) from None

@@ -358,6 +358,9 @@ class FallsFromBest:
 
     by: float = 0.05
     """Evaluations of a healthy run swing by 0.01 to 0.03."""
+    noise: float = 5.0
+    """Or by so many times the standard deviation of one evaluation, if that is more: the best of
+    many that only swing is far above the last, too."""
     points: int = 3
 
     def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
@@ -371,11 +374,25 @@ class FallsFromBest:
             statistics.median(values[first : first + self.points])
             for first in range(len(values) - self.points + 1)
         ]
-        by = self.by / 2 if is_open else self.by
+        fall = max(self.by, self.noise * _swing(values))
+        by = fall / 2 if is_open else fall
         best = max(smooth)
-        where = smooth.index(best) + self.points // 2
         holds = smooth[-1] < best - by and max(values[-self.points :]) < best - by / 2
-        return (points[where][0], smooth[-1]) if holds else None
+        if not holds:
+            return None
+        # It began where it was last near the best, not where the best was.
+        near = max(index for index, value in enumerate(smooth) if value >= best - fall / 4)
+        return points[near + self.points // 2][0], smooth[-1]
+
+
+def _swing(values: Sequence[float]) -> float:
+    """Standard deviation of a point about a curve that rises or falls, by its second differences.
+
+    Robust: of a normal distribution the median distance is 0.6745 deviations, and a second
+    difference has the square root of 6 times that of a point.
+    """
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    return statistics.median(bends) / (0.6745 * math.sqrt(6))
 
 
 @dataclass(frozen=True)
@@ -404,6 +421,42 @@ class Stuck:
         best = max(_values(span))
         holds = best < self.below and best < max(before) + self.improvement
         return (span[0][0], span[-1][1]) if holds else None
+
+
+@dataclass(frozen=True)
+class Stagnant:
+    """A training score that rises while the validation score does not."""
+
+    span: int
+    """Of the guide's iterations."""
+    rise: float = 0.03
+    """Of the training score from the first third of that time to the last, at least."""
+    improvement: float = 0.01
+    """Of the validation score likewise, at most."""
+    points: int = 8
+    """Evaluations within that time, at least."""
+
+    def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
+        """See `Condition`."""
+        if not points:
+            return None
+        begin = points[-1][0] - setting.scale.at(self.span)
+        if points[0][0] > begin:
+            return None
+        val = [value for at, value in points if at > begin]
+        train = [value for at, value in series("train_miou") if at > begin]
+        if min(len(val), len(train)) < self.points:
+            return None
+        risen = _risen(train) > (self.rise / 2 if is_open else self.rise)
+        if not risen or _risen(val) > self.improvement:
+            return None
+        return next(at for at, _ in points if at > begin), statistics.median(val[-3:])
+
+
+def _risen(values: Sequence[float]) -> float:
+    """From the first to the last of them, without their noise."""
+    third = max(3, len(values) // 3)
+    return statistics.median(values[-third:]) - statistics.median(values[:third])
 
 
 @dataclass(frozen=True)
@@ -676,6 +729,17 @@ RULES: Sequence[Rule] = (
         (_LABELS, _MIRROR, _SCALE, _HALF_LR, Remedy("check the balance of the classes")),
         begins=10_000,
         unless=("train_not_learning", "val_not_learning"),
+    ),
+    Rule(
+        "val_stagnant",
+        "Problem 1: training mIoU increasing but validation stagnant",
+        "val_miou",
+        Stagnant(span=15_000),
+        "warning",
+        "validation mIoU stays at {value:.4f} while training mIoU rises",
+        (_LABELS, _MIRROR, _SCALE, _HALF_LR, Remedy("check the balance of the classes")),
+        begins=5_000,
+        unless=("val_stuck", "val_not_learning", "val_degrading", "overfitting"),
     ),
     Rule(
         "val_degrading",

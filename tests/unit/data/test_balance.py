@@ -136,3 +136,11 @@ def test_of_many_classes_some_are_named_and_the_rest_counted() -> None:
     (warning,) = balance_warnings(names, balance(tuple(one), tuple(one)), NOTHING)
     assert warning.count("class ") == NAMES_SHOWN
     assert f"and {199 - NAMES_SHOWN} more classes" in warning
+
+
+def test_masks_that_nobody_has_drawn_are_told_of() -> None:
+    drawn, empty = (60, 30, 10), (100, 0, 0)
+    found = balance_warnings(CLASSES, balance(*[drawn] * 12, *[empty] * 4), NOTHING)
+    assert len(found) == 1
+    assert "4 of 16 labeled masks hold nothing but sky" in found[0]
+    assert balance_warnings(CLASSES, balance(*[drawn] * 13, *[empty] * 3), NOTHING) == []

@@ -19,6 +19,7 @@ from job.models.backbones import RESNETS
 from job.models.discriminator import Discriminator
 from job.models.files import ModelCard, model_file
 from job.models.generator import Architecture, Generator
+from job.models.normalization import NORMALIZATIONS
 from job.models.weights import load_weights
 from job.storage import LocalStore
 
@@ -189,6 +190,18 @@ def test_a_best_model_is_a_start_for_another_run(head: Any, tmp_path: Path) -> N
     assert "and its head" in note
     wanted = trained.state_dict()
     assert all(torch.equal(v, wanted[name]) for name, v in generator.state_dict().items())
+
+
+def test_weights_of_another_preparation_are_taken_with_a_word(tmp_path: Path) -> None:
+    def note_of(normalization: str) -> str:
+        architecture = Architecture("tiny", 3, normalization=NORMALIZATIONS[normalization])  # type: ignore[index]
+        card = ModelCard(architecture, ("a", "b", "c"), 255, ((0, 0, 0),) * 3, 1.0)
+        content = model_file(Generator(architecture), card, kind="generator", iteration=5)
+        path = saved(content, tmp_path / f"{normalization}.pth")
+        return load_weights(Generator(Architecture("tiny", 3)), path)
+
+    assert note_of("caffe").endswith("; warning: it was trained with another normalization caffe")
+    assert "warning" not in note_of("imagenet")
 
 
 def test_a_checkpoint_is_a_start_for_another_run(tiny: Generator, tmp_path: Path) -> None:

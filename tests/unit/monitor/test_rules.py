@@ -39,6 +39,7 @@ GUIDE = {
     "generator's learning rate decreases": "lr_not_decaying",
     "discriminator's learning rate decreases": "lr_D_not_decaying",
     "problem 1: validation mIoU does not improve": "val_stuck",
+    "problem 1: training rises, validation does not": "val_stagnant",
     "problem 2: unstable": "ce_spike",
     "problem 3: self-training does not work": "st_count_zero",
     "problem 4: overfitting": "overfitting",
@@ -161,6 +162,11 @@ CASES: Mapping[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
         (10_000, 10_500),
         {"val_miou": ramp(0, 50_000, 0.2, 0.45)},  # slowly, but it rises
     ),
+    "val_stagnant": (
+        {"train_miou": ramp(0, 50_000, 0.40, 0.62), "val_miou": noisy(0.45, 0.01)},
+        (20_000, 24_000),
+        {"train_miou": ramp(0, 50_000, 0.40, 0.50), "val_miou": noisy(0.45, 0.01)},
+    ),
     "val_degrading": (
         {"val_miou": ramp(20_000, 30_000, 0.65, 0.5)},
         (21_500, 26_000),
@@ -229,6 +235,34 @@ def test_a_message_says_what_and_what_to_try(rule: str) -> None:
     assert found.remedies
     assert not {"{", "}"} & set(found.line())
     assert found.since <= found.iteration
+
+
+@pytest.mark.parametrize("sd", [0.01, 0.02, 0.03])
+def test_a_plateau_that_swings_is_no_fall(sd: float) -> None:
+    def told(seed: int) -> bool:
+        noise = random.Random(seed)
+        found = findings(
+            train_miou=after(10_000, 0.62),
+            val_miou=lambda at: noise.gauss(min(0.6, 0.2 + at / 25_000), sd),
+        )
+        return any(one.rule == "val_degrading" for one in found)
+
+    assert sum(map(told, range(25))) <= 1
+
+
+def test_a_fall_begins_where_it_begins() -> None:
+    noise = random.Random(0)
+
+    def val(at: int) -> float | None:
+        fall = 0.15 * max(0, at - 30_000) / 20_000
+        return noise.gauss(0.62, 0.005) - fall if at > 12_000 else None
+
+    found = next(
+        one
+        for one in findings(train_miou=after(12_000, 0.66), val_miou=val)
+        if one.rule == "val_degrading"
+    )
+    assert 28_000 <= found.since <= 33_500
 
 
 @pytest.mark.parametrize("sd", [0.002, 0.006, 0.010])

@@ -51,7 +51,7 @@ def test_while_it_keeps_falling() -> None:
     at, reason = ends(falling)
     assert at == 4_500
     assert reason == (
-        "validation mIoU has been falling since iteration 2000 "
+        "validation mIoU has been falling since iteration 3000 "
         "(the best is 0.6000 at iteration 2000)"
     )
     assert ends(falling, degrading="false")[0] is None

@@ -1,0 +1,84 @@
+"""Which images a user means: those of a folder, a prefix, a pattern, or a single file."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from job.data.dataset import IMAGE_ENDINGS
+from job.errors import DataError
+from job.storage.files import local_copy
+from job.storage.progress import TransferProgress
+from job.storage.sync import data_folder
+
+_WILD = "*?["
+
+
+@contextlib.contextmanager
+def images_at(uri: str, progress: TransferProgress) -> Iterator[tuple[Path, list[Path]]]:
+    """The folder that names are relative to, and the images; on this machine within the block.
+
+    Args:
+        uri: a folder, an s3:// prefix, a file, or a pattern such as photos/*.jpg.
+        progress: told how far those of a store are on their way here.
+
+    Raises:
+        DataError: there is none.
+    """
+    name = uri.rpartition("/")[2]
+    mend = f"images end in {', '.join(sorted(IMAGE_ENDINGS))}"
+    if Path(uri).is_file() and PurePosixPath(name).suffix.lower() not in IMAGE_ENDINGS:
+        raise DataError(f"--images {uri}: its name does not end as one of an image", mend=mend)
+    if any(sign in uri for sign in _WILD) and not Path(uri).exists():
+        fixed = _fixed_part(uri)
+        pattern = uri[len(fixed) :].lstrip("/")
+        with data_folder(fixed or ".", progress=progress) as root:
+            _require_folder(root, fixed or ".")
+            paths = [
+                path
+                for path in _images_below(root)
+                if _matches(path.relative_to(root).as_posix(), pattern)
+            ]
+            if not paths:
+                raise DataError(f"--images {uri}: no image has such a name", mend=mend)
+            yield root, paths
+    elif PurePosixPath(name).suffix.lower() in IMAGE_ENDINGS and not Path(uri).is_dir():
+        with local_copy(uri, name="--images", mend="give an image, a folder or a prefix") as path:
+            yield path.parent, [path]
+    else:
+        with data_folder(uri, progress=progress) as root:
+            _require_folder(root, uri)
+            paths = _images_below(root)
+            if not paths:
+                raise DataError(f"--images {uri}: holds no image", mend=mend)
+            yield root, paths
+
+
+def _fixed_part(uri: str) -> str:
+    """The folder before the first part with a wildcard."""
+    parts = uri.split("/")
+    first = next(i for i, part in enumerate(parts) if any(sign in part for sign in _WILD))
+    if first == 0:
+        return ""
+    return "/".join(parts[:first]) or "/"
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """As a shell does it: * stays within a folder, ** does not."""
+    if "**" in pattern:
+        return fnmatch.fnmatchcase(path, pattern.replace("**/", "*"))
+    parts, wanted = path.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+
+def _require_folder(root: Path, uri: str) -> None:
+    if not root.is_dir():
+        raise DataError(
+            f"--images {uri}: no such folder or image", mend="check the path; s3:// for a prefix"
+        )
+
+
+def _images_below(root: Path) -> list[Path]:
+    return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
