@@ -173,7 +173,6 @@ def test_predict_writes_index_and_overlay(finished, tmp_path, s4gan):
             ["evaluate", "--weights", "{run}/best_model_D.pth", "--data", "{data}"],
             "not a generator",
         ),
-        (["evaluate", "--weights", "{run}/latest_checkpoint.pth", "--data", "{data}"], "not a"),
         (["evaluate", "--weights", "{run}/best_model.pth", "--data", "nowhere"], "no such data"),
         (
             [
@@ -232,6 +231,16 @@ def test_wrong_use_is_told_in_words(finished, arguments, named, s4gan):
     assert result.code == 78
     assert named in result.err
     assert "Traceback" not in result.err
+
+
+def test_a_checkpoint_scores_as_the_model_of_its_iteration(finished, s4gan):
+    data, run, _ = finished
+    scores = []
+    for name in ("latest_checkpoint.pth", "final_model.pth"):
+        result = s4gan(["evaluate", f"--weights={run}/{name}", f"--data={data}", "--json"])
+        assert result.code == 0, result.err
+        scores.append(json.loads(result.out)["miou"])
+    assert scores[0] == scores[1]
 
 
 def test_evaluate_refuses_other_classes(finished, tmp_path, s4gan):
