@@ -308,13 +308,13 @@ class DropsToZero:
 
     points: int = 6
     """At least."""
-    before: int = 20
-    """Points before the zeros that tell how often there is something; half are enough."""
+    before: int = 40
+    """Points before the zeros that tell how often there is something; a quarter is enough."""
     share: float = 0.5
     """Of them, that were not 0."""
     chance: float = 1e-6
     """Probability of as many zeros in a row, from which on they are none. With one unlabeled
-    image in an iteration, of which the gate lets two thirds pass, that takes 13 lines."""
+    image in an iteration, of which the gate lets two thirds pass, that takes 17 lines."""
 
     def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
         """See `Condition`."""
@@ -327,10 +327,14 @@ class DropsToZero:
             return points[first][0], 0.0
         before = points[max(0, first - self.before) : first]
         active = sum(value > 0 for _, value in before)
-        if 2 * len(before) < self.before or active < self.share * len(before):
+        if 4 * len(before) < self.before or active < self.share * len(before):
             return None
-        passes = (active + 1) / (len(before) + 2)  # rule of succession
-        return (points[first][0], 0.0) if (1 - passes) ** zeros < self.chance else None
+        # Rule of succession, for each zero after those before it: how often there is something
+        # is only known as well as so many points tell.
+        chance = math.prod(
+            (len(before) - active + 1 + k) / (len(before) + 2 + k) for k in range(zeros)
+        )
+        return (points[first][0], 0.0) if chance < self.chance else None
 
 
 @dataclass(frozen=True)
@@ -433,6 +437,9 @@ class Stagnant:
     """Of the training score from the first third of that time to the last, at least."""
     improvement: float = 0.01
     """Of the validation score likewise, at most."""
+    noise: float = 5.0
+    """One must rise above the other by so many standard errors of that difference, too: of few
+    evaluations on a plateau one score may rise by chance."""
     points: int = 8
     """Evaluations within that time, at least."""
 
@@ -443,20 +450,37 @@ class Stagnant:
         begin = points[-1][0] - setting.scale.at(self.span)
         if points[0][0] > begin:
             return None
-        val = [value for at, value in points if at > begin]
-        train = [value for at, value in series("train_miou") if at > begin]
+        everything = {name: series(name) for name in ("train_miou", _VAL)}
+        train, val = ([value for at, value in all_ if at > begin] for all_ in everything.values())
         if min(len(val), len(train)) < self.points:
             return None
-        risen = _risen(train) > (self.rise / 2 if is_open else self.rise)
-        if not risen or _risen(val) > self.improvement:
+        # Of a whole run the noise is known better than of the last few evaluations.
+        swing = math.hypot(*(_swing(_values(all_)) for all_ in everything.values()))
+        risen, risen_val = _risen(train), _risen(val)
+        sure = max(self.rise, self.noise * _error_of_rise(len(val)) * swing)
+        share = 0.5 if is_open else 1.0
+        holds = risen > share * self.rise and risen - risen_val > share * sure
+        if not holds or risen_val > self.improvement:
             return None
         return next(at for at, _ in points if at > begin), statistics.median(val[-3:])
 
 
 def _risen(values: Sequence[float]) -> float:
-    """From the first to the last of them, without their noise."""
-    third = max(3, len(values) // 3)
+    """From the first third of them to the last, without their noise."""
+    third = _third(len(values))
     return statistics.median(values[-third:]) - statistics.median(values[:third])
+
+
+def _error_of_rise(count: int) -> float:
+    """Standard error of `_risen` of so many values with a standard deviation of 1.
+
+    The median of n normally distributed values has one of sqrt(pi / 2n).
+    """
+    return math.sqrt(math.pi / _third(count))
+
+
+def _third(count: int) -> int:
+    return max(3, count // 3)
 
 
 @dataclass(frozen=True)

@@ -82,20 +82,23 @@ def of_two(data: Path) -> Path:
     return folder
 
 
-def assert_close(one: Path, other: Path) -> None:
+def assert_close(
+    one: Path, other: Path, networks: Sequence[str] = ("generator", "discriminator")
+) -> None:
     for kind, abs_ in (("train", 1e-5), ("eval", 0.005)):  # a pixel may fall to another class
         lines, other_lines = (
             [event for event in training_lines(folder) if event["event"] == kind]
             for folder in (one, other)
         )
-        assert len(lines) == len(other_lines) > 1
+        assert len(lines) == len(other_lines) > 0
         for line, other_line in zip(lines, other_lines, strict=True):
             for key, value in line.items():
                 if isinstance(value, (int, float)):
                     close = pytest.approx(other_line[key], rel=TOLERANCE, abs=abs_)
                     assert value == close, (line["iteration"], key)
-    state, other_state = final_state(one, ITERATIONS), final_state(other, ITERATIONS)
-    for network in ("generator", "discriminator"):
+    last = training_lines(one)[-1]["iteration"]
+    state, other_state = final_state(one, last), final_state(other, last)
+    for network in networks:
         for name, value in state[network].items():
             torch.testing.assert_close(
                 value, other_state[network][name], rtol=TOLERANCE, atol=1e-5, msg=name
@@ -113,20 +116,19 @@ def test_two_are_equal_to_one_with_a_teacher_and_mixed_views(
 ) -> None:
     changes = {
         "train__iterations": 6,
+        # The pyramid's batch norm over one value per image makes 200 times of a rounding; at the
+        # rate of the other tests that is more than the tolerance on some CPUs.
+        "train__learning_rate": CALM / 25,
         "train__ema_decay": 0.9,
         "data__strong_augment": True,
         "data__cutmix": 1.0,
         "model__head": "deeplabv3plus",
     }
-    states = []
-    for gpus in (1, 2):
-        folder = tmp_path / str(gpus)
+    one, two = tmp_path / "1", tmp_path / "2"
+    for gpus, folder in enumerate((one, two), start=1):
         attempt = start(arguments(data, folder, gpus, **changes))
         assert attempt.finish() == 0, attempt.output
-        states.append(final_state(folder, 6))
-    for name, value in states[0]["teacher"].items():
-        other = states[1]["teacher"][name]
-        torch.testing.assert_close(value, other, rtol=TOLERANCE, atol=1e-5, msg=name)
+    assert_close(one, two, networks=("generator", "discriminator", "teacher"))
 
 
 def test_a_resumed_run_of_two_is_the_same_to_the_bit(
