@@ -61,7 +61,7 @@ def evaluate_weights(
     """
     generator, card, _ = load_generator(weights, device)
     with data_folder(data_uri, progress=progress) as folder:
-        dataset = scan_dataset(folder, data)
+        dataset = scan_dataset(folder, data, needs_train=split == "train")
         is_folder = dataset.layout == FOLDER
         if dataset.info.classes != card.classes:
             raise ConfigError(

@@ -253,7 +253,7 @@ def _refuse_bad_test(test: str) -> None:
 
     try:
         with data_folder(test) as folder:
-            dataset = scan_dataset(folder)
+            dataset = scan_dataset(folder, needs_train=False)
     except DataError as error:
         raise DataError(f"--test {test}: {error.message}", mend="check --test") from None
     if not any(item.mask for item in dataset.val):

@@ -108,21 +108,26 @@ class Dataset:
     """Ids of those that a list calls unlabeled; None: all the others are."""
 
 
-def scan_folder(root: Path) -> Dataset:
+def scan_folder(root: Path, *, needs_train: bool = True) -> Dataset:
     """List a data folder of our own layout; opens no image.
+
+    Args:
+        root: the data folder.
+        needs_train: False: there may be no training images.
 
     Raises:
         DataError: no such folder, no images, a broken `dataset.yaml`, a mask without its image,
             or two images of one name.
     """
     info = load_dataset_info(root / MARK)
-    if not (root / "train" / "images").is_dir():
+    has_train = (root / "train" / "images").is_dir()
+    if needs_train and not has_train:
         raise DataError(
             f"{root / 'train' / 'images'}: no such folder",
             mend="put the training images there and their masks into train/masks",
         )
-    train = _scan_split(root / "train")
-    if not train:
+    train = _scan_split(root / "train") if has_train else ()
+    if needs_train and not train:
         raise DataError(
             f"{root / 'train' / 'images'}: holds no image",
             mend=f"images end in {', '.join(sorted(IMAGE_ENDINGS))}",

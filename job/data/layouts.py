@@ -242,7 +242,7 @@ def scan_tree(root: Path, wanted: str, *, needs_train: bool = True, needs_val: b
     Args:
         root: the data folder.
         wanted: `data.layout`.
-        needs_train: False: the user's lists say which the training images are.
+        needs_train: False: nobody asks for them, or the user's lists say which they are.
         needs_val: False: the user's list says which the validation images are.
 
     Raises:
@@ -257,9 +257,9 @@ def scan_tree(root: Path, wanted: str, *, needs_train: bool = True, needs_val: b
     found = detect(has, wanted, called=str(root))
     base = root / found.base
     if found.layout == FOLDER:
-        return _folder(root)
+        return _folder(root, needs_train=needs_train)
     if found.layout == CITYSCAPES_LAYOUT:
-        return _cityscapes(root, base, needs_val=needs_val)
+        return _cityscapes(root, base, needs_train=needs_train, needs_val=needs_val)
     return _pascal(root, base, found.layout, needs_train=needs_train, needs_val=needs_val)
 
 
@@ -268,8 +268,8 @@ def _info(root: Path, known: DatasetInfo) -> DatasetInfo:
     return load_dataset_info(path, known) if path.is_file() else known
 
 
-def _folder(root: Path) -> Tree:
-    dataset = scan_folder(root)
+def _folder(root: Path, *, needs_train: bool) -> Tree:
+    dataset = scan_folder(root, needs_train=needs_train)
     train = {item.id: item for item in dataset.train}
     val = {item.id: item for item in dataset.val}
     return Tree(
@@ -402,11 +402,11 @@ def _with_masks(val: Sequence[Item], called: str, warnings: list[str]) -> tuple[
 # ---------------------------------------------------------------- Cityscapes
 
 
-def _cityscapes(root: Path, base: Path, *, needs_val: bool) -> Tree:
+def _cityscapes(root: Path, base: Path, *, needs_train: bool, needs_val: bool) -> Tree:
     train_images = _city_images(base / _IMAGES / "train")
     val_images = _city_images(base / _IMAGES / "val")
     extra_images = _city_images(base / _IMAGES / "train_extra")
-    if not train_images:
+    if not train_images and needs_train:
         raise DataError(
             f"{base / _IMAGES / 'train'}: holds no image",
             mend=f"images are CITY/NAME{_IMAGE_SUFFIX}.png, as in leftImg8bit_trainvaltest.zip",

@@ -12,12 +12,15 @@ from job.data.lists import Catalogue, Masks, list_file, read_list, read_permutat
 from job.errors import DataError
 
 
-def scan_dataset(root: Path, data: DataConfig | None = None) -> Dataset:
+def scan_dataset(
+    root: Path, data: DataConfig | None = None, *, needs_train: bool = True
+) -> Dataset:
     """List a data folder of any layout, with the lists of a configuration; opens no image.
 
     Args:
         root: the data folder.
         data: layout and lists; by default the layout is looked for and there are no lists.
+        needs_train: False: only the validation images will be used; there may be no others.
 
     Raises:
         ConfigError: a list is not to be found.
@@ -27,7 +30,12 @@ def scan_dataset(root: Path, data: DataConfig | None = None) -> Dataset:
     """
     data = data or DataConfig()
     chosen = bool(data.labeled_list and data.unlabeled_list)
-    tree = scan_tree(root, data.layout, needs_train=not chosen, needs_val=data.val_list is None)
+    tree = scan_tree(
+        root,
+        data.layout,
+        needs_train=needs_train and not chosen,
+        needs_val=data.val_list is None,
+    )
     warnings = list(tree.warnings)
 
     def read(key: str, value: str | None, catalogue: Catalogue, masks: Masks) -> list[Item] | None:

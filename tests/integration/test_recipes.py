@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,16 @@ def test_a_comparison_goes_on_after_a_stop_and_ends_with_a_table(
     start: Any, s4gan: Any, make_data: MakeData, tmp_path: Path
 ) -> None:
     data, out = make_data(), tmp_path / "out"
-    first = start(arguments(data, out, f"--test={data}"), forked=False)
+    test = make_data(name="test")  # the same validation images and no others
+    shutil.rmtree(test / "train")
+    first = start(arguments(data, out, f"--test={test}"), forked=False)
     ledger = out / "labels" / "seed-0" / "metrics.jsonl"
     wait_until(lambda: ledger.exists() and '"iteration": 5' in ledger.read_text())
     first.send(signal.SIGTERM)
     assert first.finish() == 75, first.output
     assert "the same command goes on" in first.output
 
-    second = s4gan(arguments(data, out, f"--test={data}"))
+    second = s4gan(arguments(data, out, f"--test={test}"))
     assert second.code == 0, second.err
     table = (out / "table.md").read_text()
     assert table in second.out
@@ -53,12 +56,12 @@ def test_a_comparison_goes_on_after_a_stop_and_ends_with_a_table(
     assert len({json.loads(line)["attempt"] for line in lines}) == 2
 
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")}
-    third = s4gan(arguments(data, out, f"--test={data}"))
+    third = s4gan(arguments(data, out, f"--test={test}"))
     assert third.code == 0, third.err
     assert "training" not in third.err
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")} == written
 
-    other = s4gan([*arguments(data, out, f"--test={data}"), "--set=train.learning_rate=0.02"])
+    other = s4gan([*arguments(data, out, f"--test={test}"), "--set=train.learning_rate=0.02"])
     assert other.code == 78, other.out
     assert "train.learning_rate" in other.err
     assert "0.02 now" in other.err

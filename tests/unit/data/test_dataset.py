@@ -270,6 +270,15 @@ def test_an_empty_val_folder_is_refused(make_data: MakeData) -> None:
         scan_dataset(folder)
 
 
+def test_who_only_measures_needs_no_training_images(make_data: MakeData) -> None:
+    folder = make_data(val=2)
+    shutil.rmtree(folder / "train")
+    dataset = scan_dataset(folder, needs_train=False)
+    assert (dataset.train, len(dataset.val)) == ((), 2)
+    with pytest.raises(DataError, match="train/images: no such folder"):
+        scan_dataset(folder)
+
+
 # ---------------------------------------------------------------- dataset.yaml
 
 

@@ -336,6 +336,21 @@ def test_half_of_cityscapes(tmp_path: Path, gone: str, said: str) -> None:
         scan_dataset(root)
 
 
+def test_who_only_measures_needs_no_training_images(tmp_path: Path) -> None:
+    cities = write_cityscapes(tmp_path / "cities")
+    shutil.rmtree(cities / "leftImg8bit" / "train")
+    voc = tmp_path / "voc"
+    write_voc(voc)
+    (lists,) = voc.rglob("ImageSets/Segmentation")
+    (lists / "train.txt").unlink(missing_ok=True)
+    for root in (cities, voc):
+        with pytest.raises(DataError, match="train"):
+            scan_dataset(root)
+        dataset = scan_dataset(root, needs_train=False)
+        assert dataset.val
+        assert not dataset.train
+
+
 def test_cityscapes_without_any_mask(tmp_path: Path) -> None:
     root = write_cityscapes(tmp_path, ids=False)
     with pytest.raises(DataError, match=r"gtFine: holds no mask") as caught:
