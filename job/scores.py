@@ -162,7 +162,11 @@ class Scores:
 def _plain(value: Any) -> str:
     if value is True:
         return "on"
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):  # a size, or scales
+        return ("x" if all(isinstance(part, int) for part in value) else " and ").join(
+            map(str, value)
+        )
+    return str(value)
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:

@@ -157,7 +157,9 @@ def inspect(
         near_counts=near_counts,
         notable=[*seen.problem_examples, *seen.notable],
         ordinary=_ordinary(places),
-        set_aside_by="data.labeled_ratio" if dataset.labeled is None else "a list",
+        set_aside_by="data.labeled_ratio"
+        if dataset.labeled is None and dataset.unlabeled is None
+        else "a list",
     )
 
 

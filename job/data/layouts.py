@@ -123,6 +123,18 @@ _KINDS = {
 }
 
 
+_DOWNLOADS = (
+    "leftImg8bit_trainvaltest.zip",
+    "gtFine_trainvaltest.zip",
+    "leftImg8bit_trainextra.zip",
+    "VOCtrainval_11-May-2012.tar",
+    "VOCtrainval_03-May-2010.tar",
+    "SegmentationClassAug.zip",
+    "trainval.tar.gz",
+)
+"""What the data sets of these layouts come in."""
+
+
 def detect(has: Has, wanted: str, *, called: str) -> Found:
     """The layout that data have.
 
@@ -159,6 +171,12 @@ def detect(has: Has, wanted: str, *, called: str) -> Found:
         f"\n    {kind.layout}: looked for {kind.sought}; {kind.seen(has)}" for kind in kinds
     )
     what = "of no known layout" if wanted == _AUTO else f"not of the layout {wanted}"
+    packed = [name for name in _DOWNLOADS if has(name)]
+    if packed:
+        raise DataError(
+            f"{called}: is {what}, but holds {' and '.join(packed)}, as downloaded",
+            mend="unpack it there, all that belong to the data set into the same folder",
+        )
     raise DataError(
         f"{called}: is {what}{lines}",
         mend=f"lay your own images out as README.md, Your own images, says: {MARK}, train/images/ "
@@ -330,6 +348,13 @@ def _pascal(root: Path, base: Path, layout: str, *, needs_train: bool, needs_val
 
     val = own_list("val.txt", val_catalogue) if needs_val else ()
     val = _with_masks(val, str(folder / "val.txt"), warnings)
+    borrowed = [item for item in val if item.mask is not None and item.id not in masks]
+    if borrowed:
+        warnings.append(
+            f"{len(borrowed)} of {len(val)} validation images have their mask in {_AUGMENTED} only "
+            f"(first: {borrowed[0].mask}), whose outlines are coarser and have no void border: "
+            "scores are not those of others; add SegmentationClass of the VOC devkit"
+        )
     is_ordered = True
     if not needs_train:
         train: tuple[Item, ...] = ()

@@ -12,6 +12,7 @@ same. Knows nothing of layouts: what a list can name is told by a `Catalogue`.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import io
@@ -216,7 +217,9 @@ _KINDS = {"id": "an id", "image": "an image", "pair": "an image and a mask"}
 def _lines(path: Path, called: str) -> list[tuple[int, str]]:
     """Lines that hold something, with their numbers."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # of PowerShell
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{called}: cannot be read as text ({error})",
@@ -228,6 +231,12 @@ def _lines(path: Path, called: str) -> list[tuple[int, str]]:
     if not lines:
         raise DataError(f"{called}: names no image", mend="write an image a line")
     return lines
+
+
+_NO_COMMA = (
+    "a list has no commas between names: an image a line, and behind it, after a tab or a space, "
+    "its mask; or nothing else"
+)
 
 
 def _parse(line: str, catalogue: Catalogue, called: str, where: str) -> tuple[str, str, str]:
@@ -247,7 +256,9 @@ def _parse(line: str, catalogue: Catalogue, called: str, where: str) -> tuple[st
             return "pair", left, right
     raise DataError(
         f"{called}, {where}: {line!r} is neither an id, nor an image, nor an image and a mask",
-        mend="for example: 2007_000032, or images/a.jpg, or images/a.jpg masks/a.png (a tab "
+        mend=_NO_COMMA
+        if "," in line
+        else "for example: 2007_000032, or images/a.jpg, or images/a.jpg masks/a.png (a tab "
         "between them where names hold spaces)",
     )
 
@@ -262,6 +273,11 @@ def _missing(
         )
     first = missing[0].partition(": ")[2]
     near = difflib.get_close_matches(Path(first).stem, catalogue.items, n=1, cutoff=0.8)
+    if len(missing) == len(lines) and all("," in line for _, line in lines):
+        return DataError(
+            f"{called}: names {_counted(missing, len(lines))}, which are not in the data",
+            mend=_NO_COMMA,
+        )
     return DataError(
         f"{called}: names {_counted(missing, len(lines))}, which are not in the data",
         mend=(f"did you mean {near[0]}? " if near else "")

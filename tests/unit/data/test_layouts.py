@@ -207,6 +207,25 @@ def test_validation_images_without_masks(tmp_path: Path) -> None:
         scan_dataset(tmp_path)
 
 
+def test_validation_with_augmented_masks_is_not_silent(tmp_path: Path) -> None:
+    base = write_voc(tmp_path, augmented=2)
+    assert not scan_dataset(tmp_path).warnings
+    (base / "SegmentationClass" / f"{voc_ids(4, 2009)[0]}.png").unlink()
+    dataset = scan_dataset(tmp_path)
+    assert len(dataset.val) == 4
+    assert "1 of 4 validation images have their mask in SegmentationClassAug" in " ".join(
+        dataset.warnings
+    )
+
+
+@pytest.mark.parametrize("name", ["leftImg8bit_trainvaltest.zip", "VOCtrainval_11-May-2012.tar"])
+def test_what_is_still_packed_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=f"holds {name}, as downloaded") as caught:
+        scan_dataset(tmp_path)
+    assert "unpack" in caught.value.mend
+
+
 @pytest.mark.parametrize("name", ["train.txt", "val.txt"])
 def test_voc_without_a_list_says_where_it_should_be(tmp_path: Path, name: str) -> None:
     path = write_voc(tmp_path) / "ImageSets" / "Segmentation" / name

@@ -311,6 +311,21 @@ def test_an_image_without_a_mask_cannot_be_labeled(voc: Path) -> None:
     assert f"of 1 of 2 images (line 2: {OTHERS[1]}) there is no mask" in error.message
 
 
+@pytest.mark.parametrize("between", [",", ", "])
+def test_commas_are_named(voc: Path, between: str) -> None:
+    pairs = [f"JPEGImages/{id_}.jpg{between}SegmentationClass/{id_}.png" for id_ in voc_ids(2)]
+    with pytest.raises(DataError) as caught:
+        scanned(voc, labeled_list=str(write_lines(voc / "few.csv", pairs)))
+    assert "no commas" in caught.value.mend
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_lists_of_windows(voc: Path, encoding: str) -> None:
+    path = voc / "few.txt"
+    path.write_bytes("\r\n".join(voc_ids(2)).encode(encoding))
+    assert scanned(voc, labeled_list=str(path)).labeled == tuple(voc_ids(2))
+
+
 def test_lines_of_two_forms(voc: Path) -> None:
     path = write_lines(voc / "l.txt", [TRAIN[0], "", f"{TRAIN[1]}.jpg"])
     error = refused(voc, labeled_list="l.txt")
