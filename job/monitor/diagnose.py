@@ -6,14 +6,14 @@ import codecs
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from job import run
 from job.config import Config, config_from_yaml
 from job.errors import ConfigError, ExitCode, JobError, ObjectNotFound, StorageError
-from job.monitor.divergence import Remedies
+from job.monitor.divergence import BATCH_HALVED, MAX_ROLLBACKS, ROLLED_BACK, Remedies
 from job.monitor.guide import Fit
 from job.monitor.health import OUT_OF_MEMORY, Finding, Standing, Watch
 from job.monitor.ledger import parse_ledger
@@ -26,6 +26,8 @@ _LOSSES = re.compile(
     rf"\| Loss_D: {_NUMBER} \| ST_Count: (\d+)"
 )
 _EVALUATING = re.compile(r"Evaluating at iteration (\d+)")
+_ROLLED_BACK = re.compile(r"Rolled back \(\d+ of \d+\) to iteration \d+")
+_HALVED = re.compile(r"going on with batches of \d+")
 _SCORE = re.compile(rf"(Training|Validation) mIoU: {_NUMBER}")
 
 
@@ -46,6 +48,8 @@ class Diagnosis:
     val_miou: float | None
     findings: Sequence[Finding]
     """Oldest first; those that are over, too."""
+    remedies: Remedies = field(default_factory=Remedies)
+    """What the run has done about itself."""
     assumed: bool = False
     """The run's configuration is not known: it is judged as one of the preset guide."""
 
@@ -69,6 +73,8 @@ class Diagnosis:
             "train_miou": self.train_miou,
             "val_miou": self.val_miou,
             "findings": [finding.to_dict() for finding in self.findings],
+            "rolled_back": self.remedies.rollbacks,
+            "batch_halved": self.remedies.halvings,
             "assumed_preset": "guide" if self.assumed else None,
         }
 
@@ -83,6 +89,16 @@ class Diagnosis:
             lines.append(
                 f"training mIoU {self.train_miou:.4f}, validation mIoU {self.val_miou:.4f}: "
                 f"{self.fit}"
+            )
+        if self.remedies.rollbacks:
+            lines.append(
+                f"diverged and rolled back by itself, {self.remedies.rollbacks} of "
+                f"{MAX_ROLLBACKS} times; each has halved both learning rates"
+            )
+        if self.remedies.halvings:
+            lines.append(
+                f"ran out of memory and halved its batches, {self.remedies.halvings} times; the "
+                "images of an iteration are the same"
             )
         lines += ["", *(finding.line() for finding in self.findings)]
         if self.is_healthy:
@@ -115,7 +131,8 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
     known = config or _config_of(store)
     chosen = _as_long_as_said(known or Config(), events)
     classes = next((len(e["class_iou"]) for e in events if e.get("class_iou")), None)
-    watch = Watch(Setting(Remedies.of(events).applied(chosen), classes))
+    remedies = Remedies.of(events)
+    watch = Watch(Setting(remedies.applied(chosen), classes))
     for event in events:
         watch.observe(event)
     scores = next((event for event in reversed(events) if event["event"] == "eval"), None)
@@ -128,6 +145,7 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
         train_miou=scores["train_miou"] if scores else None,
         val_miou=scores["val_miou"] if scores else None,
         findings=tuple(watch.findings),
+        remedies=remedies,
         assumed=known is None,
     )
 
@@ -201,10 +219,21 @@ def _of_console(text: str) -> Iterator[dict[str, Any]]:
             if {"train_miou", "val_miou"} <= evaluating.keys():
                 _append(events, evaluating)
                 evaluating = {}
-        elif OUT_OF_MEMORY in line:
-            events.append({"event": "attempt_ended", "exit_code": 0, "reason": OUT_OF_MEMORY})
-        elif "training diverged" in line:
-            events.append({"event": "attempt_ended", "exit_code": ExitCode.DIVERGED})
+        elif (why := OUT_OF_MEMORY) in line or (why := "training diverged") in line:
+            events.append(
+                {
+                    "event": "attempt_ended",
+                    "exit_code": ExitCode.DIVERGED if why != OUT_OF_MEMORY else 0,
+                    "reason": line[line.index(why) :],
+                    "reached": next(
+                        (one["iteration"] for one in reversed(events) if "iteration" in one), 0
+                    ),
+                }
+            )
+            if _HALVED.search(line):
+                events.append({"event": BATCH_HALVED})
+        elif _ROLLED_BACK.search(line):
+            events.append({"event": ROLLED_BACK})
     yield from events
 
 

@@ -205,7 +205,10 @@ def phase_at(iteration: int, scale: Scale) -> Phase:
     return PHASES[-1]
 
 
-Fit = Literal["excellent", "good", "slight overfit", "overfitting", "underfitting"]
+Fit = Literal[
+    "excellent", "good", "slight overfit", "overfitting", "underfitting", "too early to tell"
+]
+"""The guide's five, and what low scores are while everybody's are low."""
 
 EXCELLENT_GAP = 0.05
 """Between the guide's examples 0.03 (excellent) and 0.06 (good)."""
@@ -217,8 +220,17 @@ LOW_MIOU = 0.40
 """Both below: underfitting. The guide's example is 0.35 and 0.33; nothing else it calls low."""
 
 
-def fit_of(train_miou: float, val_miou: float) -> Fit:
+LOW_FROM = 25_000
+"""The guide's iteration where low scores are a fault; in its timeline, training has converged."""
+
+
+def fit_of(train_miou: float, val_miou: float, *, is_early: bool = False) -> Fit:
     """The guide's status of a pair of scores, each 0..1.
+
+    Args:
+        train_miou: on training images.
+        val_miou: on validation images.
+        is_early: before `LOW_FROM` scores may be low.
 
     Source: the guide, "Overfitting Detection".
     """
@@ -228,7 +240,7 @@ def fit_of(train_miou: float, val_miou: float) -> Fit:
     if gap > NORMAL_GAP:
         return "slight overfit"
     if max(train_miou, val_miou) < LOW_MIOU:
-        return "underfitting"
+        return "too early to tell" if is_early else "underfitting"
     return "excellent" if gap <= EXCELLENT_GAP else "good"
 
 

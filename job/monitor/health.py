@@ -17,7 +17,7 @@ from operator import itemgetter
 from typing import Any
 
 from job.errors import ExitCode
-from job.monitor.guide import PHASES, Band, Fit, Phase, fit_of, phase_at
+from job.monitor.guide import LOW_FROM, PHASES, Band, Fit, Phase, fit_of, phase_at
 from job.monitor.rules import RULES, Points, Rule, Setting, Severity
 
 LOSSES = ("loss_ce", "loss_fm", "loss_st", "loss_d")
@@ -150,10 +150,11 @@ class Watch:
         if kind == "attempt_ended":
             reason = str(event.get("reason", ""))
             # Or Loss_CE had jumped, of which its own rule tells.
+            reached = event.get("reached", self._iteration)
             if event["exit_code"] == ExitCode.DIVERGED and "Loss_CE is" not in reason:
-                return self._happened("non_finite")
+                return self._happened("non_finite", reached)
             if reason.startswith(OUT_OF_MEMORY):
-                return self._happened("out_of_memory")
+                return self._happened("out_of_memory", reached)
         return []
 
     def standing(self) -> Standing | None:
@@ -176,7 +177,11 @@ class Watch:
         """The guide's status of the last scores; None before the first."""
         if not self._series["val_miou"]:
             return None
-        return fit_of(self._series["train_miou"][-1][1], self._series["val_miou"][-1][1])
+        return fit_of(
+            self._series["train_miou"][-1][1],
+            self._series["val_miou"][-1][1],
+            is_early=self._iteration < self.setting.scale.at(LOW_FROM),
+        )
 
     def _now(self, metric: str, since: int) -> float | None:
         """What a metric is now, without its noise; None if the run does not have it."""
@@ -194,10 +199,15 @@ class Watch:
         at = event["iteration"]
         values = {name: float(event[name]) for name in _TRAIN if event.get(name) is not None}
         if not all(math.isfinite(values[name]) for name in LOSSES if name in values):
-            return self._happened("non_finite")
+            return self._happened("non_finite", at)
         for name, value in values.items():
             self._series[name].append((at, value))
-        ended = [self._end(name) for name in ENDS_THE_ATTEMPT if name in self._open]
+        ended = [
+            self._end(name)
+            for name in ENDS_THE_ATTEMPT
+            # Not before the run is again where it happened.
+            if name in self._open and at >= self._open[name].finding.since
+        ]
         return ended + self._run(values)
 
     def _observe_scores(self, event: Mapping[str, Any]) -> list[Finding]:
@@ -210,8 +220,8 @@ class Watch:
             self._series[name].append((at, value))
         return self._run(values)
 
-    def _happened(self, what: str) -> list[Finding]:
-        self._series[what].append((self._iteration, math.nan))
+    def _happened(self, what: str, at: int) -> list[Finding]:
+        self._series[what].append((at, math.nan))
         return self._run({what: math.nan})
 
     def _run(self, metrics: Iterable[str]) -> list[Finding]:
@@ -243,7 +253,7 @@ class Watch:
         finding = Finding(
             rule=rule.id,
             severity=rule.severity,
-            iteration=self._iteration,
+            iteration=max(self._iteration, since),
             since=since,
             value=value,
             message=rule.says.format(value=value),

@@ -87,6 +87,7 @@ _IF_THERE: Mapping[str, _Kind] = {
     "gpus": _POSITIVE,
     "nodes": _POSITIVE,
     "predecessor": _COUNT,
+    "reached": _COUNT,
     "predecessor_last_seen": _TIME,
     "life_cycle": _TEXT,
     "zone": _TEXT,

@@ -335,9 +335,11 @@ def _attempts(attempts: Sequence[Attempt], report: Report) -> list[str]:
         name: sum(one.gpus * getattr(one, name) for one in attempts) / 3600
         for name in ("busy_s", "useful_s", "redone_s")
     }
+    origin = next((e for e in reversed(report.events) if e["event"] == "origin"), None)
+    on_cpu = origin is not None and origin["provenance"].get("device") == "cpu"
     said = [
-        f"GPU hours {hours['busy_s']:.2f}: useful {hours['useful_s']:.2f}, trained again "
-        f"{hours['redone_s']:.2f}; goodput {hours['useful_s'] / hours['busy_s']:.0%}."
+        f"{'Hours' if on_cpu else 'GPU hours'} {hours['busy_s']:.2f}: "
+        f"useful {hours['useful_s']:.2f}, trained again {hours['redone_s']:.2f}; goodput {hours['useful_s'] / hours['busy_s']:.0%}."
         if hours["busy_s"] > 0
         else "",
         *report.costs,

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 from job.config import Config
 from job.monitor.guide import (
+    LOW_FROM,
     LOW_MIOU,
     MAX_GAP,
     NORMAL_GAP,
@@ -196,9 +197,12 @@ class Median:
         else:
             assert self.below is not None
             holds = median < self.below * (1 + slack)
-        if holds and self.not_rising_by is not None and len(points) > self.points:
+        if holds and self.not_rising_by is not None:
             before = points[-2 * self.points : -self.points]
-            holds = median < statistics.median(_values(before)) + self.not_rising_by
+            risen = (
+                median - statistics.median(_values(before)) if before else last[-1][1] - last[0][1]
+            )
+            holds = risen < self.not_rising_by
         return (last[0][0], median) if holds else None
 
 
@@ -824,7 +828,7 @@ RULES: Sequence[Rule] = (
             _LABELS,
             Remedy("a larger model.backbone, or pretrained weights"),
         ),
-        begins=25_000,
+        begins=LOW_FROM,
         unless=("train_not_learning", "val_not_learning", "val_stuck"),
     ),
     # -- learning rates

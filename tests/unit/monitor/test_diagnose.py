@@ -16,6 +16,7 @@ from job.errors import ConfigError, StorageError
 from job.events import EvalEvent, TrainEvent
 from job.monitor.console import evaluation_head, evaluation_lines, train_line
 from job.monitor.diagnose import _append, diagnose
+from job.monitor.divergence import Remedies
 from tests.series import lines
 
 GUESSING: Any = {"loss_d": lambda at: 0.693}
@@ -136,6 +137,28 @@ def test_how_a_log_ends_is_a_finding(tmp_path: Path, line: str, rule: str) -> No
     path = tmp_path / "log"
     path.write_text(console(lines(until=500), 50_000) + line)
     assert [one.rule for one in diagnose(str(path)).findings] == [rule]
+
+
+def test_what_a_log_says_of_remedies(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    events = list(lines(until=1_000))
+    first = console((one for one in events if one["iteration"] <= 600), 50_000)
+    path.write_text(
+        first
+        + "warning: training diverged: Loss_CE is 76.000, and was 1.0 before iteration 500\n"
+        + "Rolled back (1 of 3) to iteration 400; going on with --learning-rate 0.000125 "
+        + "--learning-rate-D 5e-05\n"
+        + "warning: CUDA out of memory with batches of 2; going on with batches of 1, 16 of them\n"
+        + console((one for one in events if one["iteration"] > 400), 50_000)
+    )
+    found = diagnose(str(path))
+    assert found.remedies == Remedies(rollbacks=1, halvings=1)
+    assert [(one.rule, one.since, one.ended) for one in found.findings] == [
+        ("out_of_memory", 600, 600)
+    ]
+    assert "rolled back by itself, 1 of 3 times" in found.text()
+    assert "halved its batches, 1 times" in found.text()
+    assert found.to_dict()["rolled_back"] == 1
 
 
 # ---------------------------------------------------------------- bad input

@@ -67,6 +67,18 @@ def test_what_ended_an_attempt_is_over_when_the_training_goes_on() -> None:
     assert (over.rule, over.ended) == ("non_finite", 200)
 
 
+def test_what_ended_an_attempt_is_over_where_it_happened_and_not_before() -> None:
+    """The lines from the checkpoint on are gone from the ledger; how the attempt ended is not."""
+    one = watch()
+    ended = {"event": "attempt_ended", "exit_code": 78, "reason": "CUDA out of memory with"}
+    (found,) = one.observe({**ended, "reached": 300})
+    assert (found.iteration, found.since) == (300, 300)
+    train = next(lines())
+    assert one.observe({**train, "iteration": 200}) == []
+    (over,) = one.observe({**train, "iteration": 300})
+    assert (over.rule, over.ended) == ("out_of_memory", 300)
+
+
 def test_out_of_memory_names_the_batch_to_try() -> None:
     reason = "CUDA out of memory with batches of 4"
     (found,) = watch().observe({"event": "attempt_ended", "exit_code": 78, "reason": reason})
@@ -190,6 +202,15 @@ def test_before_anything_is_known_nothing_is_said() -> None:
 )
 def test_the_guides_table(train: float, val: float, fit: str) -> None:
     assert fit_of(train, val) == fit
+
+
+def test_low_scores_are_a_status_once_others_are_high() -> None:
+    one = watch()
+    early = {"event": "eval", "iteration": 5_000, "train_miou": 0.35, "val_miou": 0.33}
+    one.observe(early)
+    assert one.fit() == "too early to tell"
+    one.observe({**early, "iteration": 25_000})
+    assert one.fit() == "underfitting"
 
 
 def test_scores_between_the_guides_iterations_are_on_a_line() -> None:

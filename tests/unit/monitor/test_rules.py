@@ -286,6 +286,15 @@ def test_a_loss_that_jumps_and_stays_up_is_not_over() -> None:
     assert found[0].ended > 40_000
 
 
+def test_a_short_series_that_rises_is_learning() -> None:
+    """Three evaluations in all, the first ones of a run that has them late."""
+    config = config_from_yaml("", source="x", overrides={"train.eval_every": 5_000})
+    scores = {5_000: 0.10, 10_000: 0.15, 15_000: 0.19}
+    assert not findings(
+        config, until=15_000, train_miou=scores.get, val_miou=lambda at: scores[at] - 0.01
+    )
+
+
 @pytest.mark.parametrize("kind", ["three per cent a line", "in noise"])
 def test_a_slow_rise_is_a_rise(kind: str) -> None:
     noise = random.Random(0)
