@@ -339,7 +339,8 @@ def _attempts(attempts: Sequence[Attempt], report: Report) -> list[str]:
     on_cpu = origin is not None and origin["provenance"].get("device") == "cpu"
     said = [
         f"{'Hours' if on_cpu else 'GPU hours'} {hours['busy_s']:.2f}: "
-        f"useful {hours['useful_s']:.2f}, trained again {hours['redone_s']:.2f}; goodput {hours['useful_s'] / hours['busy_s']:.0%}."
+        f"useful {hours['useful_s']:.2f}, trained again {hours['redone_s']:.2f}; "
+        f"goodput {hours['useful_s'] / hours['busy_s']:.0%}."
         if hours["busy_s"] > 0
         else "",
         *report.costs,
