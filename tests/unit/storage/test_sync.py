@@ -172,7 +172,8 @@ from job.storage.cache import DataCache
 record, count = DataCache.record, 0
 def record_then_die(cache, entries):
     global count
-    entries = list(entries)
+    # No more than half, even if a slow machine records everything at once.
+    entries = list(entries)[:int(sys.argv[2]) - count]
     record(cache, entries)
     count += len(entries)
     if count >= int(sys.argv[2]):
