@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import email.utils
+import functools
 import os
 import random
 import time
@@ -19,6 +20,8 @@ from typing import Any, TypeVar
 
 import boto3
 import botocore.exceptions as aws
+import botocore.loaders
+import botocore.session
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
@@ -86,7 +89,26 @@ def aws_session() -> Any:
     Its region is AWS_REGION's, as with AWS's other tools, and what a container of the stack is
     given; boto3 by itself knows only AWS_DEFAULT_REGION and profiles.
     """
-    return boto3.session.Session(region_name=os.environ.get("AWS_REGION") or None)
+    core = botocore.session.get_session()
+    loader = _descriptions(core.get_config_variable("data_path"))
+    core.register_component("data_loader", loader)
+    session = boto3.session.Session(
+        region_name=os.environ.get("AWS_REGION") or None, botocore_session=core
+    )
+    loader.search_paths[:] = dict.fromkeys(loader.search_paths)  # each session appends boto3's own
+    return session
+
+
+@functools.lru_cache(maxsize=4)
+def _descriptions(path: str | None) -> Any:
+    """What botocore reads the services' descriptions with; it remembers what it has read.
+
+    One for all sessions: reading those of S3 is most of the time that a client takes.
+
+    Args:
+        path: where else there are some: botocore's `data_path`.
+    """
+    return botocore.loaders.create_loader(path)
 
 
 def make_client(**options: Any) -> Any:
