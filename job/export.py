@@ -96,7 +96,8 @@ def export(weights: str, out: str, format_: str, *, images: str | None = None) -
 
 def _write_onnx(generator: torch.nn.Module, path: Path, facts: dict[str, Any]) -> None:
     onnx = _installed("onnx")
-    _installed("onnxscript")
+    for needed in ("onnxscript", "onnxruntime"):  # before the minutes that the rest takes
+        _installed(needed)
     any_size = torch.export.Dim.DYNAMIC
     with _quiet():
         program = torch.onnx.export(

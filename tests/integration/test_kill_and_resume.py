@@ -113,6 +113,7 @@ def test_a_finished_run_that_goes_on_is_not_finished(twin, start, tmp_path):
     assert best == "sha256"
 
 
+@pytest.mark.slow
 def test_loader_processes_do_not_change_the_result(twin, start, tmp_path):
     data, uninterrupted = twin
     run = tmp_path / "run"

@@ -109,6 +109,7 @@ def test_voc_trains_resumes_and_is_scored(s4gan, tmp_path):
         assert tuple(index.getpalette()[45:48]) == (192, 128, 128)  # VOC's person
 
 
+@pytest.mark.slow
 def test_cityscapes_trains_on_ids_as_on_train_ids(s4gan, tmp_path):
     """To the bit: the network sees the same labels."""
     found = []
@@ -128,6 +129,7 @@ def test_cityscapes_trains_on_ids_as_on_train_ids(s4gan, tmp_path):
     assert json.loads(score.out)["images"] == 6
 
 
+@pytest.mark.slow
 def test_context_trains(s4gan, tmp_path):
     WRITERS["context"](tmp_path / "data")
     changes = {**SHORT, "data__labeled_ratio": 0.5}
@@ -136,6 +138,7 @@ def test_context_trains(s4gan, tmp_path):
     assert "data: 3 labeled, 3 unlabeled, 4 validation images, 60 classes" in ended.out
 
 
+@pytest.mark.slow
 def test_two_processes_read_the_same_lists(start, tmp_path):
     data = write_voc(tmp_path / "data", augmented=6)
     line = "JPEGImages/{0}.jpg SegmentationClass/{0}.png"
@@ -195,6 +198,7 @@ def test_a_pack_of_each_layout_trains(s4gan, tmp_path, layout):
     assert ended.code == 0, ended.err
 
 
+@pytest.mark.slow
 def test_lists_travel_to_a_bucket_with_the_data(s4gan, tmp_path, bucket, s3_env):
     data = write_cityscapes(tmp_path / "data")
     names = city_ids("aachen", 3)

@@ -54,8 +54,14 @@ def logits_of(path: Path, batch: np.ndarray) -> np.ndarray:
     ("backbone", "changes"),
     [
         ("tiny", {}),
-        ("tiny", {"head": "deeplabv3plus", "output_stride": 16, "mlmt_threshold": 0.2}),
-        ("resnet18", {"head": "deeplabv3plus", "output_stride": 8}),
+        pytest.param(
+            "tiny",
+            {"head": "deeplabv3plus", "output_stride": 16, "mlmt_threshold": 0.2},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "resnet18", {"head": "deeplabv3plus", "output_stride": 8}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_onnx_computes_what_torch_does_at_any_size(
@@ -77,6 +83,7 @@ def test_onnx_computes_what_torch_does_at_any_size(
         assert np.abs(found - wanted).max() < TOLERANCE
 
 
+@pytest.mark.slow
 def test_onnx_on_photographs(shared_data: Path, tmp_path: Path) -> None:
     weights = model(tmp_path, "resnet18", output_stride=16, scale=0.5)
     images = shared_data / "camvid" / "val" / "images"

@@ -51,6 +51,7 @@ def test_the_made_up_pages_are_read_as_a_bucket(
     assert [key for key, _, _ in found] == [scale_listing.key_of(n) for n in range(2_001)]
 
 
+@pytest.mark.slow
 def test_an_object_takes_no_more_than_a_kilobyte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
