@@ -240,6 +240,10 @@ class LossConfig(_Section):
     gate_warmup: int = Field(0, ge=0)
     """Iterations after `st_start` in which the threshold comes down from 1 to `threshold_st`: while
     the networks are young only what looks most real is learned from."""
+    gate_share: float = Field(0.0, ge=0, le=1)
+    """At least this share of a batch passes the gate, those that look most real; 0: those above the
+    threshold alone. A discriminator that tells everything apart would end self-training (the most
+    reliable half: Yang et al. 2022, arXiv:2106.05095)."""
     confidence: float = Field(0.0, ge=0, lt=1)
     """Of an accepted image only pixels train whose class is more probable than this; 0: all (Sohn
     et al. 2020, arXiv:2001.07685)."""

@@ -7,6 +7,8 @@ Shape legend: N batch, K classes, C channels, H/W pixels.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,12 +35,18 @@ def feature_matching(fake_NC: Tensor, real_NC: Tensor) -> Tensor:
     return (fake_NC.mean(dim=0) - real_NC.detach().mean(dim=0)).abs().mean()
 
 
-def gate(score_logits_N: Tensor, threshold: float) -> Tensor:
+def gate(score_logits_N: Tensor, threshold: float, share: float = 0.0) -> Tensor:
     """Which images the discriminator takes for real: probability strictly above the threshold.
+
+    And the share of them that look most real, rounded up to whole images, whatever it says of them.
 
     Shape: float (N,) logits -> bool (N,), on the same device.
     """
-    return score_logits_N.detach().sigmoid() > threshold
+    scores_N = score_logits_N.detach()
+    accepted_N = scores_N.sigmoid() > threshold
+    count = math.ceil(round(share * len(scores_N), 6))  # of 10 images 0.7 are 7, not 8
+    most_real = scores_N.topk(count).indices
+    return accepted_N.index_fill(0, most_real, True)
 
 
 def gate_threshold(loss: LossConfig, iteration: int) -> float:

@@ -163,7 +163,8 @@ def _unlabeled_part(
             # Not of images with a box of another one: nobody knows what is left in them.
             whole = torch.tensor(mixed.whole, device=presence.device)
             mlmt = losses.presence_consistency(presence, taught, whole)
-    accepted = losses.gate(score, losses.gate_threshold(config.loss, iteration))
+    threshold = losses.gate_threshold(config.loss, iteration)
+    accepted = losses.gate(score, threshold, config.loss.gate_share)
     st = torch.zeros_like(fm)
     if iteration > config.loss.st_start:
         counted = mixed(accepted[:, None, None] & part.unlabeled_valid)

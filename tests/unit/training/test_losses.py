@@ -140,6 +140,28 @@ def test_threshold_0_takes_all_and_1_takes_none() -> None:
     assert not gate(scores, 1.0).any()
 
 
+@pytest.mark.parametrize(
+    ("share", "accepted"),
+    [
+        (0.0, [False, False, True, False]),
+        (0.25, [False, False, True, False]),
+        (0.3, [False, True, True, False]),
+        (0.75, [True, True, True, False]),
+        (1.0, [True, True, True, True]),
+    ],
+)
+def test_the_most_real_share_passes_a_gate_that_lets_nobody_pass(
+    share: float, accepted: list[bool]
+) -> None:
+    scores = torch.tensor([-7.0, -6.0, 3.0, -9.0])
+    assert gate(scores, 0.2, share).tolist() == accepted
+    assert gate(scores, 1.0, share).sum() == math.ceil(4 * share)
+
+
+def test_a_share_in_floating_point_is_no_image_more() -> None:
+    assert gate(torch.full((10,), -9.0), 0.2, 0.7).sum() == 7
+
+
 def test_the_gate_is_outside_the_graph() -> None:
     accepted = gate(torch.zeros(2, requires_grad=True), 0.2)
     assert accepted.dtype == torch.bool
