@@ -273,6 +273,8 @@ def _train_and_score(
         found = Score(**json.loads(scores.read_text(encoding="utf-8")))
         if found.scored == _scored(data, test):
             return found
+    if children.stopped:  # before it has begun
+        raise _stopped(one)
     one.folder.mkdir(parents=True, exist_ok=True)
     given = one.folder / GIVEN
     given.write_text(one.config.to_yaml(), encoding="utf-8")
@@ -291,9 +293,13 @@ def _train_and_score(
     return score
 
 
+def _stopped(one: _Run) -> Preempted:
+    return Preempted(f"{one.called}: stopped and saved; the same command goes on")
+
+
 def _failed(one: _Run, code: int, log: Path) -> JobError:
     if code == ExitCode.PREEMPTED:
-        return Preempted(f"{one.called}: stopped and saved; the same command goes on")
+        return _stopped(one)
     last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
     error = JobError(
         f"{one.called}: ended with exit code {code}\n" + "\n".join(last),

@@ -570,6 +570,10 @@ _LOWER_THRESHOLD = Remedy(
     "--threshold-st {less_threshold} (it is {threshold})",
     lambda config: config.loss.threshold_st > 0,
 )
+_SHARE = Remedy(
+    "--set loss.gate_share=0.5, which lets the better half of them pass in any case",
+    lambda config: config.loss.gate_share == 0,
+)
 _HIGHER_THRESHOLD = Remedy(
     "--threshold-st {more_threshold} (it is {threshold})",
     lambda config: config.loss.threshold_st < 0.9,
@@ -644,6 +648,7 @@ RULES: Sequence[Rule] = (
         (
             _LOWER_THRESHOLD,
             Remedy("or wait: it may begin by iteration {wait_until}", until=5_000),
+            _SHARE,
             _LEARNING_AT_ALL,
         ),
         needs="self-training",
@@ -657,7 +662,7 @@ RULES: Sequence[Rule] = (
         NeverActive(),
         "problem",
         "Loss_ST is always 0.000: self-training has never begun, the threshold is too high",
-        (_LOWER_THRESHOLD, _LEARNING_AT_ALL),
+        (_LOWER_THRESHOLD, _SHARE, _LEARNING_AT_ALL),
         begins=5_000,  # up to there the guide advises to wait
         needs="self-training",
         only_self_training=True,
