@@ -36,6 +36,7 @@ from job.checkpoint.resumable import (
 from job.config import Config, config_from_dict
 from job.data.checks import check_data
 from job.data.dataset import FOLDER, DatasetInfo
+from job.data.decoded import decoded_folder, kept_within
 from job.data.images import read_labels, read_rgb
 from job.data.report import named_as
 from job.data.scan import scan_dataset
@@ -221,7 +222,12 @@ def attempt_at(
             _remedying(attempt, manager, guard),
             _tracking(attempt, state, stop, notifier, clock) as tracking,
         ):
-            with _publishing(attempt, manager, stop) as publisher, _showing(attempt, stop) as show:
+            decoded = decoded_folder(folder)
+            with (
+                _publishing(attempt, manager, stop) as publisher,
+                _showing(attempt, stop) as show,
+                kept_within(decoded),
+            ):
                 # 6. Train.
                 complete = run_loop(
                     state,
@@ -245,6 +251,7 @@ def attempt_at(
                         stop_rule=stop_rules,
                         guard=guard,
                         show=show,
+                        decoded=decoded,
                     ),
                 )
             if not complete:

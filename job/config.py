@@ -111,6 +111,10 @@ class DataConfig(_Section):
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Processes that load images; auto takes the spare cores, up to 8. Never changes results."""
 
+    cache: Literal["auto", "disk", "none"] = "auto"
+    """Whether decoded images are kept on the local disk (S4GAN_SCRATCH) while training goes on;
+    auto: if they fit into half of the free memory. Never changes results."""
+
     @property
     def lists(self) -> dict[str, str]:
         """Files that choose images, by their keys; without those that are not given."""

@@ -31,6 +31,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from job.checkpoint.manager import BestModel
 from job.config import Config, check_gpus, config_from_dict
+from job.data.decoded import decoded_folder
 from job.data.scan import scan_dataset
 from job.data.splits import Splits, items_of
 from job.errors import ConfigError, ExitCode, JobError, RankLost
@@ -406,6 +407,7 @@ def _train_along(place: _Place) -> None:
                 save_best=lambda state, val_miou: BestModel("", state.iteration, val_miou),
                 stop=StopRequest(),
                 ranks=ranks,
+                decoded=decoded_folder(place.folder),
             ),
         )
     dist.destroy_process_group()

@@ -304,7 +304,8 @@ def _window(image: Image.Image, crop: Crop, resampling: Image.Resampling) -> Arr
         min((left + visible[0]) * across, image.width),
         min((top + visible[1]) * down, image.height),
     )
-    return np.asarray(image.resize(visible, resampling, box=box))
+    window = np.asarray(image.resize(visible, resampling, box=box))
+    return window[..., :3] if image.mode == "RGBX" else window
 
 
 def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:

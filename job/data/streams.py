@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,12 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from job.config import Config
 from job.data.dataset import DatasetInfo, Item
+from job.data.decoded import decoder
 from job.data.images import (
     Crop,
     cut_image,
     cut_mask,
     random_crop,
-    read_index_mask,
-    read_rgb,
     valid_pixels,
 )
 from job.data.splits import SplitItems
@@ -115,8 +115,10 @@ class IterationDataset(Dataset[Batch]):
         config: Config,
         rank: int = 0,
         world: int = 1,
+        decoded: Path | None = None,
     ) -> None:
         self._items = items
+        self._decoder = decoder(items, config.data, decoded)
         self._info = info
         self._config = config
         self._images_per_iteration = config.train.batch_size * config.train.accumulate
@@ -136,7 +138,7 @@ class IterationDataset(Dataset[Batch]):
     def _labeled(self, stream: str, iteration: int, unreadable: list[str]) -> tuple[Tensor, Tensor]:
         images, masks = [], []
         for index, crop in self._drawn(stream, len(self._items.labeled), iteration):
-            image, mask = _read_or_next(self._items.labeled, index, unreadable)
+            image, mask = self._read_or_next(self._items.labeled, index, unreadable)
             assert mask is not None
             images.append(cut_image(image, crop))
             masks.append(cut_mask(mask, crop, self._info))
@@ -145,10 +147,30 @@ class IterationDataset(Dataset[Batch]):
     def _unlabeled(self, iteration: int, unreadable: list[str]) -> tuple[Tensor, Tensor]:
         images, valid = [], []
         for index, crop in self._drawn("unlabeled", len(self._items.unlabeled), iteration):
-            image, _ = _read_or_next(self._items.unlabeled, index, unreadable)
+            image, _ = self._read_or_next(self._items.unlabeled, index, unreadable)
             images.append(cut_image(image, crop))
             valid.append(valid_pixels(image.size, crop))
         return _to_nchw(images), torch.from_numpy(np.stack(valid))
+
+    def _read_or_next(
+        self, items: Sequence[Item], index: int, unreadable: list[str]
+    ) -> tuple[Image.Image, Image.Image | None]:
+        """Image and mask, or of the next item that can be decoded, so that a batch stays full."""
+        for offset in range(len(items)):
+            item = items[(index + offset) % len(items)]
+            path = item.image
+            try:
+                image = self._decoder.image(path)
+                if item.mask is None:
+                    return image, None
+                path = item.mask
+                return image, self._decoder.mask(path)
+            except DataError:
+                unreadable.append(str(path))
+        raise DataError(
+            f"none of {len(items)} training images can be read any more (last: {unreadable[-1]})",
+            mend="check that the data folder is still there",
+        )
 
     def _drawn(self, stream: str, num_items: int, iteration: int) -> list[tuple[int, Crop]]:
         """Index and crop of each image of an iteration."""
@@ -178,27 +200,6 @@ def drawn_index(seed: int, stream: int, num_items: int, place: int) -> int:
 @lru_cache(maxsize=8)
 def _permutation(seed: int, stream: int, num_items: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, stream, _ORDER, epoch]).permutation(num_items)
-
-
-def _read_or_next(
-    items: Sequence[Item], index: int, unreadable: list[str]
-) -> tuple[Image.Image, Image.Image | None]:
-    """Image and mask, or those of the next item that can be decoded, so that a batch stays full."""
-    for offset in range(len(items)):
-        item = items[(index + offset) % len(items)]
-        path = item.image
-        try:
-            image = read_rgb(path)
-            if item.mask is None:
-                return image, None
-            path = item.mask
-            return image, read_index_mask(path)
-        except DataError:
-            unreadable.append(str(path))
-    raise DataError(
-        f"none of {len(items)} training images can be read any more (last: {unreadable[-1]})",
-        mend="check that the data folder is still there",
-    )
 
 
 def _to_nchw(images: Sequence[NDArray[np.uint8]]) -> Tensor:
@@ -268,15 +269,17 @@ def iteration_loader(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
+    decoded: Path | None = None,
 ) -> _IterationLoader:
     """Batches of the iterations `first` to the last one, in order, loaded ahead by processes.
 
-    Of `world` ranks that train together on one machine, `rank` gets its share of each.
+    Of `world` ranks that train together on one machine, `rank` gets its share of each. In the folder
+    `decoded`, if there is one, decoded images may be kept (`job.data.decoded`).
     Close its iterator (contextlib.closing) when leaving early, so that the processes end.
     """
     workers = _num_workers(config, device, world)
     return _IterationLoader(
-        _ErrorsAsItems(IterationDataset(items, info, config, rank, world)),
+        _ErrorsAsItems(IterationDataset(items, info, config, rank, world, decoded)),
         batch_size=None,
         sampler=range(first, config.train.iterations + 1),
         num_workers=workers,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -76,6 +77,8 @@ class Surroundings:
     stop_rule: StopRule = field(default_factory=NeverStop)
     guard: LossGuard = field(default_factory=NoGuard)
     show: Show = show_nobody
+    decoded: Path | None = None
+    """Where decoded images may be kept."""
 
 
 def train(state: TrainState, around: Surroundings) -> bool:
@@ -117,6 +120,7 @@ def train(state: TrainState, around: Surroundings) -> bool:
         device=around.device,
         rank=ranks.rank,
         world=ranks.world,
+        decoded=around.decoded,
     )
     with closing(iter(loader)) as batches:
         for iteration, batch in enumerate(batches, start=state.iteration + 1):
