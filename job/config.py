@@ -27,7 +27,13 @@ from job.errors import ConfigError
 from job.preset_files import PRESETS_DIR, preset_names
 
 FREE_ON_RESUME = frozenset(
-    {"data.workers", "train.log_every", "checkpoint.every", "checkpoint.keep_every"}
+    {
+        "data.workers",
+        "data.cache",
+        "train.log_every",
+        "checkpoint.every",
+        "checkpoint.keep_every",
+    }
 )
 """Fields a resumed run may change: they alter no weight."""
 FREE_SECTIONS = ("stop.", "monitor.", "wandb.")

@@ -2,6 +2,7 @@
 
     make bench                                   # on a GPU, or small on the CPU
     python -m scripts.bench --parts              # what is not the network, alone, on the CPU
+    python -m scripts.bench --input DATA         # making batches of it, images kept decoded or not
     python -m scripts.bench --profile            # where the time of a step goes
 
 On a GPU: DeepLabv2-ResNet-101 at 321 x 321 with 8 labeled and 8 unlabeled images, and some other
@@ -19,9 +20,11 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from job.config import Config, config_from_dict
 from job.data.dataset import IGNORE
-from job.data.streams import Batch
+from job.data.scan import scan_dataset
+from job.data.splits import items_of, make_splits
+from job.data.streams import Batch, IterationDataset
 from job.models.discriminator import Discriminator
 from job.models.generator import Architecture, Generator
 from job.revision import git
@@ -90,6 +95,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--parts", action="store_true", help="what is not the network, alone")
+    parser.add_argument("--input", metavar="DATA", help="making batches of a data folder")
+    parser.add_argument("--crop", type=int, default=321, help="of --input")
     parser.add_argument("--profile", action="store_true", help="torch.profiler's table of one step")
     parser.add_argument("--peak", nargs=2, metavar=("STEP", "CASE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -100,6 +107,9 @@ def main() -> None:
     print(machine(device))
     if arguments.parts:
         print_parts(arguments.rounds)
+        return
+    if arguments.input:
+        print_input(Path(arguments.input), arguments.crop, arguments.rounds)
         return
     if device.type == "cuda":
         cases = [Case("resnet101", 321, 8), Case("resnet101", 321, 16), Case("resnet101", 513, 8)]
@@ -119,6 +129,45 @@ def machine(device: torch.device) -> str:
         f"{torchvision.__version__}, Python {platform.python_version()}; commit "
         f"{(git('rev-parse', '--short', 'HEAD') or b'unknown').decode().strip()}"
     )
+
+
+# ---------------------------------------------------------------- input
+
+
+def print_input(data: Path, crop: int, rounds: int) -> None:
+    """Seconds of one core that the 8 + 8 + 8 images of an iteration take, by turns.
+
+    Args:
+        data: folder of images, an eighth of which count as labeled.
+        crop: its height and width.
+        rounds: iterations.
+    """
+    chosen = {"crop_size": crop, "labeled_ratio": 0.125, "random_scale": True, "cache": "disk"}
+    config = config_from_dict(
+        {"data": chosen, "train": {"batch_size": 8, "accumulate": 1}}, source="bench"
+    )
+    dataset = scan_dataset(data, config.data)
+    items = items_of(dataset, make_splits(dataset, config))
+    with tempfile.TemporaryDirectory(prefix="s4gan-") as folder:
+        plain = IterationDataset(items, dataset.info, config)
+        kept = IterationDataset(items, dataset.info, config, decoded=Path(folder))
+        times: dict[str, list[float]] = {"decoded each time": [], "kept decoded": []}
+        for iteration in range(1, rounds + 1):
+            kept[iteration]  # the first time it is decoded as well
+            for name, batches in zip(times, (plain, kept), strict=True):
+                start = time.process_time()
+                batches[iteration]
+                times[name].append(1e3 * (time.process_time() - start))
+    print("\n| 24 images and 16 masks | ms of a core, median (least to most) |\n|---|---|")
+    for name, values in times.items():
+        print(f"| {name} | {_spread(values, 1)} |")
+    pairs = zip(times["kept decoded"], times["decoded each time"], strict=True)
+    print(f"| **ratio** | {_spread([ours / plain for ours, plain in pairs], 3)} |")
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return f"{statistics.median(values):.{digits}f} ({low} to {high})"
 
 
 # ---------------------------------------------------------------- whole steps

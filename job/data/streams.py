@@ -273,8 +273,8 @@ def iteration_loader(
 ) -> _IterationLoader:
     """Batches of the iterations `first` to the last one, in order, loaded ahead by processes.
 
-    Of `world` ranks that train together on one machine, `rank` gets its share of each. In the folder
-    `decoded`, if there is one, decoded images may be kept (`job.data.decoded`).
+    Of `world` ranks that train together on one machine, `rank` gets its share of each. Images that
+    are decoded may be kept in the folder `decoded`, if there is one (`job.data.decoded`).
     Close its iterator (contextlib.closing) when leaving early, so that the processes end.
     """
     workers = _num_workers(config, device, world)
