@@ -18,6 +18,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -111,7 +112,7 @@ def _mapped(file: Path, mode: str) -> Image.Image | None:
     magic, width, height = _HEAD.unpack_from(memory)
     if magic != _MAGIC or len(memory) != _HEAD.size + width * height * _BYTES[mode]:
         return None
-    pixels = memoryview(memory)[_HEAD.size :]
+    pixels: Any = memoryview(memory)[_HEAD.size :]
     return Image.frombuffer(mode, (width, height), pixels, "raw", mode, 0, 1)
 
 

@@ -264,7 +264,7 @@ def cut_image(image: Image.Image, crop: Crop) -> Array:
     """Scale, cut, pad and mirror an image; uint8, (height, width, 3)."""
     window = _window(image, crop, Image.Resampling.BILINEAR)
     if window.shape[:2] == (crop.height, crop.width):
-        return window
+        return window.copy()  # Pillow's own memory is read-only
     canvas = _padding(crop.height, crop.width).copy()
     canvas[: window.shape[0], _columns(window, crop)] = window
     return canvas

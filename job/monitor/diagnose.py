@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +11,17 @@ from typing import Any
 
 from job import run
 from job.config import Config, config_from_yaml
-from job.errors import ConfigError, ExitCode, JobError, ObjectNotFound, StorageError
+from job.errors import ConfigError, ExitCode, ObjectNotFound, StorageError
 from job.monitor.divergence import BATCH_HALVED, MAX_ROLLBACKS, ROLLED_BACK, Remedies
 from job.monitor.guide import Fit
-from job.monitor.health import OUT_OF_MEMORY, Finding, Standing, Watch
+from job.monitor.health import (
+    BAD_FITS,
+    OUT_OF_MEMORY,
+    Finding,
+    Standing,
+    Watch,
+    failure_of,
+)
 from job.monitor.ledger import parse_ledger
 from job.monitor.rules import Setting
 from job.storage import ObjectStore, open_store
@@ -50,13 +56,19 @@ class Diagnosis:
     """Oldest first; those that are over, too."""
     remedies: Remedies = field(default_factory=Remedies)
     """What the run has done about itself."""
+    failed: str = ""
+    """Why its last attempt ended with an error; empty if it did not."""
     assumed: bool = False
     """The run's configuration is not known: it is judged as one of the preset guide."""
 
     @property
     def is_healthy(self) -> bool:
         """Whether there is nothing that should be done now."""
-        return not any(finding.counts for finding in self.findings)
+        return (
+            not self.failed
+            and not any(finding.counts for finding in self.findings)
+            and self.fit not in BAD_FITS
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -73,6 +85,7 @@ class Diagnosis:
             "train_miou": self.train_miou,
             "val_miou": self.val_miou,
             "findings": [finding.to_dict() for finding in self.findings],
+            "failed": self.failed or None,
             "rolled_back": self.remedies.rollbacks,
             "batch_halved": self.remedies.halvings,
             "assumed_preset": "guide" if self.assumed else None,
@@ -101,8 +114,12 @@ class Diagnosis:
                 "images of an iteration are the same"
             )
         lines += ["", *(finding.line() for finding in self.findings)]
+        if self.failed:
+            lines.append(f"the last attempt ended with an error: {self.failed}")
         if self.is_healthy:
             lines.append("healthy: nothing needs to be done")
+        elif not self.failed and not any(finding.counts for finding in self.findings):
+            lines.append(f"too few evaluations for a finding, but the last one says {self.fit}")
         return "\n".join(lines)
 
 
@@ -119,10 +136,11 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
     """
     store, key, text = _read(source)
     shown = str(store.local_path(key) or f"{store.uri}/{key}")
-    if text.lstrip()[:1] == b"{":
-        events = parse_ledger(text, shown)
+    decoded = _decoded(text)
+    if decoded.lstrip()[:1] == "{":
+        events = parse_ledger(decoded.encode(), shown)
     else:
-        events = list(_of_console(_decoded(text)))
+        events = list(_of_console(decoded))
         if not events:
             raise ConfigError(
                 f"{shown}: has no lines of losses",
@@ -146,6 +164,7 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
         val_miou=scores["val_miou"] if scores else None,
         findings=tuple(watch.findings),
         remedies=remedies,
+        failed=failure_of(events),
         assumed=known is None,
     )
 
@@ -169,10 +188,16 @@ def _read(source: str) -> tuple[ObjectStore, str, bytes]:
 
 
 def _config_of(store: ObjectStore) -> Config | None:
-    """Of the run that a ledger lies in; None if there is none, or none that can be read."""
-    with contextlib.suppress(StorageError, JobError):
-        return config_from_yaml(store.read(run.CONFIG).decode(errors="replace"), source=run.CONFIG)
-    return None
+    """Of the run that a ledger lies in; None if there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        text = store.read(run.CONFIG).decode(errors="replace")
+    except StorageError:
+        return None
+    return config_from_yaml(text, source=f"{store.uri}/{run.CONFIG}")
 
 
 def _as_long_as_said(config: Config, events: Sequence[Mapping[str, Any]]) -> Config:
@@ -188,7 +213,7 @@ def _decoded(text: bytes) -> str:
     """UTF-8, or UTF-16 as some Windows shells redirect."""
     if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return text.decode("utf-16", errors="replace")
-    return text.decode(errors="replace")
+    return text.decode("utf-8-sig", errors="replace")
 
 
 def _of_console(text: str) -> Iterator[dict[str, Any]]:

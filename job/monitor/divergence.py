@@ -26,6 +26,8 @@ BATCH_HALVED = "batch_halved"
 """Kinds of ledger lines."""
 CERTAIN = 3
 """Log lines in a row that are a spike: a single one is one bad batch."""
+RUINED = 20.0
+"""Loss_CE of networks that nothing is to be hoped of: guessing among 1,000 classes costs 6.9."""
 _SPIKE = Spike()
 
 
@@ -120,9 +122,13 @@ class Guard:
         """
         self._take(event.iteration, event.loss_ce)
         if self._acts and len(self._above) >= CERTAIN:
+            was = (
+                f"was {statistics.median(self._usual):.3f} before iteration {self.since}"
+                if self._usual
+                else "has been far above what guessing costs from the beginning"
+            )
             raise Diverged.with_rates(
-                f"training diverged: Loss_CE is {event.loss_ce:.3f}, and was "
-                f"{statistics.median(self._usual):.3f} before iteration {self.since}",
+                f"training diverged: Loss_CE is {event.loss_ce:.3f}, and {was}",
                 self._config.train.learning_rate,
                 self._config.train.learning_rate_D,
                 rolls_back=True,
@@ -136,4 +142,4 @@ class Guard:
             self._above.append((iteration, loss_ce))
 
     def _is_high(self, loss_ce: float) -> bool:
-        return _SPIKE.is_above(loss_ce, list(self._usual))
+        return loss_ce > RUINED or _SPIKE.is_above(loss_ce, list(self._usual))

@@ -48,6 +48,15 @@ class Scale:
         rest = (self.iterations - self.st_start) / (ITERATIONS - ST_START)
         return round(self.st_start + (iteration - ST_START) * rest)
 
+    def of_guide(self, iteration: int) -> float:
+        """The guide's iteration for one of the run's."""
+        if not 0 < self.st_start < self.iterations:
+            return iteration * ITERATIONS / self.iterations
+        if iteration <= self.st_start:
+            return iteration * ST_START / self.st_start
+        rest = (ITERATIONS - ST_START) / (self.iterations - self.st_start)
+        return ST_START + (iteration - self.st_start) * rest
+
     def count(self, of_guide: float) -> float:
         """The run's ST_Count for one of the guide's."""
         return of_guide * self.max_st_count / MAX_ST_COUNT

@@ -11,13 +11,13 @@ import bisect
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
 from job.errors import ExitCode
-from job.monitor.guide import LOW_FROM, PHASES, Band, Fit, Phase, fit_of, phase_at
+from job.monitor.guide import LOW_FROM, PHASES, Band, Fit, Phase, fit_of, miou_band, phase_at
 from job.monitor.rules import RULES, Points, Rule, Setting, Severity
 
 LOSSES = ("loss_ce", "loss_fm", "loss_st", "loss_d")
@@ -101,11 +101,39 @@ class Standing:
         return f"Phase {self.number} of {len(PHASES)}, {self.phase.name}: {said}"
 
 
+BAD_FITS: Sequence[Fit] = ("overfitting", "underfitting")
+_ERRORS = (
+    ExitCode.SOFTWARE,
+    ExitCode.DIVERGED,
+    ExitCode.IO_ERROR,
+    ExitCode.BAD_CONFIG,
+    ExitCode.NO_PROGRESS,
+)
+
+
+def failure_of(events: Iterable[Mapping[str, Any]]) -> str:
+    """Why a run's last attempt ended with an error that another one will not mend; "" if not.
+
+    Args:
+        events: lines of its ledger.
+    """
+    why = ""
+    for event in events:
+        if event["event"] in ("attempt_started", "train"):
+            why = ""
+        elif event["event"] == "attempt_ended":
+            failed = event["exit_code"] in _ERRORS
+            why = f"{event.get('reason')} (exit code {event['exit_code']})" if failed else ""
+    return why
+
+
 @dataclass
 class _Episode:
     """A rule that has found something."""
 
     finding: Finding
+    place: int
+    """Of it among all findings."""
     quiet: int = 0
     """Points in a row without the sign."""
 
@@ -164,8 +192,10 @@ class Watch:
         scale = self.setting.scale
         phase = phase_at(self._iteration, scale)
         number = 1 + [one.name for one in PHASES].index(phase.name)
-        off = []
+        off = ["a loss is NaN or infinite"] if "non_finite" in self._open else []
         for metric, (low, high, good) in phase.bands.items():
+            if metric == "val_miou":  # the guide's table of scores lets it rise within a phase
+                low = min(low, miou_band(metric, scale.of_guide(self._iteration))[0])
             band = Band(phase.begin, phase.end, low, high, good).scaled(metric, scale)
             value = self._now(metric, band.begin)
             if value is not None and not band.holds(value):
@@ -245,8 +275,12 @@ class Watch:
             points, self._series.__getitem__, self.setting, is_open=episode is not None
         )
         if episode is not None:
-            episode.quiet = 0 if seen is not None else episode.quiet + 1
-            return self._end(rule.id) if episode.quiet >= rule.calm else None
+            if seen is None:
+                episode.quiet += 1
+                return self._end(rule.id) if episode.quiet >= rule.calm else None
+            episode.quiet = 0
+            self._renew(episode, replace(episode.finding, **self._what(rule, seen[1])))
+            return None
         if seen is None or any(other in self._open for other in rule.unless):
             return None
         since, value = seen
@@ -255,16 +289,24 @@ class Watch:
             severity=rule.severity,
             iteration=max(self._iteration, since),
             since=since,
-            value=value,
-            message=rule.says.format(value=value),
-            remedies=tuple(rule.advice(self.setting, self._iteration)),
+            **self._what(rule, value),
         )
-        self._open[rule.id] = _Episode(finding)
+        self._open[rule.id] = _Episode(finding, len(self.findings))
         self.findings.append(finding)
         return finding
 
+    def _what(self, rule: Rule, value: float) -> dict[str, Any]:
+        """What is seen, and what to do about it now."""
+        return {
+            "value": value,
+            "message": rule.says.format(value=value),
+            "remedies": tuple(rule.advice(self.setting, self._iteration)),
+        }
+
+    def _renew(self, episode: _Episode, finding: Finding) -> None:
+        episode.finding = self.findings[episode.place] = finding
+
     def _end(self, rule_id: str) -> Finding:
-        before = self._open.pop(rule_id).finding
-        ended = replace(before, ended=self._iteration)
-        self.findings[self.findings.index(before)] = ended
-        return ended
+        episode = self._open.pop(rule_id)
+        self._renew(episode, replace(episode.finding, ended=self._iteration))
+        return episode.finding

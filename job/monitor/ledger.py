@@ -122,6 +122,8 @@ def parse_ledger(text: bytes, shown: str) -> list[dict[str, Any]]:
     """All lines of a ledger's content; see `read_ledger`."""
     lines = text.split(b"\n")
     lines.pop()  # empty, or a line whose end was never written
+    while lines and not lines[-1].strip():  # of an editor
+        lines.pop()
     events = []
     for number, line in enumerate(lines, start=1):
         try:

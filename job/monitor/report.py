@@ -21,7 +21,7 @@ from job.errors import ConfigError, ObjectNotFound, StorageError
 from job.monitor.attempts import Attempt, attempts_of
 from job.monitor.charts import Chart, time_chart, training_charts
 from job.monitor.divergence import Remedies
-from job.monitor.health import Finding, Watch
+from job.monitor.health import BAD_FITS, Finding, Watch, failure_of
 from job.monitor.ledger import parse_ledger
 from job.monitor.rules import Setting
 from job.monitor.summary import Check, checklist
@@ -166,10 +166,15 @@ def _verdict(report: Report, watch: Watch) -> list[str]:
         )
     if standing is not None:
         lines.append(_text(standing.line()) + ".")
+    failed = failure_of(report.events)
+    if failed:
+        lines.append(
+            f"<span class='no'>The last attempt ended with an error: {_text(failed)}</span>"
+        )
     counting = [finding for finding in watch.findings if finding.counts]
-    if not counting:
+    if not counting and not failed and fit not in BAD_FITS:
         lines.append("<span class='yes'>Nothing needs to be done.</span>")
-    else:
+    elif counting:
         what = "thing needs" if len(counting) == 1 else "things need"
         lines.append(f"<span class='no'>{len(counting)} {what} attention.</span>")
     return [f'<p class="verdict">{line}</p>' for line in lines]

@@ -67,6 +67,7 @@ class Setting:
         # The same images in all: of 3, not 1 and twice as often.
         smaller = next((n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0), 1)
         return {
+            "lr": f"{train.learning_rate:g}",
             "half_lr": f"{train.learning_rate / 2:g}",
             "half_lr_D": f"{train.learning_rate_D / 2:g}",
             "more_lr_D": f"{train.learning_rate_D * 2 or 1e-4:g}",
@@ -239,6 +240,8 @@ class Spike:
     """The guide's examples are 10 and 20 times; half of the smaller one."""
     rise: float = 1.0
     """And by as much, so that a small loss may double and double again."""
+    noise: float = 6.0
+    """And by so many standard deviations of the logarithm of those before."""
     points: int = 10
     remembers: int = 500
     """Points after which a level that has stayed up is the usual one."""
@@ -272,7 +275,10 @@ class Spike:
         if len(before) < 3:
             return False
         usual = statistics.median(before)
-        return value > usual * self.ratio and value > usual + self.rise
+        ratio = self.ratio
+        if len(before) >= self.points:  # enough to tell how much it swings
+            ratio = max(ratio, math.exp(self.noise * _swing(_logs(before))))
+        return value > usual * ratio and value > usual + self.rise
 
 
 @dataclass(frozen=True)
@@ -282,10 +288,13 @@ class Rises:
     above: float
     """The last block is."""
     blocks: int = 4
-    points: Sequence[int] = (5, 10, 20, 40)
+    points: Sequence[int] = (5, 10, 20, 40, 100)
     """Of each block; what rises slowly, or in noise, shows in the longer ones."""
     ratio: float = 1.2
-    """Of a block to the one before: what noise does not do four times in a row."""
+    """Of a block to the one before."""
+    noise: float = 5.0
+    """The last block is above the first by so many standard errors of the logarithm of that ratio:
+    what only swings may rise four times in a row."""
 
     def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
         """See `Condition`."""
@@ -303,6 +312,9 @@ class Rises:
         ]
         ratio = 1.0 if is_open else self.ratio
         rising = all(b > a * ratio for a, b in itertools.pairwise(medians))
+        if rising and not is_open:
+            error = math.sqrt(math.pi / size) * _swing(_logs(_values(last)))
+            rising = math.log(medians[-1] / max(medians[0], _TINY)) > self.noise * error
         return (last[0][0], medians[-1]) if rising and medians[-1] > self.above else None
 
 
@@ -354,8 +366,9 @@ class NeverActive:
         """See `Condition`."""
         del series
         enough = max(self.points, math.ceil(self.images / setting.scale.max_st_count))
-        # Once told, the first that is ends it.
-        if len(points) < enough and not is_open:
+        if is_open:  # the first that is not 0 ends it
+            return (points[0][0], 0.0) if not points[-1][1] else None
+        if len(points) < enough:
             return None
         return (points[0][0], 0.0) if not any(value for _, value in points) else None
 
@@ -391,6 +404,13 @@ class FallsFromBest:
         # It began where it was last near the best, not where the best was.
         near = max(index for index, value in enumerate(smooth) if value >= best - fall / 4)
         return points[near + self.points // 2][0], smooth[-1]
+
+
+_TINY = 1e-12
+
+
+def _logs(values: Sequence[float]) -> list[float]:
+    return [math.log(max(value, _TINY)) for value in values]
 
 
 def _swing(values: Sequence[float]) -> float:
@@ -558,7 +578,14 @@ class Happened:
 
 _VAL = "val_miou"
 _LABELS = Remedy("check that the labels are right: s4gan data check, predictions.png")
-_HALF_LR = Remedy("--learning-rate {half_lr}")
+_LOW_RATE = 2.5e-6
+"""A hundredth of the guide's."""
+_HALF_LR = Remedy(
+    "--learning-rate {half_lr}", lambda config: config.train.learning_rate > _LOW_RATE
+)
+_MORE_LR = Remedy(
+    "--learning-rate 2.5e-4 (it is {lr})", lambda config: config.train.learning_rate <= _LOW_RATE
+)
 _HALF_LR_D = Remedy(
     "--learning-rate-D {half_lr_D}", lambda config: config.train.learning_rate_D > 0
 )
@@ -594,7 +621,7 @@ RULES: Sequence[Rule] = (
         Median(above=4.0, no_more_than_chance=True),
         "problem",
         "Loss_CE stays at {value:.3f}: the model is not learning",
-        (_LABELS, _HALF_LR),
+        (_LABELS, _HALF_LR, _MORE_LR),
         begins=5_000,
     ),
     Rule(
@@ -729,7 +756,7 @@ RULES: Sequence[Rule] = (
         Median(below=0.20, points=3, not_rising_by=0.02),
         "problem",
         "training mIoU is {value:.4f}: the model is not learning",
-        (_LABELS, _HALF_LR),
+        (_LABELS, _HALF_LR, _MORE_LR),
         begins=5_000,
     ),
     Rule(
@@ -748,7 +775,7 @@ RULES: Sequence[Rule] = (
         Median(below=0.20, points=3, not_rising_by=0.02),
         "problem",
         "validation mIoU is {value:.4f}: nothing that is learned holds for new images",
-        (_LABELS, _MIRROR, _SCALE, _HALF_LR, Remedy("check the balance of the classes")),
+        (_LABELS, _MIRROR, _SCALE, _HALF_LR, _MORE_LR, Remedy("check the balance of the classes")),
         begins=5_000,
         unless=("train_not_learning",),
     ),

@@ -266,7 +266,7 @@ def _raise_if_diverged(finite: torch.Tensor, state: TrainState, config: Config) 
         return
     raise Diverged.with_rates(
         f"training diverged: a loss or weight became NaN or infinite at or before iteration "
-        f"{state.iteration}; the newest checkpoint is from before that and stays",
+        f"{state.iteration}; nothing of it was saved",
         config.train.learning_rate,
         config.train.learning_rate_D,
         rolls_back=config.monitor.on_divergence == "rollback",

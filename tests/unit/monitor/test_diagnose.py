@@ -139,6 +139,42 @@ def test_how_a_log_ends_is_a_finding(tmp_path: Path, line: str, rule: str) -> No
     assert [one.rule for one in diagnose(str(path)).findings] == [rule]
 
 
+@pytest.mark.parametrize(("code", "failed"), [(0, False), (75, False), (78, True), (93, True)])
+def test_a_run_that_ended_with_an_error_is_not_healthy(
+    tmp_path: Path, code: int, failed: bool
+) -> None:
+    ended = {"event": "attempt_ended", "exit_code": code, "reason": "no images", "time": 1.0}
+    ledger(tmp_path / run.LEDGER, [*lines(until=1_000), ended | {"attempt": 1}])
+    found = diagnose(str(tmp_path))
+    assert found.is_healthy != failed
+    assert ("ended with an error: no images" in found.text()) == failed
+    again = {"event": "attempt_started", "attempt": 2, "time": 2.0}
+    ledger(tmp_path / run.LEDGER, [*lines(until=1_000), ended | {"attempt": 1}, again])
+    assert diagnose(str(tmp_path)).is_healthy
+
+
+def test_two_evaluations_far_apart_are_not_called_healthy(tmp_path: Path) -> None:
+    two = lines(train_miou=lambda at: 0.85, val_miou=lambda at: 0.45)
+    path = ledger(tmp_path / "l.jsonl", [one for one in two if one["iteration"] <= 1_000])
+    found = diagnose(str(path))
+    assert not found.is_healthy
+    assert "too few evaluations for a finding, but the last one says overfitting" in found.text()
+
+
+def test_a_damaged_configuration_is_not_replaced_in_silence(tmp_path: Path) -> None:
+    ledger(tmp_path / run.LEDGER, lines(until=500))
+    (tmp_path / run.CONFIG).write_text("train: [")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        diagnose(str(tmp_path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_ledger_that_an_editor_has_saved(tmp_path: Path, encoding: str) -> None:
+    path = ledger(tmp_path / "l.jsonl", lines(until=500))
+    path.write_text(path.read_text() + "\n\n", encoding=encoding)
+    assert diagnose(str(path)).iteration == 500
+
+
 def test_what_a_log_says_of_remedies(tmp_path: Path) -> None:
     path = tmp_path / "log"
     events = list(lines(until=1_000))

@@ -103,7 +103,8 @@ def acting() -> Guard:
         ([1.0] * 10 + [10.0, 10.0, 1.0, 10.0, 10.0, 1.0], None),
         ([1.0] * 10 + [4.9] * 20, None),
         ([0.1] * 10 + [1.0] * 20, None),  # ten times as much, and yet little
-        ([10.0] + [100.0] * 20, None),  # too few to tell
+        ([2.0] + [19.0] * 20, None),  # too few to tell
+        ([1e9] * 20, (3, 1)),  # ruined from the first line on
         ([1.0] * 10 + [10.0, float("nan"), float("inf")], (13, 11)),
         ([3.0 * 0.9**n for n in range(40)], None),
     ],

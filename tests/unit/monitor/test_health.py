@@ -213,6 +213,36 @@ def test_low_scores_are_a_status_once_others_are_high() -> None:
     assert one.fit() == "underfitting"
 
 
+def test_a_run_in_the_guides_table_of_scores_is_on_its_timeline() -> None:
+    one = watch()
+    for at in (7_000, 20_500, 25_000):
+        low, high = miou_band("val_miou", at)
+        one.observe({"event": "eval", "iteration": at, "train_miou": high, "val_miou": low + 0.01})
+        standing = one.standing()
+        assert standing is not None
+        assert standing.on_track, standing.line()
+
+
+def test_a_loss_that_is_no_number_is_not_on_track() -> None:
+    one = watch()
+    for line in lines(until=1_000, loss_ce=lambda at: math.nan if at > 800 else None):
+        one.observe(line)
+    standing = one.standing()
+    assert standing is not None
+    assert "a loss is NaN or infinite" in standing.off
+
+
+def test_what_a_finding_says_is_what_it_is_now() -> None:
+    one = watch()
+    for line in lines(
+        until=20_000, train_miou=lambda at: 0.5 + at / 40_000, val_miou=lambda at: 0.4
+    ):
+        one.observe(line)
+    found = next(each for each in one.open if each.rule == "overfitting")
+    assert f"{found.value:.2f}" == "0.59"
+    assert "0.59" in found.message
+
+
 def test_scores_between_the_guides_iterations_are_on_a_line() -> None:
     assert miou_band("val_miou", 10_000) == (0.50, 0.65)
     assert miou_band("val_miou", 7_500) == pytest.approx((0.45, 0.60))

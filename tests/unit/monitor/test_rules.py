@@ -286,6 +286,35 @@ def test_a_loss_that_jumps_and_stays_up_is_not_over() -> None:
     assert found[0].ended > 40_000
 
 
+@pytest.mark.parametrize("level", [0.05, 0.08, 0.15])
+def test_a_feature_loss_that_only_swings_does_not_rise(level: float) -> None:
+    def told(seed: int) -> bool:
+        noise = random.Random(seed)
+        found = findings(loss_fm=lambda at: level * noise.lognormvariate(0, 0.5))
+        return any(one.rule == "fm_rising" for one in found)
+
+    assert not any(map(told, range(6)))
+
+
+@pytest.mark.parametrize("sd", [0.36, 0.54])
+def test_a_noisy_cross_entropy_does_not_jump(sd: float) -> None:
+    def told(seed: int) -> bool:
+        noise = random.Random(seed)
+        found = findings(
+            loss_ce=lambda at: 0.35 * noise.lognormvariate(0, sd) if at > 9_000 else None
+        )
+        return any(one.rule == "ce_spike" for one in found)
+
+    assert sum(map(told, range(6))) <= 1
+
+
+def test_a_learning_rate_of_nothing_is_not_to_be_halved() -> None:
+    config = config_from_yaml("", source="x", overrides={"train.learning_rate": 1e-9})
+    advice = rules_by_id()["train_not_learning"].advice(Setting(config), 20_000)
+    assert "--learning-rate 2.5e-4 (it is 1e-09)" in advice
+    assert not any("5e-10" in line for line in advice)
+
+
 def test_a_short_series_that_rises_is_learning() -> None:
     """Three evaluations in all, the first ones of a run that has them late."""
     config = config_from_yaml("", source="x", overrides={"train.eval_every": 5_000})
@@ -295,12 +324,13 @@ def test_a_short_series_that_rises_is_learning() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["three per cent a line", "in noise"])
+@pytest.mark.parametrize("kind", ["three per cent a line", "in noise", "all the run"])
 def test_a_slow_rise_is_a_rise(kind: str) -> None:
     noise = random.Random(0)
     curves: dict[str, Curve] = {
         "three per cent a line": lambda at: 0.005 * 1.03 ** (at / 100),
         "in noise": lambda at: (0.01 + 2 * at / 50_000) * noise.uniform(0.8, 1.2),
+        "all the run": lambda at: 0.05 * 8 ** (at / 50_000) * noise.lognormvariate(0, 0.2),
     }
     assert "fm_rising" in {one.rule for one in findings(loss_fm=curves[kind])}
 
