@@ -114,8 +114,12 @@ def _refuse_no_file(flag: str, file: Path | None) -> None:
     """That can be written, later, when it has cost time."""
     if file is not None:
         _refuse_uri(flag, file)
-        if not file.parent.is_dir() or file.is_dir():
-            raise ConfigError(f"{flag} {file}: cannot be a file there", mend="give a file's path")
+        if file.is_dir():
+            raise ConfigError(f"{flag} {file}: is a folder", mend="give a file's path")
+        if not file.parent.is_dir():
+            raise ConfigError(
+                f"{flag} {file}: there is no folder {file.parent}", mend="make it first"
+            )
 
 
 def _transfer_progress() -> ConsoleProgress:
@@ -282,6 +286,8 @@ def evaluate(
         protocol=looked_at,
         boundary=(boundary_tolerance or TOLERANCE) if boundary else None,
     )
+    for warning in scores.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     if csv is not None:
         csv.write_text(scores.csv(), encoding="utf-8")
     if per_image is not None:

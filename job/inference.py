@@ -92,7 +92,14 @@ def evaluate_weights(
             look=None if borders is None else lambda _, *pair: borders.update(*pair),
         )
     assert found is not None
-    return Scores.of(found, split=split, protocol=protocol, classes=card.classes, borders=borders)
+    return Scores.of(
+        found,
+        split=split,
+        protocol=protocol,
+        classes=card.classes,
+        borders=borders,
+        warnings=dataset.warnings,
+    )
 
 
 def examples(

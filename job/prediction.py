@@ -93,6 +93,10 @@ def predict_images(
                 f"--out {out_uri}: is the folder of the images", mend="choose another"
             )
         own = out.local_path("")
+        if own is not None and own.is_file():
+            raise ConfigError(
+                f"--out {out_uri}: is a file", mend="give a folder; it is made if it is not there"
+            )
         if own is not None and own.is_relative_to(root.resolve()):
             # What was predicted before is no image to predict.
             paths = [path for path in paths if not path.resolve().is_relative_to(own)]

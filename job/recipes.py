@@ -132,6 +132,7 @@ def bench_recipes(
         raise ConfigError("--set train.seed: --seeds says which", mend="leave it out")
     for one in todo:
         _refuse_other_settings(one)
+        _refuse_other_data(one, data)
     if test is not None:
         _refuse_bad_test(test)
     started = time.monotonic()
@@ -244,6 +245,21 @@ def _refuse_other_settings(one: _Run) -> None:
             f"{one.folder}: was trained with other settings: {'; '.join(changed)}",
             mend="choose another --out, or remove that folder",
         )
+
+
+def _refuse_other_data(one: _Run, data: str) -> None:
+    """A run that is there already, but was trained on something else."""
+    events = read_ledger(one.folder / run.LEDGER)
+    origins = [event["data_uri"] for event in events if event["event"] == "origin"]
+    if origins and _place(origins[-1]) != _place(data):
+        raise ConfigError(
+            f"{one.folder}: was trained on {origins[-1]}, and --data is {data}",
+            mend="choose another --out, or remove that folder",
+        )
+
+
+def _place(uri: str) -> str:
+    return uri.rstrip("/") if "://" in uri else os.path.realpath(uri)
 
 
 def _refuse_bad_test(test: str) -> None:

@@ -39,6 +39,8 @@ class Scores:
     """Pixels: rows truth, columns prediction, in class order."""
     image_miou: dict[str, float]
     """Of each image alone, over the classes in its truth or prediction."""
+    warnings: Sequence[str] = ()
+    """What is odd about the data, and may make the scores others than they seem."""
 
     @classmethod
     def of(
@@ -49,6 +51,7 @@ class Scores:
         protocol: Protocol,
         classes: Sequence[str],
         borders: BoundaryScore | None,
+        warnings: Sequence[str] = (),
     ) -> Scores:
         """Of an evaluation that has kept the scores of its images."""
         matrix = found.matrix
@@ -71,6 +74,7 @@ class Scores:
             class_boundary_f=named(borders.class_scores()) if borders else None,
             confusion=matrix.counts.cpu().tolist(),
             image_miou=found.scores,
+            warnings=tuple(warnings),
         )
 
     def text(self) -> str:

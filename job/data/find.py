@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from job.data.dataset import IMAGE_ENDINGS
@@ -66,11 +66,21 @@ def _fixed_part(uri: str) -> str:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """As a shell does it: * stays within a folder, ** does not."""
-    if "**" in pattern:
-        return fnmatch.fnmatchcase(path, pattern.replace("**/", "*"))
-    parts, wanted = path.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+    """As a shell does it: * stays within a folder, ** is any number of them, none too."""
+    return _parts_match(path.split("/"), pattern.split("/"))
+
+
+def _parts_match(parts: Sequence[str], wanted: Sequence[str]) -> bool:
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        rest = wanted[1:] or ["*"]  # at the end: all files below
+        return any(_parts_match(parts[skipped:], rest) for skipped in range(len(parts) + 1))
+    return (
+        bool(parts)
+        and fnmatch.fnmatchcase(parts[0], wanted[0])
+        and _parts_match(parts[1:], wanted[1:])
+    )
 
 
 def _require_folder(root: Path, uri: str) -> None:

@@ -161,7 +161,7 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
     missing: list[str] = []
     unmasked: list[str] = []
     twice: list[str] = []
-    merged = 0
+    merged = others = 0
     lines = _lines(path, called)
     for number, line in lines:
         where = f"line {number}"
@@ -184,6 +184,7 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
             if mask is None:
                 missing.append(f"{where}: {mask_name}")
                 continue
+            others += item.mask is not None and Path(item.id).name not in mask.stem
             is_merged = catalogue.more_masks is not None and mask.parent == catalogue.more_masks
             merged += is_merged and catalogue.more_masks.name not in mask_name  # type: ignore[union-attr]
             item = replace(item, mask=mask)
@@ -203,6 +204,11 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
         )
     if twice:
         found.warnings.append(f"{called}: names {_counted(twice, len(lines))} a second time")
+    if others:
+        found.warnings.append(
+            f"{called}: pairs {others} of {len(lines)} images with a mask of another name, though "
+            "there is one of their own"
+        )
     if merged and catalogue.more_masks is not None:
         found.warnings.append(
             f"{called}: {merged} masks are not where it says, but in "

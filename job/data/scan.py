@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -120,6 +121,12 @@ def _permuted(tree: Tree, data: DataConfig, listed: list[Item] | None) -> list[I
         numbers = read_permutation(path, called=called, count=len(order))
     # In floating point and rounded down: that is how those splits were cut.
     chosen = [order[number] for number in numbers[: int(data.labeled_ratio * len(order))]]
+    if not chosen:
+        raise DataError(
+            f"data.labeled_ratio {data.labeled_ratio:g}: of the {len(order)} images that "
+            f"data.permutation counts, that is none (rounded down)",
+            mend=f"--set data.labeled_ratio={math.ceil(1000 / len(order)) / 1000:g}, at least",
+        )
     unmasked = [item for item in chosen if item.mask is None]
     if unmasked:
         raise DataError(

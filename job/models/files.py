@@ -153,6 +153,11 @@ def load_generator(
     """
     mend = "give best_model.pth or final_model.pth of a run, or what s4gan export made of one"
     path = f"{weights}"
+    if path.endswith(".onnx"):
+        raise ConfigError(
+            f"--weights {path}: an ONNX file is for other programs",
+            mend="give the best_model.pth, or .safetensors, that it was made of",
+        )
     with local_copy(path, name="--weights", mend=mend) as file:
         try:
             if path.endswith(SAFETENSORS):

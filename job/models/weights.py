@@ -228,7 +228,17 @@ def _read(path: Path, called: str) -> tuple[Weights, dict[str, Any]]:
         for wrapper in WRAPPERS:
             if isinstance(content.get(wrapper), dict):
                 content = content[wrapper]
-        return {_plain(name): value.float() for name, value in content.items()}, architecture
+        weights = {_plain(name): value.float() for name, value in content.items()}
+        broken = [name for name, value in weights.items() if not value.isfinite().all()]
+        if broken:
+            raise ConfigError(
+                f"model.weights {called}: {len(broken)} of its tensors hold NaN or infinite values "
+                f"(first: {broken[0]})",
+                mend="the training that wrote it had failed: give an earlier file of it",
+            )
+        return weights, architecture
+    except ConfigError:
+        raise
     except Exception as error:  # torch raises whatever its unpickler stumbles over
         raise ConfigError(
             f"model.weights {called}: not a state dict ({reason(error)})",

@@ -75,7 +75,7 @@ def test_evaluate_writes_tables_for_people_and_programs(finished, tmp_path, s4ga
         ]
     )
     assert result.code == 0, result.err
-    said = "protocol voc (pad_to 505x505, window 32x40, stride 20x20, flip on, scales 0.75x1.0)"
+    said = "protocol voc (pad_to 505x505, window 32x40, stride 20x20, flip on, scales 0.75 and 1.0)"
     assert said in result.out
     assert "| mIoU |" in result.out
     assert "| class | IoU | accuracy | boundary F |" in result.out
@@ -220,7 +220,7 @@ def test_predict_writes_index_and_overlay(finished, tmp_path, s4gan):
         ),
         (
             ["evaluate", *("--weights", "{run}/best_model.pth", "--data", "{data}"), *NO_CSV],
-            "cannot be a file there",
+            "there is no folder",
         ),
         (["train", "--data", "{data}", "--run", "x", "--config", "giude"], "did you mean guide"),
     ],

@@ -61,6 +61,10 @@ def test_a_comparison_goes_on_after_a_stop_and_ends_with_a_table(
     assert "training" not in third.err
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")} == written
 
+    elsewhere = s4gan(arguments(make_data(name="elsewhere"), out, f"--test={test}"))
+    assert elsewhere.code == 78, elsewhere.out
+    assert f"was trained on {data}" in elsewhere.err
+
     other = s4gan([*arguments(data, out, f"--test={test}"), "--set=train.learning_rate=0.02"])
     assert other.code == 78, other.out
     assert "train.learning_rate" in other.err

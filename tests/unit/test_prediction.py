@@ -52,6 +52,12 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_file_is_no_place_for_predictions(weights: str, photos: Path) -> None:
+    image = str(photos / "a.png")
+    with pytest.raises(ConfigError, match="is a file"):
+        predict_images(weights, image, image, CPU)
+
+
 def predicted(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): np.asarray(Image.open(path)).tobytes()

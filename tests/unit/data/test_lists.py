@@ -311,6 +311,24 @@ def test_an_image_without_a_mask_cannot_be_labeled(voc: Path) -> None:
     assert f"of 1 of 2 images (line 2: {OTHERS[1]}) there is no mask" in error.message
 
 
+def test_masks_of_other_images_are_told_of(voc: Path) -> None:
+    first, second, third = TRAIN[:3]
+    pairs = [
+        f"JPEGImages/{first}.jpg SegmentationClass/{second}.png",
+        f"JPEGImages/{third}.jpg SegmentationClass/{third}.png",
+    ]
+    path = write_lines(voc / "wrong.txt", pairs)
+    (warning,) = scanned(voc, labeled_list=str(path)).warnings
+    assert "pairs 1 of 2 images with a mask of another name" in warning
+
+
+def test_a_permutation_that_leaves_nothing_says_so(voc: Path) -> None:
+    numbers = write_lines(voc / "order.txt", [str(number) for number in range(10)])
+    with pytest.raises(DataError, match=r"labeled_ratio 0\.05: of the 10 images") as caught:
+        scanned(voc, permutation=str(numbers), labeled_ratio=0.05)
+    assert "--set data.labeled_ratio=0.1" in caught.value.mend
+
+
 @pytest.mark.parametrize("between", [",", ", "])
 def test_commas_are_named(voc: Path, between: str) -> None:
     pairs = [f"JPEGImages/{id_}.jpg{between}SegmentationClass/{id_}.png" for id_ in voc_ids(2)]

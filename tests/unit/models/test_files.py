@@ -123,6 +123,13 @@ def test_a_file_that_torch_did_not_write_is_damaged(tmp_path: Path, content: byt
         load_generator(path, CPU)
 
 
+def test_an_onnx_file_is_for_others(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"onnx")
+    with pytest.raises(ConfigError, match="is for other programs"):
+        load_generator(path, CPU)
+
+
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "m.pth", {"kind": "generator", "path": tmp_path})
     with pytest.raises(ConfigError, match="damaged"):

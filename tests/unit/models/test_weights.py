@@ -311,6 +311,15 @@ def test_a_file_that_torch_did_not_write_is_refused(
         load_weights(tiny, str(path))
 
 
+def test_weights_that_are_no_numbers_are_refused(tiny: Generator, tmp_path: Path) -> None:
+    state = {name: value.clone() for name, value in tiny.backbone.state_dict().items()}
+    first = next(name for name, value in state.items() if value.is_floating_point())
+    state[first].view(-1)[0] = float("nan")
+    with pytest.raises(ConfigError, match=r"1 of its tensors hold NaN") as caught:
+        load_weights(tiny, saved(state, tmp_path / "nan.pth"))
+    assert first.rpartition(".")[2] in caught.value.message
+
+
 def test_a_truncated_file_is_refused(tiny: Generator, tmp_path: Path) -> None:
     path = tmp_path / "cut.pth"
     torch.save(tiny.backbone.state_dict(), path)
