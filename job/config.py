@@ -8,6 +8,7 @@ so that a job can be submitted without it.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -355,6 +356,11 @@ def load_config(name_or_file: str, overrides: Mapping[str, Any] | None = None) -
             value out of range.
     """
     source, text = _read_source(name_or_file)
+    overrides = dict(overrides or {})
+    chosen_by_list = overrides.get("data.labeled_list") and not overrides.get("data.permutation")
+    if name_or_file in preset_names() and chosen_by_list:
+        # A preset's ratio is that of its own splits; the user's list is one.
+        overrides.setdefault("data.labeled_ratio", 1.0)
     return config_from_yaml(text, source=source, overrides=overrides)
 
 
@@ -509,11 +515,16 @@ def _explain(item: Any) -> str:
     return f"{dotted}: {message}, got {item['input']!r}"
 
 
+_WHOLE_WORDS = {"lr": "rate", "wd": "decay", "iters": "iterations", "bs": "size"}
+
+
 def _nearest(dotted: str) -> str:
     keys = valid_keys()
     candidates = keys + sorted({key.partition(".")[0] for key in keys})
     near = difflib.get_close_matches(dotted, candidates, n=1, cutoff=0.5)
     # A right key in the wrong section is as common as a misspelt one.
     same_name = [key for key in keys if key.rpartition(".")[2] == dotted.rpartition(".")[2]]
-    best = (same_name or near)[:1]
+    words = {_WHOLE_WORDS.get(word, word) for word in re.split(r"[._]", dotted)}
+    same_words = [key for key in keys if words <= set(re.split(r"[._]", key))]
+    best = (same_name or same_words or near)[:1]
     return f" (did you mean {best[0]}?)" if best else f" (valid: {', '.join(keys)})"

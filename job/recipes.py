@@ -373,7 +373,8 @@ def markdown(names: Sequence[str], scores: Sequence[Score]) -> str:
     first = by_recipe[names[0]]
     seeds = sorted(first)
     lines = [
-        f"mIoU, {scores[0].scored}; {len(seeds)} seeds: mean and standard deviation.",
+        f"mIoU, {scores[0].scored}; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}: mean and "
+        "standard deviation.",
         "",
         f"| recipe | mIoU | less {names[0]}, seed by seed | "
         + " | ".join(f"seed {seed}" for seed in seeds)

@@ -95,8 +95,8 @@ def balance_warnings(
             nowhere = absent & (set_aside.images == 0) & (val.images == 0)
             if nowhere.any():
                 warnings.append(
-                    f"no mask at all holds {_names(classes, nowhere)}; check the classes in "
-                    "dataset.yaml, and how the masks were made"
+                    f"no mask at all holds {_names(classes, nowhere)}; check the classes "
+                    "(those of dataset.yaml, if there is one) and how the masks were made"
                 )
             elsewhere = absent & (set_aside.images > 0)
             if elsewhere.any():

@@ -28,6 +28,7 @@ IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 MASK_ENDINGS = frozenset({".png"})
 NOT_MASK_ENDINGS = (IMAGE_ENDINGS | {".tif", ".tiff", ".bmp", ".gif"}) - MASK_ENDINGS
 """Pictures that somebody took for masks; left out in silence they would cost labels."""
+_OTHER_ENDINGS = frozenset({".tif", ".tiff", ".bmp", ".gif", ".heic", ".avif", ".jp2"})
 MAX_CLASSES = 255
 """Masks are 8 bit, and one value must stay free for "ignore"."""
 
@@ -133,7 +134,7 @@ def scan_folder(root: Path, *, needs_train: bool = True) -> Dataset:
             mend=f"images end in {', '.join(sorted(IMAGE_ENDINGS))}",
         )
     val = _scan_split(root / "val") if (root / "val").is_dir() else ()
-    warnings = []
+    warnings = [*_left_out(root / "train" / "images"), *_left_out(root / "val" / "images")]
     unlabeled_val = [item for item in val if item.mask is None]
     if unlabeled_val:
         warnings.append(
@@ -255,9 +256,21 @@ def _scan_split(folder: Path) -> tuple[Item, ...]:
         raise DataError(
             f"{masks[orphans[0]]}: no image of that name in {folder / 'images'}{hint}; "
             f"{len(orphans)} such masks",
-            mend="give image and mask the same name, without a suffix such as _mask",
+            mend="give image and mask the same name, without a suffix such as _mask, and the image "
+            f"a format of {', '.join(sorted(IMAGE_ENDINGS))}",
         )
     return tuple(Item(id_, path, masks.get(id_)) for id_, path in sorted(images.items()))
+
+
+def _left_out(folder: Path) -> list[str]:
+    """What to say of pictures whose format is not read."""
+    others = [path for path in _files(folder) if path.suffix.lower() in _OTHER_ENDINGS]
+    if not others:
+        return []
+    return [
+        f"{len(others)} files in {folder} are left out (first: {others[0].name}): images end in "
+        f"{', '.join(sorted(IMAGE_ENDINGS))}"
+    ]
 
 
 def files_by_id(folder: Path, endings: frozenset[str]) -> dict[str, Path]:

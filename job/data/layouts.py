@@ -161,7 +161,7 @@ def detect(has: Has, wanted: str, *, called: str) -> Found:
             f"{called}: holds more than one data set: "
             + ", ".join(f"{one.layout} ({one.base or 'the folder itself'})" for one in found),
             mend="give the folder of one of them, or say which: data.layout "
-            f"(--set data.layout={found[0].layout})",
+            f"(--set data.layout={found[0].layout}, or --layout of evaluate)",
         )
     if wanted == _AUTO and has(MARK):
         return Found(FOLDER, "")

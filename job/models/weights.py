@@ -23,7 +23,7 @@ from job.models.normalization import NORMALIZATIONS
 from job.storage import ObjectStore
 from job.storage.files import local_copy
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "generator")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "generator")
 """Where files of other programs, and our checkpoints, keep their state dict."""
 PREFIXES = ("module.", "Scale.", "model.", "encoder.", "backbone.", "body.")
 """What they put before torchvision's names: DataParallel, DeepLab's multi-scale files, others."""
@@ -223,6 +223,12 @@ def _read(path: Path, called: str) -> tuple[Weights, dict[str, Any]]:
     """The tensors, and of a file of ours the architecture they are of."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ConfigError(
+                f"model.weights {called}: not a state dict, but a {type(content).__name__}",
+                mend="give a file of torch.save with a dict of tensors: torchvision's, or a model "
+                "of this program",
+            )
         card = content.get("card") or content.get("run", {}).get("card") or {}
         architecture = dict(card.get("architecture", {}))
         for wrapper in WRAPPERS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,22 @@ def test_yaml_round_trip(learning_rate, seed, crop, weights, tags):
         source="test",
     )
     assert config_from_yaml(config.to_yaml(), source="test") == config
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("eval.every", "train.eval_every"), ("train.lr", "train.learning_rate")],
+)
+def test_words_of_a_key_are_enough_to_name_it(wrong: str, right: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean {re.escape(right)}"):
+        load_config("guide", {wrong: 5})
+
+
+def test_a_list_is_not_thinned_by_a_presets_ratio() -> None:
+    assert load_config("paper-voc").data.labeled_ratio == 0.125
+    assert load_config("paper-voc", {"data.labeled_list": "a.txt"}).data.labeled_ratio == 1.0
+    both = {"data.labeled_list": "a.txt", "data.labeled_ratio": 0.5}
+    with pytest.raises(ConfigError, match="labeled_ratio"):
+        load_config("paper-voc", both)
+    permuted = {"data.labeled_list": "a.txt", "data.permutation": "p.txt"}
+    assert load_config("paper-voc", permuted).data.labeled_ratio == 0.125

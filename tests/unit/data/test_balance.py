@@ -97,7 +97,8 @@ def test_a_class_that_only_set_aside_masks_hold_says_so() -> None:
 def test_a_class_that_no_mask_holds_is_named_as_one_of_dataset_yaml() -> None:
     warnings = balance_warnings(CLASSES, balance((5, 0, 5), (5, 0, 5)), balance((1, 0, 1)), NOTHING)
     assert warnings == [
-        "no mask at all holds road; check the classes in dataset.yaml, and how the masks were made",
+        "no mask at all holds road; check the classes (those of dataset.yaml, if there is one) and "
+        "how the masks were made",
         "no validation mask holds road, whose IoU cannot be measured then",
     ]
 

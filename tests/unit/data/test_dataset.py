@@ -270,6 +270,16 @@ def test_an_empty_val_folder_is_refused(make_data: MakeData) -> None:
         scan_dataset(folder)
 
 
+def test_pictures_of_other_formats_are_told_of(make_data: MakeData) -> None:
+    folder = make_data(val=2)
+    (folder / "train" / "images" / "more.tif").touch()
+    (folder / "val" / "images" / "more.bmp").touch()
+    first, second = scan_dataset(folder).warnings
+    assert "1 files in" in first
+    assert "more.tif" in first
+    assert "more.bmp" in second
+
+
 def test_who_only_measures_needs_no_training_images(make_data: MakeData) -> None:
     folder = make_data(val=2)
     shutil.rmtree(folder / "train")
