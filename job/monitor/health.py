@@ -7,13 +7,11 @@ ledger's again, and no state has to be kept elsewhere.
 
 from __future__ import annotations
 
-import bisect
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import Any
 
 from job.errors import ExitCode
@@ -23,6 +21,7 @@ from job.monitor.rules import RULES, Points, Rule, Setting, Severity
 LOSSES = ("loss_ce", "loss_fm", "loss_st", "loss_d")
 _TRAIN = (*LOSSES, "st_count", "lr_g", "lr_d")
 _EVAL = ("train_miou", "val_miou")
+_RATES = ("lr_g", "lr_d")
 OUT_OF_MEMORY = "CUDA out of memory"
 """How the reason of an attempt that ended by it begins."""
 ENDS_THE_ATTEMPT = ("non_finite", "out_of_memory")
@@ -151,6 +150,11 @@ class Watch:
         """All, in the order in which they were told of, the ended ones too."""
         self._rules = [rule for rule in RULES if rule.applies(setting)]
         self._series: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
+        # What each rule looks at, so that nothing is cut out of a series at every line.
+        self._firsts = {rule.id: rule.first_iteration(setting) for rule in self._rules}
+        self._counting: dict[tuple[str, int], list[tuple[int, float]]] = {
+            (rule.metric, self._firsts[rule.id]): [] for rule in self._rules
+        }
         self._open: dict[str, _Episode] = {}
         self._iteration = 0
 
@@ -173,8 +177,11 @@ class Watch:
             return self._observe_scores(event)
         if kind == "configuration_changed":
             # More iterations raise the learning rates, as they should.
-            self._series["lr_g"].clear()
-            self._series["lr_d"].clear()
+            for rate in _RATES:
+                self._series[rate].clear()
+            for (watched, _), points in self._counting.items():
+                if watched in _RATES:
+                    points.clear()
         if kind == "attempt_ended":
             reason = str(event.get("reason", ""))
             # Or Loss_CE had jumped, of which its own rule tells.
@@ -231,7 +238,7 @@ class Watch:
         if not all(math.isfinite(values[name]) for name in LOSSES if name in values):
             return self._happened("non_finite", at)
         for name, value in values.items():
-            self._series[name].append((at, value))
+            self._add(name, at, value)
         ended = [
             self._end(name)
             for name in ENDS_THE_ATTEMPT
@@ -247,12 +254,18 @@ class Watch:
             return []
         values["gap"] = values["train_miou"] - values["val_miou"]
         for name, value in values.items():
-            self._series[name].append((at, value))
+            self._add(name, at, value)
         return self._run(values)
 
     def _happened(self, what: str, at: int) -> list[Finding]:
-        self._series[what].append((at, math.nan))
+        self._add(what, at, math.nan)
         return self._run({what: math.nan})
+
+    def _add(self, metric: str, at: int, value: float) -> None:
+        self._series[metric].append((at, value))
+        for (watched, first), points in self._counting.items():
+            if watched == metric and at >= first:
+                points.append((at, value))
 
     def _run(self, metrics: Iterable[str]) -> list[Finding]:
         """Those rules whose metric has a new point."""
@@ -265,11 +278,7 @@ class Watch:
         return changed
 
     def _judge(self, rule: Rule) -> Finding | None:
-        first = rule.first_iteration(self.setting)
-        points: Points = self._series[rule.metric]
-        start = bisect.bisect_left(points, first, key=itemgetter(0))
-        if start:
-            points = points[start:]  # not looked through point by point: this is done at each line
+        points: Points = self._counting[rule.metric, self._firsts[rule.id]]
         episode = self._open.get(rule.id)
         seen = rule.condition(
             points, self._series.__getitem__, self.setting, is_open=episode is not None

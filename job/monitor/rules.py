@@ -318,6 +318,9 @@ class Rises:
         return (last[0][0], medians[-1]) if rising and medians[-1] > self.above else None
 
 
+_MANY = 500
+
+
 @dataclass(frozen=True)
 class DropsToZero:
     """Nothing in the last points, where there was mostly something: too many zeros for chance."""
@@ -335,7 +338,9 @@ class DropsToZero:
     def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
         """See `Condition`."""
         del series, setting
-        zeros = sum(1 for _ in itertools.takewhile(lambda one: one[1] == 0, reversed(points)))
+        # More than enough; in a run that has nothing else they need not all be counted each time.
+        last = itertools.islice(reversed(points), _MANY)
+        zeros = sum(1 for _ in itertools.takewhile(lambda one: one[1] == 0, last))
         if zeros == 0 or (zeros < self.points and not is_open):
             return None
         first = len(points) - zeros
