@@ -85,7 +85,7 @@ deploy: setup ## make or change the AWS stack (ARGS="--parameter AlarmEmail=you@
 test: setup ## the test suite, but for the slow ones and the container's
 	$(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/container -m "not slow"
 
-test-slow: setup ## several ranks, faults of S3, divergence, health of real runs (5 minutes)
+test-slow: setup ## several ranks, faults of S3, divergence, health of real runs (9 minutes)
 	$(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/container -m slow
 
 test-container: setup ## build the image with a real Docker engine and run it (5 minutes, 12 GB of disk)
