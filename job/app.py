@@ -456,8 +456,7 @@ def _recorded(
         if record.saved_at is not None:
             ending["saved_at"] = record.saved_at
         if failure is not None:
-            ending["reached"] = max((e.get("iteration", 0) for e in read_ledger(path)), default=0)
-        if failure is not None:
+            ending["reached"] = ledger.reached
             ending["fingerprint"] = fingerprint(failure)
         record.tell(Notice("attempt_ended", "", ending))
         ledger.close()

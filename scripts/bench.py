@@ -188,7 +188,7 @@ def print_cases(cases: Sequence[Case], device: torch.device, rounds: int) -> Non
             cells = [
                 case.name,
                 step,
-                f"{median:.1f} ({min(ms):.1f} to {max(ms):.1f})",
+                _spread(ms, 1),
                 f"{1e3 * images / median:.1f}",
                 f"{peaks[step] / 2**20:.0f}",
                 f"{tflop / (median / 1e3):.2f}",

@@ -53,7 +53,7 @@ def lines(
         logged, evaluated = iteration % train.log_every == 0, iteration % train.eval_every == 0
         if not (logged or evaluated or iteration == train.iterations):
             continue
-        at = _of_guide(iteration, scale)
+        at = scale.of_guide(iteration)
 
         def value(metric: str, at: float = at) -> float:
             said = curves[metric](round(at)) if metric in curves else None
@@ -83,15 +83,6 @@ def lines(
                 "val_miou": value("val_miou"),
                 "class_iou": [0.5] * CLASSES,
             }
-
-
-def _of_guide(iteration: int, scale: Any) -> float:
-    """Inverse of `Scale.at`."""
-    low, high = 0.0, float(ITERATIONS)
-    while high - low > 1:
-        middle = (low + high) / 2
-        low, high = (middle, high) if scale.at(middle) < iteration else (low, middle)
-    return high
 
 
 def findings(config: Config | None = None, **options: Any) -> list[Finding]:

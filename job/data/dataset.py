@@ -13,6 +13,7 @@ from __future__ import annotations
 import colorsys
 import difflib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +27,10 @@ from job.errors import DataError
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 MASK_ENDINGS = frozenset({".png"})
-NOT_MASK_ENDINGS = (IMAGE_ENDINGS | {".tif", ".tiff", ".bmp", ".gif"}) - MASK_ENDINGS
+_UNREAD_ENDINGS = frozenset({".tif", ".tiff", ".bmp", ".gif"})
+NOT_MASK_ENDINGS = (IMAGE_ENDINGS | _UNREAD_ENDINGS) - MASK_ENDINGS
 """Pictures that somebody took for masks; left out in silence they would cost labels."""
-_OTHER_ENDINGS = frozenset({".tif", ".tiff", ".bmp", ".gif", ".heic", ".avif", ".jp2"})
+_OTHER_ENDINGS = _UNREAD_ENDINGS | {".heic", ".avif", ".jp2"}
 MAX_CLASSES = 255
 """Masks are 8 bit, and one value must stay free for "ignore"."""
 
@@ -127,14 +129,14 @@ def scan_folder(root: Path, *, needs_train: bool = True) -> Dataset:
             f"{root / 'train' / 'images'}: no such folder",
             mend="put the training images there and their masks into train/masks",
         )
-    train = _scan_split(root / "train") if has_train else ()
+    warnings: list[str] = []
+    train = _scan_split(root / "train", warnings) if has_train else ()
     if needs_train and not train:
         raise DataError(
             f"{root / 'train' / 'images'}: holds no image",
             mend=f"images end in {', '.join(sorted(IMAGE_ENDINGS))}",
         )
-    val = _scan_split(root / "val") if (root / "val").is_dir() else ()
-    warnings = [*_left_out(root / "train" / "images"), *_left_out(root / "val" / "images")]
+    val = _scan_split(root / "val", warnings) if (root / "val").is_dir() else ()
     unlabeled_val = [item for item in val if item.mask is None]
     if unlabeled_val:
         warnings.append(
@@ -240,10 +242,17 @@ def default_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
     return tuple(colours)
 
 
-def _scan_split(folder: Path) -> tuple[Item, ...]:
-    images = files_by_id(folder / "images", IMAGE_ENDINGS)
-    masks = files_by_id(folder / "masks", MASK_ENDINGS)
-    others = [p for p in _files(folder / "masks") if p.suffix.lower() in NOT_MASK_ENDINGS]
+def _scan_split(folder: Path, warnings: list[str]) -> tuple[Item, ...]:
+    image_files, mask_files = _files(folder / "images"), _files(folder / "masks")
+    images = _by_id(image_files, folder / "images", IMAGE_ENDINGS)
+    masks = _by_id(mask_files, folder / "masks", MASK_ENDINGS)
+    left_out = [path for path in image_files if path.suffix.lower() in _OTHER_ENDINGS]
+    if left_out:
+        warnings.append(
+            f"{len(left_out)} files in {folder / 'images'} are left out (first: "
+            f"{left_out[0].name}): images end in {', '.join(sorted(IMAGE_ENDINGS))}"
+        )
+    others = [path for path in mask_files if path.suffix.lower() in NOT_MASK_ENDINGS]
     if others:
         raise DataError(
             f"{others[0]}: masks must be PNG; {len(others)} such files",
@@ -262,25 +271,18 @@ def _scan_split(folder: Path) -> tuple[Item, ...]:
     return tuple(Item(id_, path, masks.get(id_)) for id_, path in sorted(images.items()))
 
 
-def _left_out(folder: Path) -> list[str]:
-    """What to say of pictures whose format is not read."""
-    others = [path for path in _files(folder) if path.suffix.lower() in _OTHER_ENDINGS]
-    if not others:
-        return []
-    return [
-        f"{len(others)} files in {folder} are left out (first: {others[0].name}): images end in "
-        f"{', '.join(sorted(IMAGE_ENDINGS))}"
-    ]
-
-
 def files_by_id(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
     """Files below a folder by their path below it without its ending, sorted by path.
 
     Raises:
         DataError: two differ in their ending only.
     """
+    return _by_id(_files(folder), folder, endings)
+
+
+def _by_id(files: Sequence[Path], folder: Path, endings: frozenset[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in _files(folder):
+    for path in files:
         if path.suffix.lower() not in endings:
             continue
         id_ = path.relative_to(folder).with_suffix("").as_posix()

@@ -221,13 +221,16 @@ def _from_file(source: str) -> tuple[Weights, dict[str, Any]]:
 
 def _read(path: Path, called: str) -> tuple[Weights, dict[str, Any]]:
     """The tensors, and of a file of ours the architecture they are of."""
+    mend = (
+        "give a file of torch.save with a dict of tensors: torchvision's, or a model of this "
+        "program"
+    )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
             raise ConfigError(
                 f"model.weights {called}: not a state dict, but a {type(content).__name__}",
-                mend="give a file of torch.save with a dict of tensors: torchvision's, or a model "
-                "of this program",
+                mend=mend,
             )
         card = content.get("card") or content.get("run", {}).get("card") or {}
         architecture = dict(card.get("architecture", {}))
@@ -248,6 +251,5 @@ def _read(path: Path, called: str) -> tuple[Weights, dict[str, Any]]:
     except Exception as error:  # torch raises whatever its unpickler stumbles over
         raise ConfigError(
             f"model.weights {called}: not a state dict ({reason(error)})",
-            mend="give a file of torch.save with a dict of tensors: torchvision's, or a model of "
-            "this program",
+            mend=mend,
         ) from None

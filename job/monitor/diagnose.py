@@ -15,12 +15,12 @@ from job.errors import ConfigError, ExitCode, ObjectNotFound, StorageError
 from job.monitor.divergence import BATCH_HALVED, MAX_ROLLBACKS, ROLLED_BACK, Remedies
 from job.monitor.guide import Fit
 from job.monitor.health import (
-    BAD_FITS,
     OUT_OF_MEMORY,
     Finding,
     Standing,
     Watch,
     failure_of,
+    is_healthy,
 )
 from job.monitor.ledger import parse_ledger
 from job.monitor.rules import Setting
@@ -64,11 +64,7 @@ class Diagnosis:
     @property
     def is_healthy(self) -> bool:
         """Whether there is nothing that should be done now."""
-        return (
-            not self.failed
-            and not any(finding.counts for finding in self.findings)
-            and self.fit not in BAD_FITS
-        )
+        return is_healthy(self.findings, self.fit, self.failed)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -100,7 +100,7 @@ class Standing:
         return f"Phase {self.number} of {len(PHASES)}, {self.phase.name}: {said}"
 
 
-BAD_FITS: Sequence[Fit] = ("overfitting", "underfitting")
+_BAD_FITS: Sequence[Fit] = ("overfitting", "underfitting")
 _ERRORS = (
     ExitCode.SOFTWARE,
     ExitCode.DIVERGED,
@@ -124,6 +124,17 @@ def failure_of(events: Iterable[Mapping[str, Any]]) -> str:
             failed = event["exit_code"] in _ERRORS
             why = f"{event.get('reason')} (exit code {event['exit_code']})" if failed else ""
     return why
+
+
+def is_healthy(findings: Iterable[Finding], fit: Fit | None, failed: str) -> bool:
+    """Whether there is nothing that should be done now.
+
+    Args:
+        findings: of a run.
+        fit: of its last scores.
+        failed: what `failure_of` says of it.
+    """
+    return not failed and fit not in _BAD_FITS and not any(one.counts for one in findings)
 
 
 @dataclass

@@ -165,6 +165,8 @@ class Ledger:
 
     def __init__(self, path: Path, *, attempt: int, shown: str = "") -> None:
         self.path = path
+        self.reached = 0
+        """The highest iteration that a line is of."""
         self._attempt = attempt
         self._lock = threading.Lock()
         self._write_anew(read_ledger(path, shown))
@@ -221,6 +223,7 @@ class Ledger:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+            self.reached = max((event.get("iteration", 0) for event in events), default=0)
         except OSError as error:
             raise StorageError.from_os("write", self.path, error) from error
 
@@ -238,6 +241,7 @@ class Ledger:
                 os.fsync(self._file.fileno())
             except OSError as error:
                 raise StorageError.from_os("write", self._file.name, error) from error
+            self.reached = max(self.reached, fields.get("iteration", 0))
 
 
 class LedgerMirror:

@@ -21,7 +21,7 @@ from job.errors import ConfigError, ObjectNotFound, StorageError
 from job.monitor.attempts import Attempt, attempts_of
 from job.monitor.charts import Chart, time_chart, training_charts
 from job.monitor.divergence import Remedies
-from job.monitor.health import BAD_FITS, Finding, Watch, failure_of
+from job.monitor.health import Finding, Watch, failure_of, is_healthy
 from job.monitor.ledger import parse_ledger
 from job.monitor.rules import Setting
 from job.monitor.summary import Check, checklist
@@ -172,7 +172,7 @@ def _verdict(report: Report, watch: Watch) -> list[str]:
             f"<span class='no'>The last attempt ended with an error: {_text(failed)}</span>"
         )
     counting = [finding for finding in watch.findings if finding.counts]
-    if not counting and not failed and fit not in BAD_FITS:
+    if is_healthy(watch.findings, fit, failed):
         lines.append("<span class='yes'>Nothing needs to be done.</span>")
     elif counting:
         what = "thing needs" if len(counting) == 1 else "things need"

@@ -204,6 +204,14 @@ def test_the_guides_table(train: float, val: float, fit: str) -> None:
     assert fit_of(train, val) == fit
 
 
+@pytest.mark.parametrize(
+    "scale", [Scale(), Scale(2_000, 200, 8), Scale(100_000, 30_000, 4), Scale(2_000, 0, 8)]
+)
+def test_the_guides_iteration_is_the_way_back(scale: Scale) -> None:
+    for iteration in range(1, scale.iterations + 1, scale.iterations // 50):
+        assert scale.at(scale.of_guide(iteration)) == iteration
+
+
 def test_low_scores_are_a_status_once_others_are_high() -> None:
     one = watch()
     early = {"event": "eval", "iteration": 5_000, "train_miou": 0.35, "val_miou": 0.33}

@@ -231,6 +231,16 @@ def test_a_rollback_drops_the_lines_of_later_iterations(path: Path) -> None:
     ]
 
 
+def test_how_far_a_run_has_come_goes_back_with_it(path: Path) -> None:
+    written(path, 20)
+    ledger = opened(path, attempt=2, iteration=10, evaluated=10)
+    assert ledger.reached == 10
+    ledger.notice(Notice("health", "", {"iteration": 12}))
+    ledger.notice(Notice("checkpoint", "", {"saved_at": 30}))
+    assert ledger.reached == 12
+    ledger.close()
+
+
 def test_a_rollback_drops_an_evaluation_that_is_owed_again(path: Path) -> None:
     """The checkpoint of iteration 10 was saved before its evaluation."""
     written(path, 10)
