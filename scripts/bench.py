@@ -1,7 +1,6 @@
 """How long an iteration takes and what it takes: the plain step against ours, by turns.
 
     make bench                                   # on a GPU, or small on the CPU
-    python -m scripts.bench --parts              # what is not the network, alone, on the CPU
     python -m scripts.bench --input DATA         # making batches of it, images kept decoded or not
     python -m scripts.bench --profile            # where the time of a step goes
 
@@ -40,16 +39,9 @@ from job.data.streams import Batch, IterationDataset
 from job.models.discriminator import Discriminator
 from job.models.generator import Architecture, Generator
 from job.revision import git
-from job.training import losses
 from job.training.state import TrainState, new_train_state
 from job.training.step import train_step
-from scripts.plain_step import (
-    class_maps_on_cpu,
-    picked_cross_entropy,
-    picked_self_training,
-    plain_step,
-    with_plain_optimizers,
-)
+from scripts.plain_step import plain_step, with_plain_optimizers
 
 CLASSES = 21
 H200_BF16_TFLOPS = 790.0
@@ -94,7 +86,6 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--parts", action="store_true", help="what is not the network, alone")
     parser.add_argument("--input", metavar="DATA", help="making batches of a data folder")
     parser.add_argument("--crop", type=int, default=321, help="of --input")
     parser.add_argument("--profile", action="store_true", help="torch.profiler's table of one step")
@@ -105,9 +96,6 @@ def main() -> None:
         print(json.dumps(peak_bytes(arguments.peak[0], Case(**json.loads(arguments.peak[1])))))
         return
     print(machine(device))
-    if arguments.parts:
-        print_parts(arguments.rounds)
-        return
     if arguments.input:
         print_input(Path(arguments.input), arguments.crop, arguments.rounds)
         return
@@ -160,12 +148,13 @@ def print_input(data: Path, crop: int, rounds: int) -> None:
                 times[name].append(1e3 * (time.process_time() - start))
     print("\n| 24 images and 16 masks | ms of a core, median (least to most) |\n|---|---|")
     for name, values in times.items():
-        print(f"| {name} | {_spread(values, 1)} |")
+        print(f"| {name} | {spread(values, 1)} |")
     pairs = zip(times["kept decoded"], times["decoded each time"], strict=True)
-    print(f"| **ratio** | {_spread([ours / plain for ours, plain in pairs], 3)} |")
+    print(f"| **ratio** | {spread([ours / plain for ours, plain in pairs], 3)} |")
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median, least and most."""
     low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
     return f"{statistics.median(values):.{digits}f} ({low} to {high})"
 
@@ -188,7 +177,7 @@ def print_cases(cases: Sequence[Case], device: torch.device, rounds: int) -> Non
             cells = [
                 case.name,
                 step,
-                _spread(ms, 1),
+                spread(ms, 1),
                 f"{1e3 * images / median:.1f}",
                 f"{peaks[step] / 2**20:.0f}",
                 f"{tflop / (median / 1e3):.2f}",
@@ -330,67 +319,6 @@ def profile(case: Case, device: torch.device) -> None:
         by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(f"\n{step}, {case.name}")
         print(profiler.key_averages().table(sort_by=by, row_limit=15))
-
-
-# ---------------------------------------------------------------- what is not the network
-
-
-def print_parts(rounds: int) -> None:
-    """Class maps, the gate with its loss, and cross-entropy: 16 images of 321 x 321, on the CPU."""
-    case = Case("tiny", 321, 16)
-    batch = random_batch(case, torch.device("cpu"))
-    assert batch.real_masks is not None
-    assert batch.unlabeled_valid is not None
-    masks, valid = batch.real_masks, batch.unlabeled_valid
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(16, CLASSES, 321, 321, generator=generator)
-    scores = torch.randn(16, generator=generator)
-
-    def learned(loss: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
-        def work() -> None:
-            given = logits.detach().requires_grad_()
-            loss(given).backward()
-
-        return work
-
-    def gated(given: torch.Tensor) -> torch.Tensor:
-        accepted = losses.gate(scores, 0.5)[:, None, None] & valid
-        probability, labels = given.detach().max(dim=1)
-        return losses.self_training(given, labels, accepted, probability > -torch.inf)
-
-    parts: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        "class maps of labels": (
-            lambda: class_maps_on_cpu(masks, CLASSES),
-            lambda: losses.one_hot_maps(masks, CLASSES),
-        ),
-        "cross-entropy, forward and back": (
-            learned(lambda given: picked_cross_entropy(given, masks)),
-            learned(lambda given: losses.cross_entropy(given, masks)),
-        ),
-        "gate and self-training, forward and back": (
-            learned(lambda given: picked_self_training(given, scores.sigmoid(), valid, 0.5)[0]),
-            learned(gated),
-        ),
-    }
-    print("\n| part | plain, ms | ours, ms | ours / plain |")
-    print("|---|---|---|---|")
-    sums = {"plain": 0.0, "ours": 0.0}
-    for name, (plain, ours) in parts.items():
-        times: dict[str, list[float]] = {"plain": [], "ours": []}
-        for _ in range(rounds):
-            for step, work in (("plain", plain), ("ours", ours)):
-                times[step].append(1e3 * seconds_of(work, torch.device("cpu")))
-        medians = {step: statistics.median(values) for step, values in times.items()}
-        for step, value in medians.items():
-            sums[step] += value
-        print(
-            f"| {name} | {medians['plain']:.0f} | {medians['ours']:.0f} | "
-            f"{medians['ours'] / medians['plain']:.2f} |"
-        )
-    print(
-        f"| **together** | {sums['plain']:.0f} | {sums['ours']:.0f} | "
-        f"**{sums['ours'] / sums['plain']:.2f}** |"
-    )
 
 
 if __name__ == "__main__":

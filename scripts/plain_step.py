@@ -14,10 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from job.config import Config
 from job.data.dataset import IGNORE
+from job.data.images import Crop
 from job.data.streams import Batch
 from job.models.discriminator import discriminator_input
 from job.training.state import ADAM_BETAS, TrainState
@@ -130,3 +133,29 @@ def picked_self_training(
     pixels = kept.to(logits_NKHW.device).permute(0, 2, 3, 1)[valid_NHW[chosen]]
     wanted = torch.from_numpy(labels).to(logits_NKHW.device)[valid_NHW[chosen]]
     return F.cross_entropy(pixels, wanted), len(chosen)
+
+
+MEAN_BGR = np.array([104.0, 116.7, 122.7], np.float32)
+
+
+def scaled_then_cut(
+    image: Image.Image, mask: Image.Image, crop: Crop
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A crop by way of the whole image: scaled, made float, padded and only then cut.
+
+    Shape: float32 (3, H, W) and (H, W).
+    """
+    size = (round(image.width * crop.scale), round(image.height * crop.scale))
+    pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.float32)
+    labels = np.asarray(mask.resize(size, Image.Resampling.NEAREST), np.float32)
+    pixels = pixels[:, :, ::-1] - MEAN_BGR
+    below, right = (max(0, crop.height - size[1]), max(0, crop.width - size[0]))
+    pixels = np.pad(pixels, ((0, below), (0, right), (0, 0)))
+    labels = np.pad(labels, ((0, below), (0, right)), constant_values=IGNORE)
+    top = int(crop.top * (labels.shape[0] - crop.height + 1))
+    left = int(crop.left * (labels.shape[1] - crop.width + 1))
+    window = (slice(top, top + crop.height), slice(left, left + crop.width))
+    chosen, cut = pixels[window].transpose(2, 0, 1), labels[window]
+    if crop.mirror:
+        chosen, cut = chosen[:, :, ::-1], cut[:, ::-1]
+    return chosen.copy(), cut.copy()

@@ -117,8 +117,9 @@ class ConsoleTracker:
         self._console.print(evaluation_lines(event))
 
     def step_done(self, iteration: int) -> None:
-        """Move the bar."""
-        self._progress.update(self._task, completed=iteration)
+        """Move the bar, if there is one; where it is not drawn, a tenth of a millisecond."""
+        if self._console.is_terminal:
+            self._progress.update(self._task, completed=iteration)
 
     def notice(self, notice: Notice) -> None:
         """Print the sentence."""
