@@ -123,7 +123,7 @@ def examples(
             image = read_rgb(item.image)
             truth = read_labels(item.mask, info)
             scaled = scaled_image(image, image_scale)
-            classes = predict(generator, scaled, truth.shape, device)
+            classes = predict(generator, scaled[None], truth.shape, device)[0]
             prediction = classes.to(torch.uint8).cpu().numpy()
             found.append(Example(item.id, np.asarray(image), truth, prediction))
     finally:

@@ -73,7 +73,7 @@ class Model(nn.Module):
             device = next(self.generator.parameters()).device
             scaled = scaled_image(picture, self.card.image_scale)
             size = (picture.height, picture.width)
-            found = predict(self.generator, scaled, size, device, protocol)
+            found = predict(self.generator, scaled[None], size, device, protocol)[0]
         finally:
             self.generator.train(training)
         classes: Array = found.to(torch.uint8).cpu().numpy()

@@ -22,7 +22,7 @@ from job.outlines import Outlines
 from job.storage import open_store
 from job.storage.progress import Silent, TransferProgress
 from job.training.evaluation import load_ahead, predict
-from job.training.protocols import PLAIN, Protocol, logits_of
+from job.training.protocols import PLAIN, Protocol
 
 TILED_ABOVE = 4_000_000
 """Pixels, as the network sees them: larger images go through it in tiles."""
@@ -217,35 +217,21 @@ def _classes(
     wish: Wish,
 ) -> list[Array]:
     """Of images of one size."""
-    look = _look(generator, card, device, wish)
     width, height = images[0].size
-    pixels = height * width * card.image_scale**2
-    if wish.tile is not None or pixels > TILED_ABOVE:
-        side = wish.tile or TILE
-        return [tiled(image, card.image_scale, side, look) for image in images]
-    if len(images) == 1 or wish.protocol.averages:
-        return [look(image) for image in images]
-    batch = np.stack([scaled_image(image, card.image_scale) for image in images])
-    tensor = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device)
-    with torch.no_grad():
-        logits = logits_of(generator, tensor, wish.protocol)
-        if logits.shape[-2:] != (height, width):
-            logits = torch.nn.functional.interpolate(
-                logits, (height, width), mode="bilinear", align_corners=True
-            )
-    return list(logits.argmax(dim=1).to(torch.uint8).cpu().numpy())
 
-
-def _look(
-    generator: Generator, card: ModelCard, device: torch.device, wish: Wish
-) -> Callable[[Image.Image], Array]:
-    def look(image: Image.Image) -> Array:
-        scaled = scaled_image(image, card.image_scale)
-        classes = predict(generator, scaled, (image.height, image.width), device, wish.protocol)
+    def look(some: Sequence[Image.Image]) -> Array:
+        scaled = np.stack([scaled_image(image, card.image_scale) for image in some])
+        size = (some[0].height, some[0].width)
+        classes = predict(generator, scaled, size, device, wish.protocol)
         found: Array = classes.to(torch.uint8).cpu().numpy()
         return found
 
-    return look
+    if wish.tile is not None or height * width * card.image_scale**2 > TILED_ABOVE:
+        side = wish.tile or TILE
+        return [
+            tiled(image, card.image_scale, side, lambda tile: look([tile])[0]) for image in images
+        ]
+    return list(look(images))
 
 
 def tiled(

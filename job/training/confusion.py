@@ -18,15 +18,12 @@ class ConfusionMatrix:
         self.num_classes = num_classes
         self.counts = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)
 
-    def update(self, prediction: Tensor, truth: Tensor) -> None:
-        """Count one or more images.
-
-        Shape: integers of the same shape; prediction 0..K-1, truth 0..K-1 or IGNORE.
-        """
-        counted = truth != IGNORE
-        pairs = truth[counted].long() * self.num_classes + prediction[counted].long()
-        counts = torch.bincount(pairs, minlength=self.num_classes**2)
-        self.counts += counts.view(self.num_classes, self.num_classes)
+    @classmethod
+    def of(cls, counts_KK: Tensor) -> ConfusionMatrix:
+        """From counts, which it keeps."""
+        matrix = cls(len(counts_KK), counts_KK.device)
+        matrix.counts = counts_KK
+        return matrix
 
     def class_iou(self) -> list[float | None]:
         """Intersection over union of each class; None for one in neither truth nor prediction."""
@@ -72,3 +69,17 @@ class ConfusionMatrix:
         """Share of pixels predicted right; 0 if there is none."""
         counts = self.counts.double().cpu()
         return float(counts.diagonal().sum() / counts.sum().clamp_min(1))
+
+
+def counts_of_each(predictions_NHW: Tensor, truths_NHW: Tensor, num_classes: int) -> Tensor:
+    """Counts of (truth, prediction) pairs, image by image; ignored pixels do not count.
+
+    Shape: integers (N, H, W), predictions 0..K-1, truths 0..K-1 or IGNORE -> int64 (N, K, K).
+    """
+    count = len(truths_NHW)
+    pairs = truths_NHW.long() * num_classes + predictions_NHW.long()
+    cells = num_classes**2 + 1  # the last is of what is ignored
+    pairs = pairs.masked_fill_(truths_NHW == IGNORE, cells - 1)
+    pairs += cells * torch.arange(count, device=pairs.device).view(-1, 1, 1)
+    counts = torch.bincount(pairs.flatten(), minlength=count * cells)
+    return counts.view(count, cells)[:, :-1].reshape(count, num_classes, num_classes)

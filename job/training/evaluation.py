@@ -19,11 +19,13 @@ from job.data.dataset import DatasetInfo, Item
 from job.data.images import Array, read_labels, read_rgb, scaled_image
 from job.heartbeat import beat
 from job.models.generator import Generator
-from job.training.confusion import ConfusionMatrix
+from job.training.confusion import ConfusionMatrix, counts_of_each
 from job.training.protocols import PLAIN, Protocol, logits_of, probabilities
 
 _AHEAD = 4
 """Images decoded ahead of the network."""
+PIXELS_AT_ONCE = 1 << 20
+"""Of images that pass a GPU's network together: less memory than a step of training takes."""
 
 Source = TypeVar("Source")
 Loaded = TypeVar("Loaded")
@@ -70,7 +72,9 @@ def evaluate(
     keep: int = 0,
     look: Callable[[Item, Tensor, Tensor], None] | None = None,
 ) -> Evaluation | None:
-    """Confusion matrix of a generator over labeled images, one image at a time, not augmented.
+    """Confusion matrix of a generator over labeled images, not augmented.
+
+    On a GPU images of one size that follow each other pass together.
 
     Draws no random number and leaves the generator in the mode it was in.
 
@@ -81,7 +85,7 @@ def evaluate(
         image_scale: as in training.
         device: where to compute.
         protocol: how an image is looked at.
-        stopped: asked before each image; True gives up.
+        stopped: asked before each image or group of them; True gives up.
         keep: of the worst images, and of the best, whose predictions are kept.
         look: shown each image's prediction and truth, both (H, W).
 
@@ -104,47 +108,76 @@ def evaluate(
     training = generator.training
     generator.eval()
     try:
-        for item, (image, mask) in zip(items, load_ahead(load, items), strict=True):
+        loaded = zip(items, load_ahead(load, items), strict=True)
+        for group in alike(loaded, pixels_at_once(device, protocol)):
             if stopped():
                 return None
-            truth = torch.from_numpy(mask).to(device)
-            prediction = predict(generator, image, mask.shape[-2:], device, protocol)
+            some, images, masks = zip(*((item, *arrays) for item, arrays in group), strict=True)
+            predictions = predict(generator, np.stack(images), masks[0].shape, device, protocol)
+            truths = torch.from_numpy(np.stack(masks)).to(device)
+            counts = counts_of_each(predictions, truths, info.num_classes)
+            found.matrix.counts += counts.sum(dim=0)
             if look is not None:
-                look(item, prediction, truth)
-            if not keep:
-                found.matrix.update(prediction, truth)
-                continue
-            alone = ConfusionMatrix(info.num_classes, device)
-            alone.update(prediction, truth)
-            found.matrix.counts += alone.counts
-            classes = prediction.to(torch.uint8).cpu().numpy()
-            found.keep(Predicted(alone.miou(), item, classes), keep)
+                for item, prediction, truth in zip(some, predictions, truths, strict=True):
+                    look(item, prediction, truth)
+            if keep:
+                classes = predictions.to(torch.uint8).cpu().numpy()
+                for item, own, shown in zip(some, counts.cpu(), classes, strict=True):
+                    found.keep(Predicted(ConfusionMatrix.of(own).miou(), item, shown), keep)
     finally:
         generator.train(training)
     return found
 
 
+def pixels_at_once(device: torch.device, protocol: Protocol) -> int:
+    """How many pixels of images pass together; a CPU gains nothing by more than one image."""
+    return 1 if device.type == "cpu" or protocol.averages else PIXELS_AT_ONCE
+
+
+def alike(
+    loaded: Iterable[tuple[Item, tuple[Array, Array]]], at_once: int
+) -> Iterator[list[tuple[Item, tuple[Array, Array]]]]:
+    """Images and masks in groups of one size each, in the order given.
+
+    Args:
+        loaded: each item with its image and mask.
+        at_once: pixels that a group may have, but it has at least one image.
+    """
+    group: list[tuple[Item, tuple[Array, Array]]] = []
+    for one in loaded:
+        sizes = [array.shape for array in one[1]]
+        pixels = (len(group) + 1) * sizes[0][0] * sizes[0][1]
+        if group and (pixels > at_once or sizes != [array.shape for array in group[0][1]]):
+            yield group
+            group = []
+        group.append(one)
+    if group:
+        yield group
+
+
 @torch.no_grad()
 def predict(
     generator: nn.Module,
-    image: Array,
+    images: Array,
     size: tuple[int, ...],
     device: torch.device,
     protocol: Protocol = PLAIN,
 ) -> Tensor:
     """Most likely class of each pixel, with logits interpolated to `size` before the choice.
 
-    Shape: image uint8 (h, w, 3) -> int64 `size` = (H, W). The generator must be in eval mode.
+    Shape: images uint8 (N, h, w, 3) -> int64 (N, H, W), `size` = (H, W). The generator must be in
+    eval mode.
     """
     beat()
-    tensor = torch.from_numpy(image).permute(2, 0, 1).to(device)
+    tensor = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+    height, width = size
     if protocol.averages:
-        height, width = size
-        return probabilities(generator, tensor, (height, width), protocol).argmax(dim=0)
-    logits = logits_of(generator, tensor.unsqueeze(0), protocol)
-    if tuple(logits.shape[-2:]) != tuple(size):
-        logits = F.interpolate(logits, size, mode="bilinear", align_corners=True)
-    return logits.argmax(dim=1)[0]
+        looks = (probabilities(generator, one, (height, width), protocol) for one in tensor)
+        return torch.stack([one.argmax(dim=0) for one in looks])
+    logits = logits_of(generator, tensor, protocol)
+    if tuple(logits.shape[-2:]) != (height, width):
+        logits = F.interpolate(logits, (height, width), mode="bilinear", align_corners=True)
+    return logits.argmax(dim=1)
 
 
 def load_ahead(load: Callable[[Source], Loaded], sources: Iterable[Source]) -> Iterator[Loaded]:

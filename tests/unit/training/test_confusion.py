@@ -14,15 +14,15 @@ from torchmetrics.functional.classification import (
 )
 
 from job.data.images import IGNORE
-from job.training.confusion import ConfusionMatrix
+from job.training.confusion import ConfusionMatrix, counts_of_each
 
 CPU = torch.device("cpu")
 
 
 def matrix_of(prediction: torch.Tensor, truth: torch.Tensor, classes: int = 3) -> ConfusionMatrix:
-    matrix = ConfusionMatrix(classes, CPU)
-    matrix.update(prediction, truth)
-    return matrix
+    images = (1, 1, -1)
+    counts = counts_of_each(prediction.reshape(images), truth.reshape(images), classes)
+    return ConfusionMatrix.of(counts[0])
 
 
 def row(*values: int) -> torch.Tensor:
@@ -97,10 +97,10 @@ def test_images_one_by_one_count_like_all_at_once(
     case: tuple[int, torch.Tensor, torch.Tensor],
 ) -> None:
     classes, prediction, truth = case
-    one_by_one = ConfusionMatrix(classes, CPU)
-    for i in range(len(truth)):
-        one_by_one.update(prediction[i], truth[i])
-    assert torch.equal(one_by_one.counts, matrix_of(prediction, truth, classes).counts)
+    each = counts_of_each(prediction, truth, classes)
+    for number, counts in enumerate(each):
+        assert torch.equal(counts, matrix_of(prediction[number], truth[number], classes).counts)
+    assert torch.equal(each.sum(dim=0), matrix_of(prediction, truth, classes).counts)
 
 
 def test_rows_are_truth_and_columns_prediction() -> None:

@@ -16,11 +16,20 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from job.data.dataset import Dataset, Item
-from job.data.images import read_rgb, scaled_image
+from job.data.images import Array, read_rgb, scaled_image
 from job.data.scan import scan_dataset
 from job.errors import DataError
 from job.models.generator import Architecture, Generator
-from job.training.evaluation import evaluate, load_ahead, predict
+from job.training import evaluation
+from job.training.evaluation import (
+    PIXELS_AT_ONCE,
+    alike,
+    evaluate,
+    load_ahead,
+    pixels_at_once,
+    predict,
+)
+from job.training.protocols import PLAIN, Protocol
 from tests.conftest import MakeData
 from tests.unit.training.tiny import CPU
 
@@ -87,6 +96,57 @@ def test_images_of_different_sizes_are_evaluated_whole(
     assert found.matrix.counts.tolist() == slow_counts(generator, items, 1.0)
 
 
+def test_images_that_pass_together_count_like_images_alone(
+    generator: Generator,
+    dataset: Dataset,
+    make_data: MakeData,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    larger = scan_dataset(make_data(name="larger", labeled=2, unlabeled=1, val=2, height=60))
+    items = (*dataset.val[:3], *larger.val, *dataset.val[3:])
+    alone = evaluate(generator, items, dataset.info, image_scale=1.0, device=CPU, keep=2)
+    sizes: list[int] = []
+    monkeypatch.setattr(evaluation, "pixels_at_once", lambda *_: PIXELS_AT_ONCE)
+    generator.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    seen: list[tuple[str, float]] = []
+    together = evaluate(
+        generator,
+        items,
+        dataset.info,
+        image_scale=1.0,
+        device=CPU,
+        keep=2,
+        look=lambda item, _, truth: seen.append((item.id, float(truth.sum()))),
+    )
+    assert sizes == [3, 2, 1]
+    assert alone is not None
+    assert together is not None
+    assert torch.equal(alone.matrix.counts, together.matrix.counts)
+    assert alone.scores == together.scores
+    assert [one.item for one in alone.extremes] == [one.item for one in together.extremes]
+    assert [item for item, _ in seen] == [item.id for item in items]
+
+
+def test_a_group_has_one_size_and_a_bounded_number_of_pixels(dataset: Dataset) -> None:
+    item = dataset.val[0]
+
+    def pair(side: int, mask_side: int = 8) -> tuple[Item, tuple[Array, Array]]:
+        return item, (np.zeros((side, side, 3), np.uint8), np.zeros((mask_side,) * 2, np.uint8))
+
+    given = [pair(4), pair(4), pair(4), pair(4, 16), pair(2), pair(9), pair(9)]
+    groups = list(alike(given, at_once=32))
+    assert [len(group) for group in groups] == [2, 1, 1, 1, 1, 1]
+    assert [one for group in groups for one in group] == given
+    assert list(alike([], at_once=32)) == []
+
+
+def test_only_a_gpu_and_a_single_look_take_several_images() -> None:
+    gpu = torch.device("cuda")
+    assert pixels_at_once(CPU, PLAIN) == 1
+    assert pixels_at_once(gpu, PLAIN) == PIXELS_AT_ONCE
+    assert pixels_at_once(gpu, Protocol("flipped", flip=True)) == 1
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_generator_is_left_as_it_was(
     generator: Generator, dataset: Dataset, training: bool
@@ -137,7 +197,7 @@ def test_the_worst_and_the_best_images_are_kept(
         assert one.miou == pytest.approx(np.mean(hits[union > 0] / union[union > 0]))
         image = scaled_image(read_rgb(one.item.image), 1.0)
         generator.eval()
-        again = predict(generator, image, one.prediction.shape, CPU)
+        again = predict(generator, image[None], one.prediction.shape, CPU)[0]
         assert np.array_equal(again.numpy(), one.prediction)
 
 
@@ -182,7 +242,7 @@ def test_a_file_gone_bad_is_named_and_leaves_the_mode(
 def test_predict_interpolates_logits_not_classes(generator: Generator) -> None:
     generator.eval()
     image = np.random.default_rng(0).integers(0, 256, (33, 41, 3)).astype(np.uint8)
-    prediction = predict(generator, image, (66, 90), CPU)
+    prediction = predict(generator, image[None], (66, 90), CPU)[0]
     tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     with torch.no_grad():
         full = F.interpolate(generator(tensor), (66, 90), mode="bilinear", align_corners=True)
@@ -192,7 +252,7 @@ def test_predict_interpolates_logits_not_classes(generator: Generator) -> None:
 
 
 def test_predict_needs_no_gradients(generator: Generator) -> None:
-    image = np.zeros((32, 32, 3), np.uint8)
+    image = np.zeros((1, 32, 32, 3), np.uint8)
     assert not predict(generator.eval(), image, (32, 32), CPU).requires_grad
 
 

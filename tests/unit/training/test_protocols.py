@@ -64,7 +64,7 @@ def test_plain_probabilities_are_the_softmax(generator: Generator) -> None:
 
 
 def test_plain_prediction_is_the_same_with_and_without_a_protocol(generator: Generator) -> None:
-    array = image().permute(1, 2, 0).numpy()
+    array = image().permute(1, 2, 0)[None].numpy()
     assert torch.equal(
         predict(generator, array, (140, 180), CPU),
         predict(generator, array, (140, 180), CPU, Protocol("other")),
