@@ -396,9 +396,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """
     key, separator, value = text.partition("=")
     if not separator or "." not in key:
+        near = _nearest(key.strip()) if separator else None
         raise ConfigError(
             f"--set {text}: not of the form section.key=value",
-            mend="for example: --set train.iterations=20000",
+            mend=(f"did you mean {near}? " if near else "")
+            + "for example: --set train.iterations=20000",
         )
     try:
         return key.strip(), yaml.safe_load(value)
@@ -505,7 +507,10 @@ def _explain(item: Any) -> str:
     # Below section and key come only the names of union branches and tuple positions.
     dotted = ".".join(str(part) for part in item["loc"][:2])
     if item["type"] == "extra_forbidden":
-        return f"unknown key {dotted}{_nearest(dotted)}"
+        # Of an unknown section each key is looked for: it may be one of another section.
+        within = item["input"] if len(item["loc"]) == 1 and isinstance(item["input"], dict) else {}
+        unknown = [f"{dotted}.{key}" for key in within] or [dotted]
+        return "\n  ".join(f"unknown key {key} ({_hint(key)})" for key in unknown)
     if item["type"] == "value_error":  # of our own validators
         message = str(item["ctx"]["error"])
         if len(item["loc"]) < 2:  # of several keys, which it names
@@ -518,7 +523,13 @@ def _explain(item: Any) -> str:
 _WHOLE_WORDS = {"lr": "rate", "wd": "decay", "iters": "iterations", "bs": "size"}
 
 
-def _nearest(dotted: str) -> str:
+def _hint(dotted: str) -> str:
+    near = _nearest(dotted)
+    return f"did you mean {near}?" if near else f"valid: {', '.join(valid_keys())}"
+
+
+def _nearest(dotted: str) -> str | None:
+    """The key, or section, that was perhaps meant."""
     keys = valid_keys()
     candidates = keys + sorted({key.partition(".")[0] for key in keys})
     near = difflib.get_close_matches(dotted, candidates, n=1, cutoff=0.5)
@@ -526,5 +537,6 @@ def _nearest(dotted: str) -> str:
     same_name = [key for key in keys if key.rpartition(".")[2] == dotted.rpartition(".")[2]]
     words = {_WHOLE_WORDS.get(word, word) for word in re.split(r"[._]", dotted)}
     same_words = [key for key in keys if words <= set(re.split(r"[._]", key))]
-    best = (same_name or same_words or near)[:1]
-    return f" (did you mean {best[0]}?)" if best else f" (valid: {', '.join(keys)})"
+    # All words in one key say more than the last one does: eval.every is not checkpoint.every.
+    best = (same_words if len(same_words) == 1 else []) or same_name or same_words or near
+    return best[0] if best else None

@@ -256,11 +256,33 @@ def test_yaml_round_trip(learning_rate, seed, crop, weights, tags):
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("eval.every", "train.eval_every"), ("train.lr", "train.learning_rate")],
+    [
+        ("eval.every", "train.eval_every"),
+        ("train.lr", "train.learning_rate"),
+        ("keep.every", "checkpoint.keep_every"),  # and not checkpoint.every, which ends alike
+        ("optimizer.seed", "train.seed"),
+    ],
 )
 def test_words_of_a_key_are_enough_to_name_it(wrong: str, right: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean {re.escape(right)}"):
         load_config("guide", {wrong: 5})
+
+
+def test_every_key_of_an_unknown_section_is_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict({"eval": {"every": 5, "seed": 1}}, source="x.yaml")
+    said = str(caught.value)
+    assert "unknown key eval.every (did you mean train.eval_every?)" in said
+    assert "unknown key eval.seed (did you mean train.seed?)" in said
+
+
+def test_a_key_without_its_section_is_found() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_assignment("eval_every=100")
+    assert caught.value.mend.startswith("did you mean train.eval_every? for example: ")
+    with pytest.raises(ConfigError) as caught:
+        parse_assignment("qqqq=1")
+    assert caught.value.mend == "for example: --set train.iterations=20000"
 
 
 def test_a_list_is_not_thinned_by_a_presets_ratio() -> None:
