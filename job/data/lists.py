@@ -161,7 +161,7 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
     missing: list[str] = []
     unmasked: list[str] = []
     twice: list[str] = []
-    merged = others = 0
+    merged = others = swapped = 0
     lines = _lines(path, called)
     for number, line in lines:
         where = f"line {number}"
@@ -176,6 +176,7 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
         item = catalogue.find(name)
         if item is None:
             missing.append(f"{where}: {name}")
+            swapped += mask_name != "" and catalogue.find(mask_name) is not None
             continue
         if masks == "ignored":
             item = replace(item, mask=None)
@@ -196,7 +197,7 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
         seen[item.id] = number
         found.items.append(item)
     if missing:
-        raise _missing(called, missing, lines, catalogue)
+        raise _missing(called, missing, lines, catalogue, are_swapped=swapped == len(missing))
     if unmasked:
         raise DataError(
             f"{called}: of {_counted(unmasked, len(lines))} there is no mask",
@@ -270,24 +271,33 @@ def _parse(line: str, catalogue: Catalogue, called: str, where: str) -> tuple[st
 
 
 def _missing(
-    called: str, missing: Sequence[str], lines: Sequence[tuple[int, str]], catalogue: Catalogue
+    called: str,
+    missing: Sequence[str],
+    lines: Sequence[tuple[int, str]],
+    catalogue: Catalogue,
+    *,
+    are_swapped: bool,
 ) -> DataError:
-    if len(missing) == len(lines) and all(line.isdecimal() for _, line in lines):
+    are_all = len(missing) == len(lines)
+    if are_all and all(line.isdecimal() for _, line in lines):
         return DataError(
             f"{called}: holds numbers and no names",
             mend="a permutation of numbers belongs in data.permutation",
         )
     first = missing[0].partition(": ")[2]
     near = difflib.get_close_matches(Path(first).stem, catalogue.items, n=1, cutoff=0.8)
-    if len(missing) == len(lines) and all("," in line for _, line in lines):
-        return DataError(
-            f"{called}: names {_counted(missing, len(lines))}, which are not in the data",
-            mend=_NO_COMMA,
+    if are_swapped:
+        mend = "the image comes first on a line, and behind it its mask: swap the two"
+    elif are_all and all("," in line for _, line in lines):
+        mend = _NO_COMMA
+    elif "\\" in first:
+        mend = "write paths with / between folders, not \\"
+    else:
+        mend = (f"did you mean {near[0]}? " if near else "") + (
+            "paths in a list are relative to the data folder; take lines out, or add the files"
         )
     return DataError(
-        f"{called}: names {_counted(missing, len(lines))}, which are not in the data",
-        mend=(f"did you mean {near[0]}? " if near else "")
-        + "paths in a list are relative to the data folder; take lines out, or add the files",
+        f"{called}: names {_counted(missing, len(lines))}, which are not in the data", mend=mend
     )
 
 
