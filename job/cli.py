@@ -461,7 +461,7 @@ def data_check(
         if report.is_good:
             print(report.headline)
     if not report.is_good:
-        raise DataError(report.headline, mend="see the problems above")
+        raise DataError(report.headline)
 
 
 @data_app.command("pack")
