@@ -374,7 +374,7 @@ def export(
     """
     from job.export import export as export_model
 
-    done = export_model(weights, out, format_, images=images)
+    done = export_model(weights, out, format_, images=images, progress=_transfer_progress())
     print(f"{done.uri}: {done.size / 2**20:.1f} MiB")
     if done.difference is not None:
         print(
