@@ -27,6 +27,7 @@ from job import run
 from job.config import Config, config_from_yaml, load_config, parse_assignment
 from job.errors import ConfigError, DataError, ExitCode, JobError, Preempted
 from job.monitor.ledger import read_ledger
+from job.storage import is_same_place, open_store
 
 DEFAULT_RECIPES = (
     "supervised=guide,train.supervised_only=true",
@@ -251,15 +252,11 @@ def _refuse_other_data(one: _Run, data: str) -> None:
     """A run that is there already, but was trained on something else."""
     events = read_ledger(one.folder / run.LEDGER)
     origins = [event["data_uri"] for event in events if event["event"] == "origin"]
-    if origins and _place(origins[-1]) != _place(data):
+    if origins and not is_same_place(open_store(origins[-1]), open_store(data)):
         raise ConfigError(
             f"{one.folder}: was trained on {origins[-1]}, and --data is {data}",
             mend="choose another --out, or remove that folder",
         )
-
-
-def _place(uri: str) -> str:
-    return uri.rstrip("/") if "://" in uri else os.path.realpath(uri)
 
 
 def _refuse_bad_test(test: str) -> None:

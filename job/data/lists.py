@@ -12,7 +12,6 @@ same. Knows nothing of layouts: what a list can name is told by a `Catalogue`.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import difflib
 import io
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 
 from job.data.dataset import IMAGE_ENDINGS, Item
 from job.errors import ConfigError, DataError
-from job.storage.files import local_copy
+from job.storage.files import local_copy, text_of
 
 NAMES_SHOWN = 3
 """Lines named in one message."""
@@ -224,9 +223,7 @@ _KINDS = {"id": "an id", "image": "an image", "pair": "an image and a mask"}
 def _lines(path: Path, called: str) -> list[tuple[int, str]]:
     """Lines that hold something, with their numbers."""
     try:
-        content = path.read_bytes()
-        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # of PowerShell
-        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        text = text_of(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{called}: cannot be read as text ({error})",
