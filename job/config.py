@@ -79,7 +79,8 @@ class DataConfig(_Section):
     PASCAL-Context come; auto looks."""
     labeled_list: str | None = Field(None, min_length=1)
     """File that names the labeled images, or images and their masks, one a line. Relative to the
-    data folder; or an absolute path, or s3://. `labeled_ratio` then stays at 1."""
+    data folder; or an absolute path, or s3://. Given on the command line, it takes the place of the
+    `labeled_ratio` of a preset or file."""
     unlabeled_list: str | None = Field(None, min_length=1)
     """The same for the unlabeled images; without it, all other training images are unlabeled."""
     val_list: str | None = Field(None, min_length=1)
@@ -138,7 +139,7 @@ class DataConfig(_Section):
         if self.labeled_list and self.labeled_ratio != 1 and not self.permutation:
             raise ValueError(
                 f"data.labeled_ratio: is {self.labeled_ratio:g}, but data.labeled_list says "
-                "already which images are labeled, all of them; leave the ratio at 1.0, or give "
+                "already which images are labeled, all of them; leave the ratio out, or give "
                 "the data.permutation that chooses among the list"
             )
         return self
@@ -356,11 +357,6 @@ def load_config(name_or_file: str, overrides: Mapping[str, Any] | None = None) -
             value out of range.
     """
     source, text = _read_source(name_or_file)
-    overrides = dict(overrides or {})
-    chosen_by_list = overrides.get("data.labeled_list") and not overrides.get("data.permutation")
-    if name_or_file in preset_names() and chosen_by_list:
-        # A preset's ratio is that of its own splits; the user's list is one.
-        overrides.setdefault("data.labeled_ratio", 1.0)
     return config_from_yaml(text, source=source, overrides=overrides)
 
 
@@ -499,6 +495,15 @@ def _apply_overrides(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[
         fields = merged.setdefault(section, {})
         if isinstance(fields, dict):
             fields[key] = value
+    data = merged.get("data")
+    if (
+        overrides.get("data.labeled_list")
+        and isinstance(data, dict)
+        and not data.get("permutation")
+        and "data.labeled_ratio" not in overrides
+    ):
+        # The ratio that stood there chose among masks; now a list says which are used.
+        data["labeled_ratio"] = 1.0
     return merged
 
 

@@ -230,7 +230,7 @@ def test_lists_travel_to_a_bucket_with_the_data(s4gan, tmp_path, bucket, s3_env)
     ("changes", "said"),
     [
         ({"data__labeled_list": "nope.txt"}, "nope.txt: no such file, which data.labeled_list"),
-        ({"data__labeled_list": "l.txt", "data__labeled_ratio": 0.5}, "leave the ratio at 1.0"),
+        ({"data__labeled_list": "l.txt", "data__labeled_ratio": 0.5}, "leave the ratio out"),
         ({"data__layout": "cityscapes"}, "is not of the layout cityscapes"),
         ({"data__layout": "coco"}, "data.layout: input should be 'auto', 'folder', 'voc'"),
         ({"data__val_list": "../v.txt"}, "leads out of the data folder"),

@@ -285,11 +285,28 @@ def test_a_key_without_its_section_is_found() -> None:
     assert caught.value.mend == "for example: --set train.iterations=20000"
 
 
-def test_a_list_is_not_thinned_by_a_presets_ratio() -> None:
-    assert load_config("paper-voc").data.labeled_ratio == 0.125
-    assert load_config("paper-voc", {"data.labeled_list": "a.txt"}).data.labeled_ratio == 1.0
+@pytest.mark.parametrize("is_file", [False, True], ids=["preset", "file"])
+def test_a_list_takes_the_place_of_the_ratio_that_stood_there(
+    is_file: bool, tmp_path: Path
+) -> None:
+    name = "paper-voc"
+    assert load_config(name).data.labeled_ratio == 0.125
+    if is_file:
+        (tmp_path / "my.yaml").write_text(load_config(name).to_yaml())
+        name = str(tmp_path / "my.yaml")
+    assert load_config(name, {"data.labeled_list": "a.txt"}).data.labeled_ratio == 1.0
     both = {"data.labeled_list": "a.txt", "data.labeled_ratio": 0.5}
-    with pytest.raises(ConfigError, match="labeled_ratio"):
-        load_config("paper-voc", both)
+    with pytest.raises(ConfigError, match="leave the ratio out"):
+        load_config(name, both)
     permuted = {"data.labeled_list": "a.txt", "data.permutation": "p.txt"}
-    assert load_config("paper-voc", permuted).data.labeled_ratio == 0.125
+    assert load_config(name, permuted).data.labeled_ratio == 0.125
+
+
+def test_a_list_and_a_ratio_of_one_file_contradict_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("data: {labeled_list: a.txt, labeled_ratio: 0.5}")
+    with pytest.raises(ConfigError, match="leave the ratio out"):
+        load_config(str(path))
+    path.write_text("data: {permutation: p.txt, labeled_ratio: 0.5}")
+    config = load_config(str(path), {"data.labeled_list": "b.txt"})
+    assert config.data.labeled_ratio == 0.5  # of the list, which the permutation counts

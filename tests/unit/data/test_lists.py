@@ -475,7 +475,7 @@ def test_a_ratio_beside_a_list_is_refused_before_anything_is_read() -> None:
         configured(labeled_list="l.txt", labeled_ratio=0.125)
     assert caught.value.message == (
         "test: data.labeled_ratio: is 0.125, but data.labeled_list says already which images are "
-        "labeled, all of them; leave the ratio at 1.0, or give the data.permutation that chooses "
+        "labeled, all of them; leave the ratio out, or give the data.permutation that chooses "
         "among the list"
     )
     configured(labeled_list="l.txt", labeled_ratio=0.125, permutation="p.pkl")
