@@ -223,9 +223,7 @@ def evaluate(
     ],
     data: Annotated[str, typer.Option(help="Data folder or s3:// prefix.")],
     split: Annotated[str, typer.Option(help="val or train: all labeled images of it.")] = "val",
-    layout: Annotated[
-        str, typer.Option(help="folder, voc, cityscapes or context; auto looks.")
-    ] = "auto",
+    layout: options.Layout = "auto",
     val_list: Annotated[
         str | None, typer.Option(help="File that names the images of val, as data.val_list.")
     ] = None,
@@ -257,10 +255,7 @@ def evaluate(
     """
     if split not in ("val", "train"):
         raise ConfigError(f"--split {split}: must be val or train")
-    from job.config import config_from_dict
-
-    named = {"layout": layout} | ({} if val_list is None else {"val_list": val_list})
-    of_data = config_from_dict({"data": named}, source="the command line").data
+    of_data = options.scored_data(layout, val_list, layout_flag="--layout", list_flag="--val-list")
     if boundary_tolerance is not None and not boundary:
         raise ConfigError("--boundary-tolerance: without --boundary", mend="add --boundary")
     if val_list is not None and split != "val":
@@ -515,6 +510,10 @@ def bench_recipe(
             "validation images."
         ),
     ] = None,
+    test_layout: options.Layout = "auto",
+    test_list: Annotated[
+        str | None, typer.Option(help="File that names the images of --test to score on.")
+    ] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     assignments: options.Assignments = None,
 ) -> None:
@@ -524,6 +523,11 @@ def bench_recipe(
     the same iterations, network and crop for all.
     """
     _refuse_uri("--out", out)
+    if test is None and (test_list is not None or test_layout != "auto"):
+        raise ConfigError("--test-layout and --test-list: without --test", mend="add --test")
+    test_data = options.scored_data(
+        test_layout, test_list, layout_flag="--test-layout", list_flag="--test-list"
+    )
     from job.recipes import DEFAULT_RECIPES, Recipe, bench_recipes
 
     table = bench_recipes(
@@ -533,6 +537,7 @@ def bench_recipe(
         seeds=seeds,
         common=options.overrides(assignments=assignments),
         test=test,
+        test_data=test_data,
         parallel=parallel,
         tell=_to_stderr,
     )

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -41,6 +41,8 @@ FREE_SECTIONS = ("stop.", "monitor.", "wandb.")
 """All of these likewise."""
 
 
+_Layout = Literal["auto", "folder", "voc", "cityscapes", "context"]
+LAYOUTS: tuple[str, ...] = get_args(_Layout)
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 BASIC_BLOCKS = ("tiny", "resnet18", "resnet34")
 """Backbones without bottlenecks."""
@@ -74,7 +76,7 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Which images are trained on, and how they are cut and varied."""
 
-    layout: Literal["auto", "folder", "voc", "cityscapes", "context"] = "auto"
+    layout: _Layout = "auto"
     """How the data folder is laid out: as our own (`folder`), or as PASCAL VOC 2012, Cityscapes or
     PASCAL-Context come; auto looks."""
     labeled_list: str | None = Field(None, min_length=1)

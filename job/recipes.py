@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from job import run
-from job.config import Config, config_from_yaml, load_config, parse_assignment
+from job.config import Config, DataConfig, config_from_yaml, load_config, parse_assignment
+from job.data.names import TESTING
 from job.errors import ConfigError, DataError, ExitCode, JobError, Preempted
 from job.monitor.ledger import read_ledger
 from job.storage import is_same_place, open_store
@@ -98,6 +99,7 @@ def bench_recipes(
     seeds: int,
     common: dict[str, Any],
     test: str | None,
+    test_data: DataConfig | None = None,
     parallel: int,
     tell: Callable[[str], None],
 ) -> str:
@@ -111,6 +113,7 @@ def bench_recipes(
         common: "section.key" to value, over every recipe: the same iterations, network, crop.
         test: data whose `val` scores the best models, as it chose nothing; None: the models after
             the last iteration are scored on the validation images, which did not choose them.
+        test_data: layout and images of `test`, if they are not to be looked for.
         parallel: runs at a time.
         tell: of progress.
 
@@ -134,13 +137,16 @@ def bench_recipes(
     for one in todo:
         _refuse_other_settings(one)
         _refuse_other_data(one, data)
-    if test is not None:
-        _refuse_bad_test(test)
+    test_set = None if test is None else _TestSet(test, test_data or DataConfig())
+    if test_set is not None:
+        tell(f"looking at {test}")
+        _refuse_bad_test(test_set, todo[0].config.data, data)
     started = time.monotonic()
     done: list[Score] = []
     with _stopping() as children, ThreadPoolExecutor(parallel) as pool:
         futures = [
-            pool.submit(_train_and_score, one, data, test, children, parallel, tell) for one in todo
+            pool.submit(_train_and_score, one, data, test_set, children, parallel, tell)
+            for one in todo
         ]
         try:
             for one, future in zip(todo, futures, strict=True):
@@ -172,6 +178,16 @@ class _Run:
     @property
     def called(self) -> str:
         return f"{self.recipe.name}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class _TestSet:
+    uri: str
+    data: DataConfig
+
+    @property
+    def called(self) -> str:
+        return f"{self.uri}, images of {self.data.val_list}" if self.data.val_list else self.uri
 
 
 class _Children:
@@ -259,24 +275,28 @@ def _refuse_other_data(one: _Run, data: str) -> None:
         )
 
 
-def _refuse_bad_test(test: str) -> None:
-    """Before anything is trained; the classes are compared when there is a model."""
+def _refuse_bad_test(test: _TestSet, data: DataConfig, data_uri: str) -> None:
+    """Before hours of training: it must have images to score on, and the classes of the data."""
     from job.data.scan import scan_dataset
+    from job.inference import labeled_items, refuse_other_classes
     from job.storage.sync import data_folder
 
     try:
-        with data_folder(test) as folder:
-            dataset = scan_dataset(folder, needs_train=False)
+        with data_folder(test.uri) as folder:
+            dataset = scan_dataset(folder, test.data, needs_train=False, names=TESTING)
+            labeled_items(dataset, "val", mend="check --test, or name its images: --test-list")
     except DataError as error:
-        raise DataError(f"--test {test}: {error.message}", mend="check --test") from None
-    if not any(item.mask for item in dataset.val):
-        raise DataError(f"--test {test}: its val has no image with a mask", mend="check --test")
+        raise DataError(f"--test {test.uri}: {error.message}", mend=error.mend) from None
+    with data_folder(data_uri) as folder:
+        classes = scan_dataset(folder, data).info.classes
+    mend = "give a test set of the same classes, in the same order"
+    refuse_other_classes(dataset, classes, f"those of --data {data_uri}", mend)
 
 
 def _train_and_score(
     one: _Run,
     data: str,
-    test: str | None,
+    test: _TestSet | None,
     children: _Children,
     parallel: int,
     tell: Callable[[str], None],
@@ -323,17 +343,19 @@ def _failed(one: _Run, code: int, log: Path) -> JobError:
     return error
 
 
-def _scored(data: str, test: str | None) -> str:
-    return f"best model on {test}" if test else f"final model on validation of {data}"
+def _scored(data: str, test: _TestSet | None) -> str:
+    return f"best model on {test.called}" if test else f"final model on validation of {data}"
 
 
-def _score(one: _Run, data: str, test: str | None) -> Score:
+def _score(one: _Run, data: str, test: _TestSet | None) -> Score:
     from job.inference import choose_device, evaluate_weights
 
     model = one.folder / (run.BEST_MODEL if test else run.FINAL_MODEL)
     events = read_ledger(one.folder / run.LEDGER)
     if test:
-        scores = evaluate_weights(str(model), test, "val", choose_device())
+        scores = evaluate_weights(
+            str(model), test.uri, "val", choose_device(), test.data, names=TESTING
+        )
         miou, class_iou = scores.miou, scores.class_iou
     else:
         last = [event for event in events if event["event"] == "eval"][-1]

@@ -23,6 +23,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from job.data.names import TRAINING, Names
 from job.errors import DataError
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
@@ -111,11 +112,12 @@ class Dataset:
     """Ids of those that a list calls unlabeled; None: all the others are."""
 
 
-def scan_folder(root: Path, *, needs_train: bool = True) -> Dataset:
+def scan_folder(root: Path, names: Names = TRAINING, *, needs_train: bool = True) -> Dataset:
     """List a data folder of our own layout; opens no image.
 
     Args:
         root: the data folder.
+        names: of the settings, for advice.
         needs_train: False: there may be no training images.
 
     Raises:
@@ -147,7 +149,8 @@ def scan_folder(root: Path, *, needs_train: bool = True) -> Dataset:
     if (root / "val").is_dir() and not val:
         raise DataError(
             f"{root / 'val'}: holds no image with a mask",
-            mend="add val/images and val/masks, or remove val/ to hold out --val-split of train",
+            mend="add val/images and val/masks"
+            + ", or remove val/ to hold out --val-split of train" * names.splits,
         )
     return Dataset(root=root, info=info, train=train, val=val, warnings=tuple(warnings))
 

@@ -142,7 +142,9 @@ def refuse_outside(value: str, key: str) -> None:
         raise ConfigError(f"{key} {value}: leads out of the data folder", mend=_MEND_PLACE)
 
 
-def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) -> Listed:
+def read_list(
+    path: Path, catalogue: Catalogue, *, called: str, masks: Masks, splits: bool = False
+) -> Listed:
     """Read a list and look its images up.
 
     Args:
@@ -150,6 +152,8 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
         catalogue: what it can name.
         called: the file's name for messages.
         masks: "needed": an image without one is an error; "ignored": none is looked at.
+        splits: it says which images are labeled, or are not, so that numbers in it are perhaps a
+            permutation.
 
     Raises:
         DataError: unreadable, empty, of mixed forms, or it names what is not there.
@@ -161,7 +165,8 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
     unmasked: list[str] = []
     twice: list[str] = []
     merged = others = swapped = 0
-    lines = _lines(path, called)
+    numbers = "; a permutation of numbers belongs in data.permutation" if splits else ""
+    lines = _lines(path, called, numbers)
     for number, line in lines:
         where = f"line {number}"
         kind, name, mask_name = _parse(line, catalogue, called, where)
@@ -196,7 +201,9 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
         seen[item.id] = number
         found.items.append(item)
     if missing:
-        raise _missing(called, missing, lines, catalogue, are_swapped=swapped == len(missing))
+        raise _missing(
+            called, missing, lines, catalogue, numbers, are_swapped=swapped == len(missing)
+        )
     if unmasked:
         raise DataError(
             f"{called}: of {_counted(unmasked, len(lines))} there is no mask",
@@ -220,14 +227,14 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
 _KINDS = {"id": "an id", "image": "an image", "pair": "an image and a mask"}
 
 
-def _lines(path: Path, called: str) -> list[tuple[int, str]]:
+def _lines(path: Path, called: str, numbers: str) -> list[tuple[int, str]]:
     """Lines that hold something, with their numbers."""
     try:
         text = text_of(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{called}: cannot be read as text ({error})",
-            mend="a list has an image a line; a pickle of numbers belongs in data.permutation",
+            mend=f"a list has an image a line{numbers}",
         ) from None
     # Not splitlines, which also cuts at characters that file names may hold.
     stripped = [line.strip() for line in text.split("\n")]
@@ -272,6 +279,7 @@ def _missing(
     missing: Sequence[str],
     lines: Sequence[tuple[int, str]],
     catalogue: Catalogue,
+    numbers: str,
     *,
     are_swapped: bool,
 ) -> DataError:
@@ -279,7 +287,7 @@ def _missing(
     if are_all and all(line.isdecimal() for _, line in lines):
         return DataError(
             f"{called}: holds numbers and no names",
-            mend="a permutation of numbers belongs in data.permutation",
+            mend=f"a list has an image a line{numbers}",
         )
     first = missing[0].partition(": ")[2]
     near = difflib.get_close_matches(Path(first).stem, catalogue.items, n=1, cutoff=0.8)

@@ -169,7 +169,12 @@ def test_evaluate_is_told_layout_and_list(s4gan, tmp_path):
     assert "is not of the layout cityscapes" in ended.err
     ended = s4gan([*arguments, "--layout=coco"])
     assert ended.code == 78
-    assert "data.layout: input should be 'auto', 'folder'" in ended.err
+    assert "--layout coco: must be one of auto, folder, voc, cityscapes, context" in ended.err
+    ended = s4gan([*arguments, "--val-list="])
+    assert ended.code == 78
+    assert "--val-list is empty" in ended.err
+    ended = s4gan([*arguments, "--val-list=val3.txt"])
+    assert "val3.txt: no such file, which --val-list names" in ended.err
 
 
 def test_a_model_of_other_classes_is_refused(s4gan, tmp_path):
