@@ -173,8 +173,13 @@ def train(
         str | None,
         typer.Option(help="Instead of --config and --run: as child of a job for several runs."),
     ] = None,
+    stop_with_parent: Annotated[bool, typer.Option("--stop-with-stdin", hidden=True)] = False,
 ) -> None:
     """Train, or go on training; ends with best_model.pth, a report and a checklist in the run."""
+    if stop_with_parent:  # of bench-recipe
+        from job.preemption import stop_with_stdin
+
+        stop_with_stdin()
     changes = options.overrides(
         learning_rate=learning_rate,
         learning_rate_D=learning_rate_D,

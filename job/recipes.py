@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from job import run
+from job.checkpoint.lease import POLL_S, look
 from job.config import Config, DataConfig, config_from_yaml, load_config, parse_assignment
 from job.data.names import TESTING
 from job.errors import ConfigError, DataError, ExitCode, JobError, Preempted
@@ -191,7 +192,7 @@ class _TestSet:
 
 
 class _Children:
-    """Training processes, which are asked to save when this one is asked to stop."""
+    """Training processes, which are asked to save when this one is asked to stop, or is killed."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -208,9 +209,11 @@ class _Children:
             with self._lock:
                 if self.stopped:
                     raise Preempted("stopped; the same command goes on")
-                # A session of its own: a Ctrl-C reaches it through us, once.
+                # A session of its own: a Ctrl-C reaches it through us, once. A pipe: if we are
+                # killed, it notices, saves and ends.
                 process = subprocess.Popen(
-                    command,
+                    [*command, "--stop-with-stdin"],
+                    stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=environment,
@@ -222,6 +225,8 @@ class _Children:
             finally:
                 with self._lock:
                     self._processes.discard(process)
+                assert process.stdin is not None
+                process.stdin.close()
 
     def stop(self) -> None:
         """Ask all of them to save and end."""
@@ -308,6 +313,7 @@ def _train_and_score(
             return found
     if children.stopped:  # before it has begun
         raise _stopped(one)
+    _await_predecessor(one, children, tell)
     one.folder.mkdir(parents=True, exist_ok=True)
     given = one.folder / GIVEN
     given.write_text(one.config.to_yaml(), encoding="utf-8")
@@ -324,6 +330,18 @@ def _train_and_score(
     score = _score(one, data, test)
     scores.write_text(json.dumps(asdict(score), indent=1), encoding="utf-8")
     return score
+
+
+def _await_predecessor(one: _Run, children: _Children, tell: Callable[[str], None]) -> None:
+    """Until nobody trains this run: that of a command that was killed saves before it ends."""
+    told = False
+    while (holding := look(open_store(str(one.folder)))) is not None and holding.is_live:
+        if not told:
+            tell(f"{one.called}: waiting for process {holding.holder.pid}, which trains it")
+            told = True
+        if children.stopped:
+            raise _stopped(one)
+        time.sleep(POLL_S)
 
 
 def _stopped(one: _Run) -> Preempted:

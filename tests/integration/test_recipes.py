@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from job.monitor.ledger import read_ledger
 from job.recipes import SCORES
 from tests.conftest import MakeData
 from tests.integration.conftest import SMALL
@@ -71,6 +72,27 @@ def test_a_comparison_goes_on_after_a_stop_and_ends_with_a_table(
     assert "train.learning_rate" in other.err
     assert "0.02 now" in other.err
     assert "training" not in other.err
+
+
+def test_when_it_is_killed_its_runs_save_and_the_same_command_goes_on_at_once(
+    start: Any, s4gan: Any, make_data: MakeData, tmp_path: Path
+) -> None:
+    data, out = make_data(), tmp_path / "out"
+    given = [*arguments(data, out), "--set=train.iterations=60", "--set=train.eval_every=30"]
+    given = [one for one in given if "all=guide" not in one]
+    bench = start(given, forked=False)
+    folder = out / "labels" / "seed-0"
+    ledger = folder / "metrics.jsonl"
+    wait_until(lambda: ledger.exists() and '"iteration": 5' in ledger.read_text())
+    bench.send(signal.SIGKILL)
+    bench.finish()
+    again = s4gan(given)
+    assert again.code == 0, again.err
+    events = read_ledger(ledger)
+    attempts = [event["attempt"] for event in events]
+    assert attempts == sorted(attempts)  # one trainer at a time
+    (ending,) = (event for event in events if event.get("exit_code") == 75)
+    assert ending["saved_at"] == ending["reached"] < 60
 
 
 def test_models_are_scored_on_the_layout_and_the_list_that_are_named(

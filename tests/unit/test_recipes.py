@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from job import recipes
+from job.checkpoint.lease import acquire
 from job.config import DataConfig
 from job.errors import ConfigError, DataError, JobError
 from job.recipes import DEFAULT_RECIPES, Recipe, Score, bench_recipes, markdown
+from job.storage import open_store
 from tests.conftest import MakeData, write_data
 from tests.layouts import WRITERS, write_voc
 
@@ -164,3 +168,23 @@ def test_a_test_set_without_masks_is_refused(tmp_path: Path, make_data: MakeData
     with pytest.raises(DataError, match="holds no image with a mask") as caught:
         bench(tmp_path, make_data(), test)
     assert "--test-list" in caught.value.mend
+
+
+def test_a_run_that_is_still_trained_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the child of a command that was killed, which is about to save."""
+    monkeypatch.setattr(recipes, "POLL_S", 0)
+    lease = acquire(open_store(str(tmp_path)), on_lost=lambda: None)
+    recipe = Recipe.parse("a=guide")
+    one = recipes._Run(recipe, 0, recipe.config(0, {}), tmp_path)
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        lease.release()
+
+    recipes._await_predecessor(one, recipes._Children(), tell)
+    assert told == [f"a, seed 0: waiting for process {os.getpid()}, which trains it"]
+    recipes._await_predecessor(one, recipes._Children(), tell)
+    assert len(told) == 1
