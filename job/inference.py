@@ -14,7 +14,7 @@ from job.data.images import read_labels, read_rgb, scaled_image
 from job.data.names import SCORING, Names
 from job.data.scan import scan_dataset
 from job.data.splits import SplitItems
-from job.errors import ConfigError, DataError
+from job.errors import DataError
 from job.models.files import load_generator
 from job.models.generator import Generator
 from job.monitor.pictures import Example
@@ -59,13 +59,15 @@ def evaluate_weights(
         names: of the settings, for advice.
 
     Raises:
-        ConfigError: the weights cannot be used, or do not fit the classes.
-        DataError: the data cannot be used, or the split has no labeled image.
+        ConfigError: the weights cannot be used.
+        DataError: the data cannot be used, have other classes than the model, or the split has no
+            labeled image.
     """
     generator, card, _ = load_generator(weights, device)
     with data_folder(data_uri, progress=progress) as folder:
         dataset = scan_dataset(folder, data, needs_train=split == "train", names=names)
-        refuse_other_classes(dataset, card.classes, "the model's", "use data it was trained for")
+        mend = "use the data set the model was trained for"
+        refuse_other_classes(dataset, card.classes, "the model's", mend)
         items = labeled_items(dataset, split, mend="check the data and --split")
         check_data(SplitItems(labeled=(), unlabeled=(), val=items, train_sample=()), dataset.info)
         borders = None if boundary is None else BoundaryScore(card.num_classes, boundary)
@@ -100,11 +102,11 @@ def refuse_other_classes(dataset: Dataset, classes: Sequence[str], whose: str, m
         mend: what to do about it.
 
     Raises:
-        ConfigError: it has others.
+        DataError: it has others.
     """
     if dataset.info.classes != tuple(classes):
         is_folder = dataset.layout == FOLDER
-        raise ConfigError(
+        raise DataError(
             f"{dataset.root / MARK if is_folder else dataset.root}: its classes "
             f"({', '.join(dataset.info.classes)}) are not {whose} ({', '.join(classes)})",
             mend=mend + ("" if is_folder else f"; {MARK} in it may name its classes otherwise"),

@@ -286,16 +286,16 @@ def _refuse_bad_test(test: _TestSet, data: DataConfig, data_uri: str) -> None:
     from job.inference import labeled_items, refuse_other_classes
     from job.storage.sync import data_folder
 
-    try:
-        with data_folder(test.uri) as folder:
+    with data_folder(test.uri) as folder:
+        try:
             dataset = scan_dataset(folder, test.data, needs_train=False, names=TESTING)
             labeled_items(dataset, "val", mend="check --test, or name its images: --test-list")
-    except DataError as error:
-        raise DataError(f"--test {test.uri}: {error.message}", mend=error.mend) from None
-    with data_folder(data_uri) as folder:
-        classes = scan_dataset(folder, data).info.classes
-    mend = "give a test set of the same classes, in the same order"
-    refuse_other_classes(dataset, classes, f"those of --data {data_uri}", mend)
+        except DataError as error:
+            raise DataError(f"--test {test.uri}: {error.message}", mend=error.mend) from None
+        with data_folder(data_uri) as train:
+            classes = scan_dataset(train, data).info.classes
+        mend = "give a test set of the same classes, in the same order"
+        refuse_other_classes(dataset, classes, f"those of --data {data_uri}", mend)
 
 
 def _train_and_score(

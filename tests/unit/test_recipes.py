@@ -157,7 +157,7 @@ def test_a_test_set_of_other_classes_is_refused_before_anything_is_trained(
 ) -> None:
     test = tmp_path / "test"
     WRITERS[layout](test)
-    with pytest.raises(ConfigError, match=f"are not those of --data {tmp_path}/data") as caught:
+    with pytest.raises(DataError, match=f"are not those of --data {tmp_path}/data") as caught:
         bench(tmp_path, make_data(), test)
     assert "dataset.yaml in it may name its classes" in caught.value.mend
     assert not (tmp_path / "out").exists()
