@@ -367,6 +367,7 @@ def _follow(gpus: int, node: Node, data_uri: str, console: Console) -> ExitCode:
         data_folder(
             data_uri, progress=ConsoleProgress(console), stopped=lambda: stop.requested
         ) as folder,
+        kept_within(decoded_folder(folder)),
     ):
         follow(gpus, node, folder)
     return ExitCode.OK

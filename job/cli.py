@@ -176,8 +176,13 @@ def train(
         str | None,
         typer.Option(help="Instead of --config and --run: as child of a job for several runs."),
     ] = None,
+    stop_with_parent: Annotated[bool, typer.Option("--stop-with-stdin", hidden=True)] = False,
 ) -> None:
     """Train, or go on training; ends with best_model.pth, a report and a checklist in the run."""
+    if stop_with_parent:  # of bench-recipe
+        from job.preemption import stop_with_stdin
+
+        stop_with_stdin()
     changes = options.overrides(
         learning_rate=learning_rate,
         learning_rate_D=learning_rate_D,
@@ -226,9 +231,7 @@ def evaluate(
     ],
     data: Annotated[str, typer.Option(help="Data folder or s3:// prefix.")],
     split: Annotated[str, typer.Option(help="val or train: all labeled images of it.")] = "val",
-    layout: Annotated[
-        str, typer.Option(help="folder, voc, cityscapes or context; auto looks.")
-    ] = "auto",
+    layout: options.Layout = "auto",
     val_list: Annotated[
         str | None, typer.Option(help="File that names the images of val, as data.val_list.")
     ] = None,
@@ -260,10 +263,7 @@ def evaluate(
     """
     if split not in ("val", "train"):
         raise ConfigError(f"--split {split}: must be val or train")
-    from job.config import config_from_dict
-
-    named = {"layout": layout} | ({} if val_list is None else {"val_list": val_list})
-    of_data = config_from_dict({"data": named}, source="the command line").data
+    of_data = options.scored_data(layout, val_list, layout_flag="--layout", list_flag="--val-list")
     if boundary_tolerance is not None and not boundary:
         raise ConfigError("--boundary-tolerance: without --boundary", mend="add --boundary")
     if val_list is not None and split != "val":
@@ -377,7 +377,7 @@ def export(
     """
     from job.export import export as export_model
 
-    done = export_model(weights, out, format_, images=images)
+    done = export_model(weights, out, format_, images=images, progress=_transfer_progress())
     print(f"{done.uri}: {done.size / 2**20:.1f} MiB")
     if done.difference is not None:
         print(
@@ -464,7 +464,7 @@ def data_check(
         if report.is_good:
             print(report.headline)
     if not report.is_good:
-        raise DataError(report.headline, mend="see the problems above")
+        raise DataError(report.headline)
 
 
 @data_app.command("pack")
@@ -518,6 +518,10 @@ def bench_recipe(
             "validation images."
         ),
     ] = None,
+    test_layout: options.Layout = "auto",
+    test_list: Annotated[
+        str | None, typer.Option(help="File that names the images of --test to score on.")
+    ] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     assignments: options.Assignments = None,
 ) -> None:
@@ -527,6 +531,11 @@ def bench_recipe(
     the same iterations, network and crop for all.
     """
     _refuse_uri("--out", out)
+    if test is None and (test_list is not None or test_layout != "auto"):
+        raise ConfigError("--test-layout and --test-list: without --test", mend="add --test")
+    test_data = options.scored_data(
+        test_layout, test_list, layout_flag="--test-layout", list_flag="--test-list"
+    )
     from job.recipes import DEFAULT_RECIPES, Recipe, bench_recipes
 
     table = bench_recipes(
@@ -536,6 +545,7 @@ def bench_recipe(
         seeds=seeds,
         common=options.overrides(assignments=assignments),
         test=test,
+        test_data=test_data,
         parallel=parallel,
         tell=_to_stderr,
     )

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -41,6 +41,8 @@ FREE_SECTIONS = ("stop.", "monitor.", "wandb.")
 """All of these likewise."""
 
 
+_Layout = Literal["auto", "folder", "voc", "cityscapes", "context"]
+LAYOUTS: tuple[str, ...] = get_args(_Layout)
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 BASIC_BLOCKS = ("tiny", "resnet18", "resnet34")
 """Backbones without bottlenecks."""
@@ -74,12 +76,13 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Which images are trained on, and how they are cut and varied."""
 
-    layout: Literal["auto", "folder", "voc", "cityscapes", "context"] = "auto"
+    layout: _Layout = "auto"
     """How the data folder is laid out: as our own (`folder`), or as PASCAL VOC 2012, Cityscapes or
     PASCAL-Context come; auto looks."""
     labeled_list: str | None = Field(None, min_length=1)
     """File that names the labeled images, or images and their masks, one a line. Relative to the
-    data folder; or an absolute path, or s3://. `labeled_ratio` then stays at 1."""
+    data folder; or an absolute path, or s3://. Given on the command line, it takes the place of the
+    `labeled_ratio` of a preset or file."""
     unlabeled_list: str | None = Field(None, min_length=1)
     """The same for the unlabeled images; without it, all other training images are unlabeled."""
     val_list: str | None = Field(None, min_length=1)
@@ -138,7 +141,7 @@ class DataConfig(_Section):
         if self.labeled_list and self.labeled_ratio != 1 and not self.permutation:
             raise ValueError(
                 f"data.labeled_ratio: is {self.labeled_ratio:g}, but data.labeled_list says "
-                "already which images are labeled, all of them; leave the ratio at 1.0, or give "
+                "already which images are labeled, all of them; leave the ratio out, or give "
                 "the data.permutation that chooses among the list"
             )
         return self
@@ -356,11 +359,6 @@ def load_config(name_or_file: str, overrides: Mapping[str, Any] | None = None) -
             value out of range.
     """
     source, text = _read_source(name_or_file)
-    overrides = dict(overrides or {})
-    chosen_by_list = overrides.get("data.labeled_list") and not overrides.get("data.permutation")
-    if name_or_file in preset_names() and chosen_by_list:
-        # A preset's ratio is that of its own splits; the user's list is one.
-        overrides.setdefault("data.labeled_ratio", 1.0)
     return config_from_yaml(text, source=source, overrides=overrides)
 
 
@@ -396,9 +394,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """
     key, separator, value = text.partition("=")
     if not separator or "." not in key:
+        near = _nearest(key.strip()) if separator else None
         raise ConfigError(
             f"--set {text}: not of the form section.key=value",
-            mend="for example: --set train.iterations=20000",
+            mend=(f"did you mean {near}? " if near else "")
+            + "for example: --set train.iterations=20000",
         )
     try:
         return key.strip(), yaml.safe_load(value)
@@ -497,6 +497,15 @@ def _apply_overrides(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[
         fields = merged.setdefault(section, {})
         if isinstance(fields, dict):
             fields[key] = value
+    data = merged.get("data")
+    if (
+        overrides.get("data.labeled_list")
+        and isinstance(data, dict)
+        and not data.get("permutation")
+        and "data.labeled_ratio" not in overrides
+    ):
+        # The ratio that stood there chose among masks; now a list says which are used.
+        data["labeled_ratio"] = 1.0
     return merged
 
 
@@ -505,7 +514,10 @@ def _explain(item: Any) -> str:
     # Below section and key come only the names of union branches and tuple positions.
     dotted = ".".join(str(part) for part in item["loc"][:2])
     if item["type"] == "extra_forbidden":
-        return f"unknown key {dotted}{_nearest(dotted)}"
+        # Of an unknown section each key is looked for: it may be one of another section.
+        within = item["input"] if len(item["loc"]) == 1 and isinstance(item["input"], dict) else {}
+        unknown = [f"{dotted}.{key}" for key in within] or [dotted]
+        return "\n  ".join(f"unknown key {key} ({_hint(key)})" for key in unknown)
     if item["type"] == "value_error":  # of our own validators
         message = str(item["ctx"]["error"])
         if len(item["loc"]) < 2:  # of several keys, which it names
@@ -518,7 +530,13 @@ def _explain(item: Any) -> str:
 _WHOLE_WORDS = {"lr": "rate", "wd": "decay", "iters": "iterations", "bs": "size"}
 
 
-def _nearest(dotted: str) -> str:
+def _hint(dotted: str) -> str:
+    near = _nearest(dotted)
+    return f"did you mean {near}?" if near else f"valid: {', '.join(valid_keys())}"
+
+
+def _nearest(dotted: str) -> str | None:
+    """The key, or section, that was perhaps meant."""
     keys = valid_keys()
     candidates = keys + sorted({key.partition(".")[0] for key in keys})
     near = difflib.get_close_matches(dotted, candidates, n=1, cutoff=0.5)
@@ -526,5 +544,6 @@ def _nearest(dotted: str) -> str:
     same_name = [key for key in keys if key.rpartition(".")[2] == dotted.rpartition(".")[2]]
     words = {_WHOLE_WORDS.get(word, word) for word in re.split(r"[._]", dotted)}
     same_words = [key for key in keys if words <= set(re.split(r"[._]", key))]
-    best = (same_name or same_words or near)[:1]
-    return f" (did you mean {best[0]}?)" if best else f" (valid: {', '.join(keys)})"
+    # All words in one key say more than the last one does: eval.every is not checkpoint.every.
+    best = (same_words if len(same_words) == 1 else []) or same_name or same_words or near
+    return best[0] if best else None

@@ -199,12 +199,17 @@ class Preempted(JobError):
     exit_code = ExitCode.PREEMPTED
 
 
+NO_PLAIN_FILE = "it holds more than tensors and plain values, or is no file of torch"
+CUT_OFF = "the file is cut off or damaged"
+"""What `reason` makes of torch's own words for a file."""
+
+
 def reason(error: BaseException) -> str:
     """The first line of any exception, or its name if it has no text; for use in our messages."""
     text = str(error)
     # torch's advice for a file that its safe reader refuses is to read it unsafely: not ours.
     if "weights_only" in text or "Weights only load failed" in text:
-        return "it holds more than tensors and plain values, or is no file of torch"
+        return NO_PLAIN_FILE
     if "PytorchStreamReader" in text:
-        return "the file is cut off or damaged"
+        return CUT_OFF
     return (text or type(error).__name__).splitlines()[0]

@@ -21,7 +21,7 @@ from job.data.images import Array, read_rgb, scaled_image
 from job.errors import ConfigError, DataError
 from job.models.files import SAFETENSORS, load_generator, model_file, write_safetensors
 from job.storage.files import write_file
-from job.storage.progress import Silent
+from job.storage.progress import Silent, TransferProgress
 
 ONNX = ".onnx"
 TOLERANCE = 1e-3
@@ -46,7 +46,14 @@ class Exported:
     """The largest of a logit from torch's; None where weights were only copied."""
 
 
-def export(weights: str, out: str, format_: str, *, images: str | None = None) -> Exported:
+def export(
+    weights: str,
+    out: str,
+    format_: str,
+    *,
+    images: str | None = None,
+    progress: TransferProgress | None = None,
+) -> Exported:
     """Write a model in another format; not at all if it does not compute the same.
 
     ONNX: input "image" (batch, 3, height, width), uint8 RGB, any size from 32 pixels; output
@@ -57,11 +64,14 @@ def export(weights: str, out: str, format_: str, *, images: str | None = None) -
         weights: path or URI of a model file.
         out: path or URI of the file to be written.
         format_: "onnx" or "safetensors".
-        images: to compare on, as `s4gan predict` takes them; noise if there are none.
+        images: to compare on, as `s4gan predict` takes them; noise if there are none. What cannot
+            be decoded is left out.
+        progress: told how far images of a store are on their way here, and what is left out.
 
     Raises:
         ConfigError: a package is missing, the format is unknown, or the weights cannot be used.
-        DataError: the exported model computes something else; nothing was written.
+        DataError: the exported model computes something else, and nothing was written; or there is
+            no image that can be decoded.
     """
     ending = {"onnx": ONNX, "safetensors": SAFETENSORS}.get(format_)
     if ending is None:
@@ -80,7 +90,7 @@ def export(weights: str, out: str, format_: str, *, images: str | None = None) -
             )
             write_safetensors(content, path)
         else:
-            inputs = _inputs(images, card.image_scale)
+            inputs = _inputs(images, card.image_scale, progress or Silent())
             _write_onnx(generator, path, {"card": asdict(card), **facts})
             difference, checked = _difference(generator, path, inputs), len(inputs)
             if not difference < TOLERANCE:
@@ -154,12 +164,32 @@ def _difference(generator: torch.nn.Module, path: Path, inputs: Sequence[Array])
     return worst
 
 
-def _inputs(images: str | None, image_scale: float) -> list[Array]:
+def _inputs(images: str | None, image_scale: float, progress: TransferProgress) -> list[Array]:
     if images is None:
         rng = np.random.default_rng(0)
         return [rng.integers(0, 256, (*size, 3), np.uint8) for size in _CHECKED]
-    with images_at(images, Silent()) as (_, paths):
-        return [scaled_image(read_rgb(path), image_scale) for path in paths[:_MAX_IMAGES]]
+    found: list[Array] = []
+    unreadable: list[DataError] = []
+    with images_at(images, progress) as (_, paths):
+        for path in paths:
+            try:
+                found.append(scaled_image(read_rgb(path), image_scale))
+            except DataError as error:
+                unreadable.append(error)
+            if len(found) == _MAX_IMAGES:
+                break
+    if not found:
+        raise DataError(
+            f"--images {images}: none of its {len(unreadable)} images can be decoded (first: "
+            f"{unreadable[0].message})",
+            mend="give others, or none: then the two are compared on noise",
+        )
+    if unreadable:
+        progress.say(
+            f"warning: --images {images}: {len(unreadable)} cannot be decoded and are left out "
+            f"(first: {unreadable[0].message})"
+        )
+    return found
 
 
 def _installed(name: str) -> Any:

@@ -9,11 +9,12 @@ import torch
 
 from job.config import DataConfig
 from job.data.checks import check_data
-from job.data.dataset import FOLDER, MARK, DatasetInfo, Item
+from job.data.dataset import FOLDER, MARK, Dataset, DatasetInfo, Item
 from job.data.images import read_labels, read_rgb, scaled_image
+from job.data.names import SCORING, Names
 from job.data.scan import scan_dataset
 from job.data.splits import SplitItems
-from job.errors import ConfigError, DataError
+from job.errors import DataError
 from job.models.files import load_generator
 from job.models.generator import Generator
 from job.monitor.pictures import Example
@@ -40,6 +41,7 @@ def evaluate_weights(
     *,
     protocol: Protocol = PLAIN,
     boundary: float | None = None,
+    names: Names = SCORING,
 ) -> Scores:
     """Score a model on all labeled images of a split, at the full resolution of their masks.
 
@@ -54,31 +56,19 @@ def evaluate_weights(
         progress: told how far the data are on their way here.
         protocol: how an image is looked at.
         boundary: tolerance of the boundary F-score, of the diagonal; None: there is none.
+        names: of the settings, for advice.
 
     Raises:
-        ConfigError: the weights cannot be used, or do not fit the classes.
-        DataError: the data cannot be used, or the split has no labeled image.
+        ConfigError: the weights cannot be used.
+        DataError: the data cannot be used, have other classes than the model, or the split has no
+            labeled image.
     """
     generator, card, _ = load_generator(weights, device)
     with data_folder(data_uri, progress=progress) as folder:
-        dataset = scan_dataset(folder, data, needs_train=split == "train")
-        is_folder = dataset.layout == FOLDER
-        if dataset.info.classes != card.classes:
-            raise ConfigError(
-                f"{dataset.root / MARK if is_folder else dataset.root}: its classes "
-                f"({', '.join(dataset.info.classes)}) are not the model's "
-                f"({', '.join(card.classes)})",
-                mend="use the data set the model was trained for"
-                + ("" if is_folder else f"; {MARK} in it may name its classes otherwise"),
-            )
-        items = tuple(i for i in (dataset.val if split == "val" else dataset.train) if i.mask)
-        if not items:
-            raise DataError(
-                f"{dataset.root / split}: holds no image with a mask"
-                if is_folder
-                else f"{dataset.root}: of its images of {split} none has a mask",
-                mend="check --data and --split",
-            )
+        dataset = scan_dataset(folder, data, needs_train=split == "train", names=names)
+        mend = "use the data set the model was trained for"
+        refuse_other_classes(dataset, card.classes, "the model's", mend)
+        items = labeled_items(dataset, split, mend="check the data and --split")
         check_data(SplitItems(labeled=(), unlabeled=(), val=items, train_sample=()), dataset.info)
         borders = None if boundary is None else BoundaryScore(card.num_classes, boundary)
         found = evaluate(
@@ -100,6 +90,44 @@ def evaluate_weights(
         borders=borders,
         warnings=dataset.warnings,
     )
+
+
+def refuse_other_classes(dataset: Dataset, classes: Sequence[str], whose: str, mend: str) -> None:
+    """Refuse to score on data of other classes.
+
+    Args:
+        dataset: to be scored on.
+        classes: that there must be, in their order.
+        whose: for the message: "the model's".
+        mend: what to do about it.
+
+    Raises:
+        DataError: it has others.
+    """
+    if dataset.info.classes != tuple(classes):
+        is_folder = dataset.layout == FOLDER
+        raise DataError(
+            f"{dataset.root / MARK if is_folder else dataset.root}: its classes "
+            f"({', '.join(dataset.info.classes)}) are not {whose} ({', '.join(classes)})",
+            mend=mend + ("" if is_folder else f"; {MARK} in it may name its classes otherwise"),
+        )
+
+
+def labeled_items(dataset: Dataset, split: str, *, mend: str) -> tuple[Item, ...]:
+    """The images of a split that can be scored on.
+
+    Raises:
+        DataError: there are none.
+    """
+    items = tuple(i for i in (dataset.val if split == "val" else dataset.train) if i.mask)
+    if not items:
+        raise DataError(
+            f"{dataset.root / split}: holds no image with a mask"
+            if dataset.layout == FOLDER
+            else f"{dataset.root}: of its images of {split} none has a mask",
+            mend=mend,
+        )
+    return items
 
 
 def examples(

@@ -12,7 +12,7 @@ import typer
 from job.preset_files import preset_names
 
 if TYPE_CHECKING:
-    from job.config import Config
+    from job.config import Config, DataConfig
 
 DEFAULT_CONFIG = "guide"
 
@@ -74,6 +74,7 @@ Flip = Annotated[bool, typer.Option("--flip", help="Average with the mirrored im
 Scales = Annotated[
     str | None, typer.Option(metavar="S,S,...", help="Average over these sizes: 0.75,1,1.25.")
 ]
+Layout = Annotated[str, typer.Option(help="folder, voc, cityscapes or context; auto looks.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -106,6 +107,24 @@ def overrides(
     }
     found = dict(parse_assignment(text) for text in assignments or [])
     return found | {key: value for key, value in flags.items() if value is not None}
+
+
+def scored_data(
+    layout: str, val_list: str | None, *, layout_flag: str, list_flag: str
+) -> DataConfig:
+    """The layout and images that a command which scores is told by flags.
+
+    Raises:
+        ConfigError: no such layout, or no name of a file; says the flag.
+    """
+    from job.config import LAYOUTS, DataConfig
+    from job.errors import ConfigError
+
+    if layout not in LAYOUTS:
+        raise ConfigError(f"{layout_flag} {layout}: must be one of {', '.join(LAYOUTS)}")
+    if val_list == "":
+        raise ConfigError(f"{list_flag} is empty", mend="name a file, or leave it out")
+    return DataConfig.model_validate({"layout": layout, "val_list": val_list})
 
 
 def read_config(name_or_uri: str | None, changes: dict[str, Any]) -> Config:

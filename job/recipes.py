@@ -24,9 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from job import run
-from job.config import Config, config_from_yaml, load_config, parse_assignment
+from job.checkpoint.lease import POLL_S, look
+from job.config import Config, DataConfig, config_from_yaml, load_config, parse_assignment
+from job.data.names import TESTING
 from job.errors import ConfigError, DataError, ExitCode, JobError, Preempted
 from job.monitor.ledger import read_ledger
+from job.storage import is_same_place, open_store
 
 DEFAULT_RECIPES = (
     "supervised=guide,train.supervised_only=true",
@@ -97,6 +100,7 @@ def bench_recipes(
     seeds: int,
     common: dict[str, Any],
     test: str | None,
+    test_data: DataConfig | None = None,
     parallel: int,
     tell: Callable[[str], None],
 ) -> str:
@@ -110,6 +114,7 @@ def bench_recipes(
         common: "section.key" to value, over every recipe: the same iterations, network, crop.
         test: data whose `val` scores the best models, as it chose nothing; None: the models after
             the last iteration are scored on the validation images, which did not choose them.
+        test_data: layout and images of `test`, if they are not to be looked for.
         parallel: runs at a time.
         tell: of progress.
 
@@ -133,13 +138,16 @@ def bench_recipes(
     for one in todo:
         _refuse_other_settings(one)
         _refuse_other_data(one, data)
-    if test is not None:
-        _refuse_bad_test(test)
+    test_set = None if test is None else _TestSet(test, test_data or DataConfig())
+    if test_set is not None:
+        tell(f"looking at {test}")
+        _refuse_bad_test(test_set, todo[0].config.data, data)
     started = time.monotonic()
     done: list[Score] = []
     with _stopping() as children, ThreadPoolExecutor(parallel) as pool:
         futures = [
-            pool.submit(_train_and_score, one, data, test, children, parallel, tell) for one in todo
+            pool.submit(_train_and_score, one, data, test_set, children, parallel, tell)
+            for one in todo
         ]
         try:
             for one, future in zip(todo, futures, strict=True):
@@ -173,8 +181,18 @@ class _Run:
         return f"{self.recipe.name}, seed {self.seed}"
 
 
+@dataclass(frozen=True)
+class _TestSet:
+    uri: str
+    data: DataConfig
+
+    @property
+    def called(self) -> str:
+        return f"{self.uri}, images of {self.data.val_list}" if self.data.val_list else self.uri
+
+
 class _Children:
-    """Training processes, which are asked to save when this one is asked to stop."""
+    """Training processes, which are asked to save when this one is asked to stop, or is killed."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -191,9 +209,11 @@ class _Children:
             with self._lock:
                 if self.stopped:
                     raise Preempted("stopped; the same command goes on")
-                # A session of its own: a Ctrl-C reaches it through us, once.
+                # A session of its own: a Ctrl-C reaches it through us, once. A pipe: if we are
+                # killed, it notices, saves and ends.
                 process = subprocess.Popen(
-                    command,
+                    [*command, "--stop-with-stdin"],
+                    stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=environment,
@@ -205,6 +225,8 @@ class _Children:
             finally:
                 with self._lock:
                     self._processes.discard(process)
+                assert process.stdin is not None
+                process.stdin.close()
 
     def stop(self) -> None:
         """Ask all of them to save and end."""
@@ -251,35 +273,35 @@ def _refuse_other_data(one: _Run, data: str) -> None:
     """A run that is there already, but was trained on something else."""
     events = read_ledger(one.folder / run.LEDGER)
     origins = [event["data_uri"] for event in events if event["event"] == "origin"]
-    if origins and _place(origins[-1]) != _place(data):
+    if origins and not is_same_place(open_store(origins[-1]), open_store(data)):
         raise ConfigError(
             f"{one.folder}: was trained on {origins[-1]}, and --data is {data}",
             mend="choose another --out, or remove that folder",
         )
 
 
-def _place(uri: str) -> str:
-    return uri.rstrip("/") if "://" in uri else os.path.realpath(uri)
-
-
-def _refuse_bad_test(test: str) -> None:
-    """Before anything is trained; the classes are compared when there is a model."""
+def _refuse_bad_test(test: _TestSet, data: DataConfig, data_uri: str) -> None:
+    """Before hours of training: it must have images to score on, and the classes of the data."""
     from job.data.scan import scan_dataset
+    from job.inference import labeled_items, refuse_other_classes
     from job.storage.sync import data_folder
 
-    try:
-        with data_folder(test) as folder:
-            dataset = scan_dataset(folder, needs_train=False)
-    except DataError as error:
-        raise DataError(f"--test {test}: {error.message}", mend="check --test") from None
-    if not any(item.mask for item in dataset.val):
-        raise DataError(f"--test {test}: its val has no image with a mask", mend="check --test")
+    with data_folder(test.uri) as folder:
+        try:
+            dataset = scan_dataset(folder, test.data, needs_train=False, names=TESTING)
+            labeled_items(dataset, "val", mend="check --test, or name its images: --test-list")
+        except DataError as error:
+            raise DataError(f"--test {test.uri}: {error.message}", mend=error.mend) from None
+        with data_folder(data_uri) as train:
+            classes = scan_dataset(train, data).info.classes
+        mend = "give a test set of the same classes, in the same order"
+        refuse_other_classes(dataset, classes, f"those of --data {data_uri}", mend)
 
 
 def _train_and_score(
     one: _Run,
     data: str,
-    test: str | None,
+    test: _TestSet | None,
     children: _Children,
     parallel: int,
     tell: Callable[[str], None],
@@ -291,6 +313,7 @@ def _train_and_score(
             return found
     if children.stopped:  # before it has begun
         raise _stopped(one)
+    _await_predecessor(one, children, tell)
     one.folder.mkdir(parents=True, exist_ok=True)
     given = one.folder / GIVEN
     given.write_text(one.config.to_yaml(), encoding="utf-8")
@@ -307,6 +330,18 @@ def _train_and_score(
     score = _score(one, data, test)
     scores.write_text(json.dumps(asdict(score), indent=1), encoding="utf-8")
     return score
+
+
+def _await_predecessor(one: _Run, children: _Children, tell: Callable[[str], None]) -> None:
+    """Until nobody trains this run: that of a command that was killed saves before it ends."""
+    told = False
+    while (holding := look(open_store(str(one.folder)))) is not None and holding.is_live:
+        if not told:
+            tell(f"{one.called}: waiting for process {holding.holder.pid}, which trains it")
+            told = True
+        if children.stopped:
+            raise _stopped(one)
+        time.sleep(POLL_S)
 
 
 def _stopped(one: _Run) -> Preempted:
@@ -326,17 +361,19 @@ def _failed(one: _Run, code: int, log: Path) -> JobError:
     return error
 
 
-def _scored(data: str, test: str | None) -> str:
-    return f"best model on {test}" if test else f"final model on validation of {data}"
+def _scored(data: str, test: _TestSet | None) -> str:
+    return f"best model on {test.called}" if test else f"final model on validation of {data}"
 
 
-def _score(one: _Run, data: str, test: str | None) -> Score:
+def _score(one: _Run, data: str, test: _TestSet | None) -> Score:
     from job.inference import choose_device, evaluate_weights
 
     model = one.folder / (run.BEST_MODEL if test else run.FINAL_MODEL)
     events = read_ledger(one.folder / run.LEDGER)
     if test:
-        scores = evaluate_weights(str(model), test, "val", choose_device())
+        scores = evaluate_weights(
+            str(model), test.uri, "val", choose_device(), test.data, names=TESTING
+        )
         miou, class_iou = scores.miou, scores.class_iou
     else:
         last = [event for event in events if event["event"] == "eval"][-1]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from job import run
 from job.config import Config, config_from_yaml, differences
 from job.errors import AccessDenied, ConfigError, ObjectNotFound
-from job.storage import ObjectStore, open_store
+from job.storage import ObjectStore, is_same_place, open_store
 
 
 def refuse_same_place(data: ObjectStore, store: ObjectStore) -> None:
@@ -16,11 +16,9 @@ def refuse_same_place(data: ObjectStore, store: ObjectStore) -> None:
     Raises:
         ConfigError: it would become data too.
     """
-    data_folder, run_folder = data.local_path(""), store.local_path("")
-    if data_folder is not None and run_folder is not None:
-        if data_folder.resolve() == run_folder.resolve():
-            raise _run_in_data(store.uri, data.uri)
-    else:
+    if is_same_place(data, store):
+        raise _run_in_data(store.uri, data.uri)
+    if data.local_path("") is None or store.local_path("") is None:
         refuse_run_in_data(store.uri, data.uri)
 
 

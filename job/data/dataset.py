@@ -13,7 +13,7 @@ from __future__ import annotations
 import colorsys
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from job.data.names import TRAINING, Names
 from job.errors import DataError
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
@@ -111,11 +112,12 @@ class Dataset:
     """Ids of those that a list calls unlabeled; None: all the others are."""
 
 
-def scan_folder(root: Path, *, needs_train: bool = True) -> Dataset:
+def scan_folder(root: Path, names: Names = TRAINING, *, needs_train: bool = True) -> Dataset:
     """List a data folder of our own layout; opens no image.
 
     Args:
         root: the data folder.
+        names: of the settings, for advice.
         needs_train: False: there may be no training images.
 
     Raises:
@@ -147,7 +149,8 @@ def scan_folder(root: Path, *, needs_train: bool = True) -> Dataset:
     if (root / "val").is_dir() and not val:
         raise DataError(
             f"{root / 'val'}: holds no image with a mask",
-            mend="add val/images and val/masks, or remove val/ to hold out --val-split of train",
+            mend="add val/images and val/masks"
+            + ", or remove val/ to hold out --val-split of train" * names.splits,
         )
     return Dataset(root=root, info=info, train=train, val=val, warnings=tuple(warnings))
 
@@ -243,10 +246,10 @@ def default_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def _scan_split(folder: Path, warnings: list[str]) -> tuple[Item, ...]:
-    image_files, mask_files = _files(folder / "images"), _files(folder / "masks")
+    image_files, mask_files = files_below(folder / "images"), files_below(folder / "masks")
     images = _by_id(image_files, folder / "images", IMAGE_ENDINGS)
     masks = _by_id(mask_files, folder / "masks", MASK_ENDINGS)
-    left_out = [path for path in image_files if path.suffix.lower() in _OTHER_ENDINGS]
+    left_out = other_pictures(image_files)
     if left_out:
         warnings.append(
             f"{len(left_out)} files in {folder / 'images'} are left out (first: "
@@ -277,7 +280,7 @@ def files_by_id(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
     Raises:
         DataError: two differ in their ending only.
     """
-    return _by_id(_files(folder), folder, endings)
+    return _by_id(files_below(folder), folder, endings)
 
 
 def _by_id(files: Sequence[Path], folder: Path, endings: frozenset[str]) -> dict[str, Path]:
@@ -294,7 +297,12 @@ def _by_id(files: Sequence[Path], folder: Path, endings: frozenset[str]) -> dict
     return found
 
 
-def _files(folder: Path) -> list[Path]:
+def other_pictures(files: Iterable[Path]) -> list[Path]:
+    """Pictures in formats that are not read; to leave them out in silence would mislead."""
+    return [path for path in files if path.suffix.lower() in _OTHER_ENDINGS]
+
+
+def files_below(folder: Path) -> list[Path]:
     """All files below a folder, links followed, hidden files and folders left out."""
     found = []
     seen = {folder.resolve()}  # a link to a folder above would lead in circles

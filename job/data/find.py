@@ -7,53 +7,50 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from job.data.dataset import IMAGE_ENDINGS
+from job.data.dataset import IMAGE_ENDINGS, files_below, other_pictures
 from job.errors import DataError
 from job.storage.files import local_copy
 from job.storage.progress import TransferProgress
 from job.storage.sync import data_folder
 
 _WILD = "*?["
+_ENDINGS = f"images end in {', '.join(sorted(IMAGE_ENDINGS))}"
 
 
 @contextlib.contextmanager
 def images_at(uri: str, progress: TransferProgress) -> Iterator[tuple[Path, list[Path]]]:
     """The folder that names are relative to, and the images; on this machine within the block.
 
+    Images are what a data set takes for them; pictures of other formats are told of.
+
     Args:
         uri: a folder, an s3:// prefix, a file, or a pattern such as photos/*.jpg.
-        progress: told how far those of a store are on their way here.
+        progress: told how far those of a store are on their way here, and what is left out.
 
     Raises:
         DataError: there is none.
     """
     name = uri.rpartition("/")[2]
-    mend = f"images end in {', '.join(sorted(IMAGE_ENDINGS))}"
     if Path(uri).is_file() and PurePosixPath(name).suffix.lower() not in IMAGE_ENDINGS:
-        raise DataError(f"--images {uri}: its name does not end as one of an image", mend=mend)
+        raise DataError(f"--images {uri}: its name does not end as one of an image", mend=_ENDINGS)
     if any(sign in uri for sign in _WILD) and not Path(uri).exists():
         fixed = _fixed_part(uri)
         pattern = uri[len(fixed) :].lstrip("/")
         with data_folder(fixed or ".", progress=progress) as root:
             _require_folder(root, fixed or ".")
-            paths = [
+            files = [
                 path
-                for path in _images_below(root)
+                for path in files_below(root)
                 if _matches(path.relative_to(root).as_posix(), pattern)
             ]
-            if not paths:
-                raise DataError(f"--images {uri}: no image has such a name", mend=mend)
-            yield root, paths
+            yield root, _images_of(files, uri, "no image has such a name", progress)
     elif PurePosixPath(name).suffix.lower() in IMAGE_ENDINGS and not Path(uri).is_dir():
         with local_copy(uri, name="--images", mend="give an image, a folder or a prefix") as path:
             yield path.parent, [path]
     else:
         with data_folder(uri, progress=progress) as root:
             _require_folder(root, uri)
-            paths = _images_below(root)
-            if not paths:
-                raise DataError(f"--images {uri}: holds no image", mend=mend)
-            yield root, paths
+            yield root, _images_of(files_below(root), uri, "holds no image", progress)
 
 
 def _fixed_part(uri: str) -> str:
@@ -90,5 +87,14 @@ def _require_folder(root: Path, uri: str) -> None:
         )
 
 
-def _images_below(root: Path) -> list[Path]:
-    return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
+def _images_of(
+    files: Sequence[Path], uri: str, said: str, progress: TransferProgress
+) -> list[Path]:
+    paths = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS and path.is_file()]
+    others = other_pictures(files)
+    left_out = f"{len(others)} pictures of other formats are left out" if others else ""
+    if not paths:
+        raise DataError(f"--images {uri}: {said}" + f"; {left_out}" * bool(others), mend=_ENDINGS)
+    if others:
+        progress.say(f"warning: {uri}: {left_out} (first: {others[0].name}): {_ENDINGS}")
+    return paths

@@ -32,6 +32,7 @@ from job.data.dataset import (
     scan_folder,
 )
 from job.data.lists import Catalogue, read_list
+from job.data.names import TRAINING, Names
 from job.errors import DataError
 from job.storage.store import ObjectStore
 
@@ -135,13 +136,14 @@ _DOWNLOADS = (
 """What the data sets of these layouts come in."""
 
 
-def detect(has: Has, wanted: str, *, called: str) -> Found:
+def detect(has: Has, wanted: str, *, called: str, names: Names = TRAINING) -> Found:
     """The layout that data have.
 
     Args:
         has: asked what is there.
         wanted: `data.layout`; with "auto" there must be one and no other.
         called: the data, for messages.
+        names: of the settings, for advice.
 
     Raises:
         DataError: there is none, or not the wanted one, or several; says what was looked for.
@@ -157,11 +159,12 @@ def detect(has: Has, wanted: str, *, called: str) -> Found:
     if len(found) == 1:
         return found[0]
     if found:
+        tells = len({one.layout for one in found}) > 1
         raise DataError(
             f"{called}: holds more than one data set: "
             + ", ".join(f"{one.layout} ({one.base or 'the folder itself'})" for one in found),
-            mend="give the folder of one of them, or say which: data.layout "
-            f"(--set data.layout={found[0].layout}, or --layout of evaluate)",
+            mend="give the folder of one of them"
+            + (f", or say which: {names.layout}{found[0].layout}" if tells else ""),
         )
     if wanted == _AUTO and has(MARK):
         return Found(FOLDER, "")
@@ -254,7 +257,14 @@ class Tree:
     warnings: tuple[str, ...] = ()
 
 
-def scan_tree(root: Path, wanted: str, *, needs_train: bool = True, needs_val: bool = True) -> Tree:
+def scan_tree(
+    root: Path,
+    wanted: str,
+    *,
+    needs_train: bool = True,
+    needs_val: bool = True,
+    names: Names = TRAINING,
+) -> Tree:
     """List a data folder of any layout.
 
     Args:
@@ -262,23 +272,24 @@ def scan_tree(root: Path, wanted: str, *, needs_train: bool = True, needs_val: b
         wanted: `data.layout`.
         needs_train: False: nobody asks for them, or the user's lists say which they are.
         needs_val: False: the user's list says which the validation images are.
+        names: of the settings, for advice.
 
     Raises:
         DataError: no such folder, no known layout, or one that is incomplete.
     """
     if not root.is_dir():
-        raise DataError(f"{root}: no such data folder", mend="check --data")
+        raise DataError(f"{root}: no such data folder", mend="check its path")
 
     def has(path: str) -> bool:
         return (root / path).is_dir() if path.endswith("/") else (root / path).is_file()
 
-    found = detect(has, wanted, called=str(root))
+    found = detect(has, wanted, called=str(root), names=names)
     base = root / found.base
     if found.layout == FOLDER:
-        return _folder(root, needs_train=needs_train)
+        return _folder(root, names, needs_train=needs_train)
     if found.layout == CITYSCAPES_LAYOUT:
-        return _cityscapes(root, base, needs_train=needs_train, needs_val=needs_val)
-    return _pascal(root, base, found.layout, needs_train=needs_train, needs_val=needs_val)
+        return _cityscapes(root, base, names, needs_train=needs_train, needs_val=needs_val)
+    return _pascal(root, base, found.layout, names, needs_train=needs_train, needs_val=needs_val)
 
 
 def _info(root: Path, known: DatasetInfo) -> DatasetInfo:
@@ -286,8 +297,8 @@ def _info(root: Path, known: DatasetInfo) -> DatasetInfo:
     return load_dataset_info(path, known) if path.is_file() else known
 
 
-def _folder(root: Path, *, needs_train: bool) -> Tree:
-    dataset = scan_folder(root, needs_train=needs_train)
+def _folder(root: Path, names: Names, *, needs_train: bool) -> Tree:
+    dataset = scan_folder(root, names, needs_train=needs_train)
     train = {item.id: item for item in dataset.train}
     val = {item.id: item for item in dataset.val}
     return Tree(
@@ -318,7 +329,9 @@ _MASK_FOLDERS = {VOC_LAYOUT: "SegmentationClass", CONTEXT_LAYOUT: _CONTEXT_MASKS
 _AUGMENTED = "SegmentationClassAug"
 
 
-def _pascal(root: Path, base: Path, layout: str, *, needs_train: bool, needs_val: bool) -> Tree:
+def _pascal(
+    root: Path, base: Path, layout: str, names: Names, *, needs_train: bool, needs_val: bool
+) -> Tree:
     known = known_info(layout)
     assert known is not None
     info = _info(root, known)
@@ -339,15 +352,20 @@ def _pascal(root: Path, base: Path, layout: str, *, needs_train: bool, needs_val
         if not path.is_file():
             raise DataError(
                 f"{path}: no such file",
-                mend="it comes with the data set; or say which images are which: "
-                "data.labeled_list, data.unlabeled_list, data.val_list",
+                mend="it comes with the data set; or say which images "
+                + (
+                    f"are which: data.labeled_list, data.unlabeled_list, {names.val_list}"
+                    if names.splits
+                    else f"to score on: {names.val_list}"
+                    + " (with --split val)" * (name != "val.txt")
+                ),
             )
         listed = read_list(path, catalogue, called=str(path), masks="welcome")
         warnings.extend(listed.warnings)
         return tuple(listed.items)
 
     val = own_list("val.txt", val_catalogue) if needs_val else ()
-    val = _with_masks(val, str(folder / "val.txt"), warnings)
+    val = _with_masks(val, str(folder / "val.txt"), names, warnings)
     borrowed = [item for item in val if item.mask is not None and item.id not in masks]
     if borrowed:
         warnings.append(
@@ -370,8 +388,9 @@ def _pascal(root: Path, base: Path, layout: str, *, needs_train: bool, needs_val
         train = own_list("train_aug.txt" if augmented else "train.txt", train_catalogue)
         if layout == VOC_LAYOUT and not augmented and (folder / "train_aug.txt").is_file():
             warnings.append(
-                f"{folder / 'train_aug.txt'} is left out, as there is no {_AUGMENTED}; if "
-                "SegmentationClass holds those masks, too, give it as data.labeled_list"
+                f"{folder / 'train_aug.txt'} is left out, as there is no {_AUGMENTED}"
+                + "; if SegmentationClass holds those masks, too, give it as data.labeled_list"
+                * names.splits
             )
     unlabeled = [item for item in train if item.mask is None]
     if unlabeled and len(unlabeled) < len(train):
@@ -407,13 +426,15 @@ def _refuse_orphans(ids: Sequence[str], catalogue: Catalogue, folder: Path) -> N
         )
 
 
-def _with_masks(val: Sequence[Item], called: str, warnings: list[str]) -> tuple[Item, ...]:
+def _with_masks(
+    val: Sequence[Item], called: str, names: Names, warnings: list[str]
+) -> tuple[Item, ...]:
     """Validation images that can be measured."""
     kept = tuple(item for item in val if item.mask is not None)
     if val and not kept:
         raise DataError(
             f"{called}: none of its {len(val)} images has a mask",
-            mend="add the masks, or say which images to validate on: data.val_list",
+            mend=f"add the masks, or say which images to validate on: {names.val_list}",
         )
     if len(kept) < len(val):
         first = next(item for item in val if item.mask is None)
@@ -427,7 +448,9 @@ def _with_masks(val: Sequence[Item], called: str, warnings: list[str]) -> tuple[
 # ---------------------------------------------------------------- Cityscapes
 
 
-def _cityscapes(root: Path, base: Path, *, needs_train: bool, needs_val: bool) -> Tree:
+def _cityscapes(
+    root: Path, base: Path, names: Names, *, needs_train: bool, needs_val: bool
+) -> Tree:
     train_images = _city_images(base / _IMAGES / "train")
     val_images = _city_images(base / _IMAGES / "val")
     extra_images = _city_images(base / _IMAGES / "train_extra")
@@ -440,7 +463,7 @@ def _cityscapes(root: Path, base: Path, *, needs_train: bool, needs_val: bool) -
         raise DataError(
             f"{base / _IMAGES / 'val'}: holds no image",
             mend="put Cityscapes' val/ there, into leftImg8bit and gtFine, or say which images to "
-            "validate on: data.val_list",
+            f"validate on: {names.val_list}",
         )
     kinds = {kind: _city_masks(base / _MASKS, kind) for kind in (_TRAIN_IDS, _IDS)}
     masks, info = _chosen_kind(base, kinds)
@@ -460,7 +483,7 @@ def _cityscapes(root: Path, base: Path, *, needs_train: bool, needs_val: bool) -
     items = _items(images, masks)
     train = tuple(items[id_] for id_ in sorted({**train_images, **extra_images}))
     val = tuple(items[id_] for id_ in sorted(val_images))
-    val = _with_masks(val, str(base / _IMAGES / "val"), warnings)
+    val = _with_masks(val, str(base / _IMAGES / "val"), names, warnings)
     sides = [base / _IMAGES / part for part in ("train", "val", "train_extra", "test")]
     catalogue = Catalogue(
         items, (root, base, base / _IMAGES, *sides), suffix=_IMAGE_SUFFIX, mask_suffix=_MASK_SUFFIX

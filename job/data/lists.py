@@ -12,7 +12,6 @@ same. Knows nothing of layouts: what a list can name is told by a `Catalogue`.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import difflib
 import io
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 
 from job.data.dataset import IMAGE_ENDINGS, Item
 from job.errors import ConfigError, DataError
-from job.storage.files import local_copy
+from job.storage.files import local_copy, text_of
 
 NAMES_SHOWN = 3
 """Lines named in one message."""
@@ -143,7 +142,9 @@ def refuse_outside(value: str, key: str) -> None:
         raise ConfigError(f"{key} {value}: leads out of the data folder", mend=_MEND_PLACE)
 
 
-def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) -> Listed:
+def read_list(
+    path: Path, catalogue: Catalogue, *, called: str, masks: Masks, splits: bool = False
+) -> Listed:
     """Read a list and look its images up.
 
     Args:
@@ -151,6 +152,8 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
         catalogue: what it can name.
         called: the file's name for messages.
         masks: "needed": an image without one is an error; "ignored": none is looked at.
+        splits: it says which images are labeled, or are not, so that numbers in it are perhaps a
+            permutation.
 
     Raises:
         DataError: unreadable, empty, of mixed forms, or it names what is not there.
@@ -161,8 +164,9 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
     missing: list[str] = []
     unmasked: list[str] = []
     twice: list[str] = []
-    merged = others = 0
-    lines = _lines(path, called)
+    merged = others = swapped = 0
+    numbers = "; a permutation of numbers belongs in data.permutation" if splits else ""
+    lines = _lines(path, called, numbers)
     for number, line in lines:
         where = f"line {number}"
         kind, name, mask_name = _parse(line, catalogue, called, where)
@@ -176,6 +180,7 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
         item = catalogue.find(name)
         if item is None:
             missing.append(f"{where}: {name}")
+            swapped += mask_name != "" and catalogue.find(mask_name) is not None
             continue
         if masks == "ignored":
             item = replace(item, mask=None)
@@ -196,7 +201,9 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
         seen[item.id] = number
         found.items.append(item)
     if missing:
-        raise _missing(called, missing, lines, catalogue)
+        raise _missing(
+            called, missing, lines, catalogue, numbers, are_swapped=swapped == len(missing)
+        )
     if unmasked:
         raise DataError(
             f"{called}: of {_counted(unmasked, len(lines))} there is no mask",
@@ -220,16 +227,14 @@ def read_list(path: Path, catalogue: Catalogue, *, called: str, masks: Masks) ->
 _KINDS = {"id": "an id", "image": "an image", "pair": "an image and a mask"}
 
 
-def _lines(path: Path, called: str) -> list[tuple[int, str]]:
+def _lines(path: Path, called: str, numbers: str) -> list[tuple[int, str]]:
     """Lines that hold something, with their numbers."""
     try:
-        content = path.read_bytes()
-        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # of PowerShell
-        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        text = text_of(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{called}: cannot be read as text ({error})",
-            mend="a list has an image a line; a pickle of numbers belongs in data.permutation",
+            mend=f"a list has an image a line{numbers}",
         ) from None
     # Not splitlines, which also cuts at characters that file names may hold.
     stripped = [line.strip() for line in text.split("\n")]
@@ -270,24 +275,34 @@ def _parse(line: str, catalogue: Catalogue, called: str, where: str) -> tuple[st
 
 
 def _missing(
-    called: str, missing: Sequence[str], lines: Sequence[tuple[int, str]], catalogue: Catalogue
+    called: str,
+    missing: Sequence[str],
+    lines: Sequence[tuple[int, str]],
+    catalogue: Catalogue,
+    numbers: str,
+    *,
+    are_swapped: bool,
 ) -> DataError:
-    if len(missing) == len(lines) and all(line.isdecimal() for _, line in lines):
+    are_all = len(missing) == len(lines)
+    if are_all and all(line.isdecimal() for _, line in lines):
         return DataError(
             f"{called}: holds numbers and no names",
-            mend="a permutation of numbers belongs in data.permutation",
+            mend=f"a list has an image a line{numbers}",
         )
     first = missing[0].partition(": ")[2]
     near = difflib.get_close_matches(Path(first).stem, catalogue.items, n=1, cutoff=0.8)
-    if len(missing) == len(lines) and all("," in line for _, line in lines):
-        return DataError(
-            f"{called}: names {_counted(missing, len(lines))}, which are not in the data",
-            mend=_NO_COMMA,
+    if are_swapped:
+        mend = "the image comes first on a line, and behind it its mask: swap the two"
+    elif are_all and all("," in line for _, line in lines):
+        mend = _NO_COMMA
+    elif "\\" in first:
+        mend = "write paths with / between folders, not \\"
+    else:
+        mend = (f"did you mean {near[0]}? " if near else "") + (
+            "paths in a list are relative to the data folder; take lines out, or add the files"
         )
     return DataError(
-        f"{called}: names {_counted(missing, len(lines))}, which are not in the data",
-        mend=(f"did you mean {near[0]}? " if near else "")
-        + "paths in a list are relative to the data folder; take lines out, or add the files",
+        f"{called}: names {_counted(missing, len(lines))}, which are not in the data", mend=mend
     )
 
 

@@ -117,13 +117,18 @@ class CheckReport:
 
     @property
     def headline(self) -> str:
-        """One line: whether it is good, and how many images of which kind."""
-        verdict = "good" if self.is_good else "cannot be trained on"
+        """One line: that it is good, and how many images of which kind; or what is wrong."""
+        if self.problems:  # counts would look like success
+            count = len(self.problems)
+            first = f"{count} problems, the first: " if count > 1 else ""
+            return self.shown(
+                f"{self.uri}: cannot be trained on: {first}{self.problems[0].headline}"
+            )
         aside = self.counts[SET_ASIDE]
         unlabeled = self.counts[UNLABELED] + aside
         note = f" ({aside} with a mask that {self.set_aside_by} sets aside)" if aside else ""
         return self.shown(
-            f"{self.uri}: {verdict}; {self.counts[LABELED]} labeled, {unlabeled} unlabeled{note}, "
+            f"{self.uri}: good; {self.counts[LABELED]} labeled, {unlabeled} unlabeled{note}, "
             f"{self.counts[VAL]} validation images, classes {', '.join(self.info.classes)}"
         )
 

@@ -10,11 +10,16 @@ from job.config import DataConfig
 from job.data.dataset import FOLDER, Dataset, Item
 from job.data.layouts import VOC_LAYOUT, Tree, scan_tree
 from job.data.lists import Catalogue, Masks, list_file, read_list, read_permutation
+from job.data.names import TRAINING, Names
 from job.errors import DataError
 
 
 def scan_dataset(
-    root: Path, data: DataConfig | None = None, *, needs_train: bool = True
+    root: Path,
+    data: DataConfig | None = None,
+    *,
+    needs_train: bool = True,
+    names: Names = TRAINING,
 ) -> Dataset:
     """List a data folder of any layout, with the lists of a configuration; opens no image.
 
@@ -22,6 +27,7 @@ def scan_dataset(
         root: the data folder.
         data: layout and lists; by default the layout is looked for and there are no lists.
         needs_train: False: only the validation images will be used; there may be no others.
+        names: of the settings, for advice.
 
     Raises:
         ConfigError: a list is not to be found.
@@ -36,6 +42,7 @@ def scan_dataset(
         data.layout,
         needs_train=needs_train and not chosen,
         needs_val=data.val_list is None,
+        names=names,
     )
     warnings = list(tree.warnings)
 
@@ -44,14 +51,16 @@ def scan_dataset(
             return None
         with list_file(value, key=key, root=root, base=tree.base) as path:
             called = _called(value, path)
-            listed = read_list(path, catalogue, called=called, masks=masks)
+            listed = read_list(
+                path, catalogue, called=called, masks=masks, splits=key != names.val_list
+            )
         warnings.extend(listed.warnings)
         return listed.items
 
     train, val = tree.train_catalogue, tree.val_catalogue
     labeled = read("data.labeled_list", data.labeled_list, train, "needed")
     unlabeled = read("data.unlabeled_list", data.unlabeled_list, train, "ignored")
-    held_out = read("data.val_list", data.val_list, val, "needed")
+    held_out = read(names.val_list, data.val_list, val, "needed")
     if data.permutation is not None:
         labeled = _permuted(tree, data, labeled)
     held_out = list(tree.val) if held_out is None else held_out

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from job.errors import ConfigError, reason
+from job.errors import CUT_OFF, NO_PLAIN_FILE, ConfigError, reason
 from job.models.generator import Architecture, Generator
 from job.models.normalization import Normalization
 from job.storage.files import local_copy
@@ -93,7 +93,8 @@ def _from_format_1(content: dict[str, Any]) -> dict[str, Any]:
 
 def _of_checkpoint(content: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's network that labels, as a model file; anything else as it is."""
-    card = content.get("run", {}).get("card") if "kind" not in content else None
+    about = content.get("run")
+    card = about.get("card") if isinstance(about, dict) and "kind" not in content else None
     if card is None or "generator" not in content:
         return content
     return {
@@ -116,13 +117,39 @@ def write_safetensors(content: dict[str, Any], path: Path) -> None:
     _safetensors().save_file(tensors, path, metadata={_HEADER: json.dumps(facts)})
 
 
+class UnreadableFile(Exception):
+    """A file that is none of torch's or safetensors'; its text says why, for people."""
+
+
+def read_torch_file(path: Path) -> Any:
+    """What torch.save has written; tensors and plain values only.
+
+    Raises:
+        UnreadableFile: it is something else, or damaged.
+    """
+    if path.stat().st_size == 0:
+        raise UnreadableFile("the file is empty")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its unpickler stumbles over
+        said = reason(error)
+        if isinstance(error, OSError):
+            said = error.strerror or said
+        elif said not in (CUT_OFF, NO_PLAIN_FILE):
+            said = "it is no file of torch"
+        raise UnreadableFile(said) from None
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     _safetensors()
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        content: dict[str, Any] = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-        content["state_dict"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            content: dict[str, Any] = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            content["state_dict"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError):
+        raise UnreadableFile("it is no file of safetensors, or cut off") from None
     return content
 
 
@@ -160,29 +187,28 @@ def load_generator(
         )
     with local_copy(path, name="--weights", mend=mend) as file:
         try:
-            if path.endswith(SAFETENSORS):
-                content = _read_safetensors(file)
-            else:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-        except ConfigError:
-            raise
-        except Exception as error:  # torch raises whatever its unpickler stumbles over
-            raise ConfigError(f"--weights {path}: damaged ({reason(error)})", mend=mend) from None
+            content = (
+                _read_safetensors(file) if path.endswith(SAFETENSORS) else read_torch_file(file)
+            )
+        except UnreadableFile as error:
+            raise ConfigError(f"--weights {path}: damaged ({error})", mend=mend) from None
     if isinstance(content, dict):
         content = _of_checkpoint(content)
     if not isinstance(content, dict) or content.get("kind") != "generator":
         raise ConfigError(f"--weights {path}: not a generator of this program", mend=mend)
-    if content.get("format") == 1:
-        content = _from_format_1(content)
-    if content.get("format") != FORMAT:
+    if content.get("format") not in (1, FORMAT):
         raise ConfigError(
             f"--weights {path}: has format {content.get('format')}, this version reads {FORMAT}",
             mend="use the version of s4gan that wrote it",
         )
+    what = "what it says of itself is incomplete, or of another version"
     try:
+        if content["format"] == 1:
+            content = _from_format_1(content)
         card = ModelCard.from_dict(content.pop("card"))
         generator = Generator(card.architecture)
+        what = "its tensors are not those of the network that it says it is"
         generator.load_state_dict(content.pop("state_dict"))
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"--weights {path}: damaged ({reason(error)})", mend=mend) from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise ConfigError(f"--weights {path}: damaged ({what})", mend=mend) from None
     return generator.eval().to(device), card, content

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import tempfile
+import urllib.error
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from job import run
 from job.config import TIMM
-from job.errors import ConfigError, ObjectNotFound, reason
+from job.errors import ConfigError, ObjectNotFound
 from job.models.backbones import RESNETS, TimmBackbone
+from job.models.files import UnreadableFile, read_torch_file
 from job.models.generator import Generator
 from job.models.normalization import NORMALIZATIONS
 from job.storage import ObjectStore
@@ -182,8 +183,9 @@ def _imagenet(generator: Generator, mirror: ObjectStore | None) -> tuple[Weights
     weights = torchvision.models.get_model_weights(backbone).DEFAULT
     try:
         state: Weights = weights.get_state_dict(progress=True, check_hash=True)
-    # No network, a wrong hash (a login page instead of the file), a damaged file in the cache.
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (
+        Exception
+    ) as error:  # of a damaged file in the cache torch raises whatever it stumbles over
         name = weights.url.rpartition("/")[2]
         if mirror is not None:
             key = f"{run.WEIGHTS}{name}"
@@ -192,11 +194,25 @@ def _imagenet(generator: Generator, mirror: ObjectStore | None) -> tuple[Weights
                     return _read(path, f"{mirror.uri}/{key}")[0], f"{mirror.uri}/{key}"
         place = f", put the file at {mirror.uri}/{run.WEIGHTS}{name}" if mirror is not None else ""
         raise ConfigError(
-            f"model.weights imagenet: torchvision could not get {weights.url} ({reason(error)})",
+            f"model.weights imagenet: torchvision could not get {weights.url} "
+            f"({_why_not(error, name)})",
             mend=f"connect to the network once{place}, give a file with "
             "--set model.weights=FILE.pth, or train from scratch with --set model.weights=none",
         ) from None
     return state, "torchvision's imagenet"
+
+
+def _why_not(error: Exception, name: str) -> str:
+    """In words: no network, a page to log in instead of the file, a damaged file in the cache."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the server answers {error.code}"
+    if isinstance(error, urllib.error.URLError):
+        return f"no connection: {getattr(error.reason, 'strerror', None) or error.reason}"
+    if isinstance(error, OSError):
+        return error.strerror or "no connection"
+    if "hash" in str(error):
+        return "what arrives is another file, perhaps a page to log in"
+    return f"{Path(torch.hub.get_dir()) / 'checkpoints' / name} is damaged: remove it"
 
 
 @contextlib.contextmanager
@@ -226,30 +242,37 @@ def _read(path: Path, called: str) -> tuple[Weights, dict[str, Any]]:
         "program"
     )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise ConfigError(
-                f"model.weights {called}: not a state dict, but a {type(content).__name__}",
-                mend=mend,
-            )
-        card = content.get("card") or content.get("run", {}).get("card") or {}
-        architecture = dict(card.get("architecture", {}))
-        for wrapper in WRAPPERS:
-            if isinstance(content.get(wrapper), dict):
-                content = content[wrapper]
-        weights = {_plain(name): value.float() for name, value in content.items()}
-        broken = [name for name, value in weights.items() if not value.isfinite().all()]
-        if broken:
-            raise ConfigError(
-                f"model.weights {called}: {len(broken)} of its tensors hold NaN or infinite values "
-                f"(first: {broken[0]})",
-                mend="the training that wrote it had failed: give an earlier file of it",
-            )
-        return weights, architecture
-    except ConfigError:
-        raise
-    except Exception as error:  # torch raises whatever its unpickler stumbles over
+        content = read_torch_file(path)
+    except UnreadableFile as error:
         raise ConfigError(
-            f"model.weights {called}: not a state dict ({reason(error)})",
-            mend=mend,
+            f"model.weights {called}: not a state dict ({error})", mend=mend
         ) from None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"model.weights {called}: not a state dict, but a {type(content).__name__}", mend=mend
+        )
+    architecture = _architecture(content)
+    for wrapper in WRAPPERS:
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if others or not all(isinstance(name, str) for name in content):
+        what = f"its {others[0]} is no tensor" if others else "its tensors have no names"
+        raise ConfigError(f"model.weights {called}: not a state dict ({what})", mend=mend)
+    weights = {_plain(name): value.float() for name, value in content.items()}
+    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    if broken:
+        raise ConfigError(
+            f"model.weights {called}: {len(broken)} of its tensors hold NaN or infinite values "
+            f"(first: {broken[0]})",
+            mend="the training that wrote it had failed: give an earlier file of it",
+        )
+    return weights, architecture
+
+
+def _architecture(content: dict[str, Any]) -> dict[str, Any]:
+    """Of a model or checkpoint of ours; empty if it is none."""
+    about = content.get("run")
+    card = content.get("card") or (about.get("card") if isinstance(about, dict) else None)
+    architecture = card.get("architecture") if isinstance(card, dict) else None
+    return dict(architecture) if isinstance(architecture, dict) else {}

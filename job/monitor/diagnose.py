@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from job.monitor.health import (
 from job.monitor.ledger import parse_ledger
 from job.monitor.rules import Setting
 from job.storage import ObjectStore, open_store
+from job.storage.files import text_of
 
 _NUMBER = r"([-+\w.]+)"
 _LOSSES = re.compile(
@@ -132,7 +132,7 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
     """
     store, key, text = _read(source)
     shown = str(store.local_path(key) or f"{store.uri}/{key}")
-    decoded = _decoded(text)
+    decoded = text_of(text, errors="replace")
     if decoded.lstrip()[:1] == "{":
         events = parse_ledger(decoded.encode(), shown)
     else:
@@ -203,13 +203,6 @@ def _as_long_as_said(config: Config, events: Sequence[Mapping[str, Any]]) -> Con
         return config
     train = config.train.model_copy(update={"iterations": said})
     return config.model_copy(update={"train": train})
-
-
-def _decoded(text: bytes) -> str:
-    """UTF-8, or UTF-16 as some Windows shells redirect."""
-    if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return text.decode("utf-16", errors="replace")
-    return text.decode("utf-8-sig", errors="replace")
 
 
 def _of_console(text: str) -> Iterator[dict[str, Any]]:

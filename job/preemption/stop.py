@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -83,6 +84,23 @@ class StopRequest:
         self.request(signal.Signals(number).name)
         if number == signal.SIGINT:
             _say(b"\nfinishing this iteration, then saving (Ctrl-C again leaves at once)\n")
+
+
+def stop_with_stdin() -> None:
+    """Get SIGTERM when standard input ends.
+
+    For a process whose standard input is a pipe that its parent holds open and writes nothing to:
+    however the parent ends, killed too, the pipe ends with it.
+    """
+    threading.Thread(target=_await_end_of_stdin, name="stdin", daemon=True).start()
+
+
+def _await_end_of_stdin() -> None:
+    # os.read, not sys.stdin, whose lock a thread must not hold while the interpreter ends.
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _say(text: bytes) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from job.errors import ConfigError
 from job.storage.local import LocalStore
-from job.storage.store import ABSENT, ObjectInfo, ObjectStore
+from job.storage.store import ABSENT, ObjectInfo, ObjectStore, is_same_place
 
-__all__ = ["ABSENT", "LocalStore", "ObjectInfo", "ObjectStore", "open_store"]
+__all__ = ["ABSENT", "LocalStore", "ObjectInfo", "ObjectStore", "is_same_place", "open_store"]
 
 
 def open_store(uri: str) -> ObjectStore:

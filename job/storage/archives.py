@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from job.errors import DataError, Preempted, StorageError
@@ -22,6 +22,9 @@ from job.storage.units import explained_write, open_new
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".zip")
 FOREIGN = "__MACOSX/"
 """What macOS puts beside the files when it makes a zip."""
+TEXTS = frozenset({"readme", "readme.md", "readme.txt", "license", "license.md", "license.txt"})
+"""Names of files that each archive of a data set may have, as Cityscapes' do. They are no data, and
+left out, so that several archives make one tree."""
 MARK = "dataset.yaml"
 """A single folder at the top that holds this is left out of the names."""
 
@@ -44,6 +47,8 @@ def unpack(
     archive: Path, folder: Path, *, called: str, stopped: Callable[[], bool]
 ) -> dict[str, Path]:
     """Unpack an archive into an empty folder; returns the files by their names, with slashes.
+
+    TEXTS are left out.
 
     Names that lead out of the folder, links and devices are refused, and so is a file larger than
     what is free on the disk (none can turn out larger than it says). A single folder at the top
@@ -68,6 +73,8 @@ def unpack(
                 beat()
                 if stopped():
                     raise Preempted("stopped while data was unpacked; run the same command again")
+                if PurePosixPath(entry.name).name.lower() in TEXTS:
+                    continue
                 parents = _parents(entry.name)
                 if entry.name in folders or not files.keys().isdisjoint(parents):
                     raise _Refused(f"{entry.name} is a file and a folder in it")

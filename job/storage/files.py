@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,20 @@ from pathlib import Path
 
 from job.errors import ConfigError, ObjectNotFound
 from job.storage import open_store
+
+
+def text_of(content: bytes, *, errors: str = "strict") -> str:
+    """Text in UTF-8, or in UTF-16 as some Windows shells write it; without the mark before it.
+
+    Args:
+        content: of a file.
+        errors: as for `bytes.decode`.
+
+    Raises:
+        UnicodeDecodeError: it is no text, and `errors` is strict.
+    """
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
 
 
 def write_file(uri: str, data: bytes, *, name: str) -> None:

@@ -94,3 +94,11 @@ class ObjectStore(Protocol):
 
     def local_path(self, key: str) -> Path | None:
         """The file an object is (or would be) kept in; None where storage is not a folder."""
+
+
+def is_same_place(one: ObjectStore, other: ObjectStore) -> bool:
+    """Whether two stores are one, however they are written: a folder by a link, or relative."""
+    here, there = one.local_path(""), other.local_path("")
+    if here is None or there is None:
+        return here is there and one.uri == other.uri
+    return here.resolve() == there.resolve()

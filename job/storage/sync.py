@@ -331,7 +331,7 @@ class _Bringer:
                 if not listing:
                     raise DataError(
                         f"{self._source.uri}: holds no objects",
-                        mend="check --data; README.md, Your own images, says what belongs below it",
+                        mend="check the address; README.md, Your own images, says what it holds",
                     )
                 fingerprint = _fingerprint(listing)
                 try:

@@ -102,7 +102,7 @@ def all_masks_empty(data: Path) -> None:
         (few_labels, "only 1 labeled training images, fewer than the batch of 2", "--batch-size"),
         (no_images, "train/images: holds no image", "images end in"),
         (empty_folder, "data: is of no known layout", "dataset.yaml, train/images/ and train/m"),
-        (no_folder, "no such data folder", "check --data"),
+        (no_folder, "no such data folder", "check its path"),
         (no_dataset_yaml, "dataset.yaml: not there", "write one"),
         (all_masks_empty, "every training mask is empty", "ignore_index"),
     ],

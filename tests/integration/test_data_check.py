@@ -79,7 +79,9 @@ def test_a_problem_is_78_and_the_page_shows_it(s4gan, make_data, tmp_path):
     assert ended.code == 78
     assert "problem: " in ended.out
     assert "holds the label 77" in ended.out
-    assert ended.err.startswith(f"error: {data}: cannot be trained on; 8 labeled")
+    assert ended.err.splitlines()[-1].startswith(
+        f"error: {data}: cannot be trained on: {data}/train/masks/train_0004.png: holds the label"
+    )
     assert "unexpected label 77" in page.read_text()
 
 

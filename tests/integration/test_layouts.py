@@ -169,7 +169,12 @@ def test_evaluate_is_told_layout_and_list(s4gan, tmp_path):
     assert "is not of the layout cityscapes" in ended.err
     ended = s4gan([*arguments, "--layout=coco"])
     assert ended.code == 78
-    assert "data.layout: input should be 'auto', 'folder'" in ended.err
+    assert "--layout coco: must be one of auto, folder, voc, cityscapes, context" in ended.err
+    ended = s4gan([*arguments, "--val-list="])
+    assert ended.code == 78
+    assert "--val-list is empty" in ended.err
+    ended = s4gan([*arguments, "--val-list=val3.txt"])
+    assert "val3.txt: no such file, which --val-list names" in ended.err
 
 
 def test_a_model_of_other_classes_is_refused(s4gan, tmp_path):
@@ -230,7 +235,7 @@ def test_lists_travel_to_a_bucket_with_the_data(s4gan, tmp_path, bucket, s3_env)
     ("changes", "said"),
     [
         ({"data__labeled_list": "nope.txt"}, "nope.txt: no such file, which data.labeled_list"),
-        ({"data__labeled_list": "l.txt", "data__labeled_ratio": 0.5}, "leave the ratio at 1.0"),
+        ({"data__labeled_list": "l.txt", "data__labeled_ratio": 0.5}, "leave the ratio out"),
         ({"data__layout": "cityscapes"}, "is not of the layout cityscapes"),
         ({"data__layout": "coco"}, "data.layout: input should be 'auto', 'folder', 'voc'"),
         ({"data__val_list": "../v.txt"}, "leads out of the data folder"),

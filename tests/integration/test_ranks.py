@@ -235,12 +235,21 @@ def machines(start: Any) -> Machines:
 
 
 def test_two_machines_are_as_two_processes_of_one(
-    machines: Machines, data: Path, of_two: Path, tmp_path: Path
+    machines: Machines,
+    data: Path,
+    of_two: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = arguments(data, tmp_path / "run", 1)
-    other, main = machines(words, 1), machines(words, 0)
+    monkeypatch.setenv("S4GAN_SCRATCH", str(tmp_path / "scratch-1"))
+    other = machines(words, 1)
+    monkeypatch.setenv("S4GAN_SCRATCH", str(tmp_path / "scratch-0"))
+    main = machines(words, 0)
     assert main.finish() == 0, main.output
     assert other.finish() == 0, other.output
+    for scratch in ("scratch-0", "scratch-1"):  # decoded images are gone from both
+        assert list((tmp_path / scratch / "s4gan" / "decoded").iterdir()) == []
     assert "machine 2 of 2; the first one reports" in other.output
     assert compare_runs(tmp_path / "run", of_two, ITERATIONS) == []
     (started,) = (

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from job.monitor.ledger import read_ledger
 from job.recipes import SCORES
 from tests.conftest import MakeData
 from tests.integration.conftest import SMALL
+from tests.layouts import voc_ids, write_context, write_lines, write_voc
 from tests.services import wait_until
 
 pytestmark = pytest.mark.slow
@@ -70,6 +72,52 @@ def test_a_comparison_goes_on_after_a_stop_and_ends_with_a_table(
     assert "train.learning_rate" in other.err
     assert "0.02 now" in other.err
     assert "training" not in other.err
+
+
+def test_when_it_is_killed_its_runs_save_and_the_same_command_goes_on_at_once(
+    start: Any, s4gan: Any, make_data: MakeData, tmp_path: Path
+) -> None:
+    data, out = make_data(), tmp_path / "out"
+    given = [*arguments(data, out), "--set=train.iterations=60", "--set=train.eval_every=30"]
+    given = [one for one in given if "all=guide" not in one]
+    bench = start(given, forked=False)
+    folder = out / "labels" / "seed-0"
+    ledger = folder / "metrics.jsonl"
+    wait_until(lambda: ledger.exists() and '"iteration": 5' in ledger.read_text())
+    bench.send(signal.SIGKILL)
+    bench.finish()
+    again = s4gan(given)
+    assert again.code == 0, again.err
+    events = read_ledger(ledger)
+    attempts = [event["attempt"] for event in events]
+    assert attempts == sorted(attempts)  # one trainer at a time
+    (ending,) = (event for event in events if event.get("exit_code") == 75)
+    assert ending["saved_at"] == ending["reached"] < 60
+
+
+def test_models_are_scored_on_the_layout_and_the_list_that_are_named(
+    s4gan: Any, tmp_path: Path
+) -> None:
+    test = tmp_path / "both"
+    data = write_voc(test / "VOCdevkit" / "VOC2012")
+    write_context(test / "VOCdevkit" / "VOC2010")
+    write_lines(test / "some.txt", voc_ids(3, 2009))
+    settings = {"train.iterations": 4, "train.eval_every": 2, "data.labeled_ratio": 0.5}
+    given = arguments(data, tmp_path / "out", f"--test={test}")
+    given = [one for one in given if "all=guide" not in one]
+    given += [f"--set={key}={value}" for key, value in settings.items()]
+    ended = s4gan(given)
+    assert ended.code == 78
+    assert "--test-layout voc" in ended.err
+    ended = s4gan([*given, "--test-layout=voc", "--test-list=some.txt"])
+    assert ended.code == 0, ended.err
+    folder = tmp_path / "out" / "labels" / "seed-0"
+    score = json.loads((folder / SCORES).read_text())
+    wanted = ["evaluate", f"--weights={folder}/best_model.pth", f"--data={test}", "--json"]
+    found = json.loads(s4gan([*wanted, "--layout=voc", "--val-list=some.txt"]).out)
+    assert found["images"] == 3
+    assert score["miou"] == found["miou"]
+    assert score["scored"] == f"best model on {test}, images of some.txt"
 
 
 def test_a_run_that_fails_is_named_with_what_it_said(

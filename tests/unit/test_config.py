@@ -256,18 +256,57 @@ def test_yaml_round_trip(learning_rate, seed, crop, weights, tags):
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("eval.every", "train.eval_every"), ("train.lr", "train.learning_rate")],
+    [
+        ("eval.every", "train.eval_every"),
+        ("train.lr", "train.learning_rate"),
+        ("keep.every", "checkpoint.keep_every"),  # and not checkpoint.every, which ends alike
+        ("optimizer.seed", "train.seed"),
+    ],
 )
 def test_words_of_a_key_are_enough_to_name_it(wrong: str, right: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean {re.escape(right)}"):
         load_config("guide", {wrong: 5})
 
 
-def test_a_list_is_not_thinned_by_a_presets_ratio() -> None:
-    assert load_config("paper-voc").data.labeled_ratio == 0.125
-    assert load_config("paper-voc", {"data.labeled_list": "a.txt"}).data.labeled_ratio == 1.0
+def test_every_key_of_an_unknown_section_is_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict({"eval": {"every": 5, "seed": 1}}, source="x.yaml")
+    said = str(caught.value)
+    assert "unknown key eval.every (did you mean train.eval_every?)" in said
+    assert "unknown key eval.seed (did you mean train.seed?)" in said
+
+
+def test_a_key_without_its_section_is_found() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_assignment("eval_every=100")
+    assert caught.value.mend.startswith("did you mean train.eval_every? for example: ")
+    with pytest.raises(ConfigError) as caught:
+        parse_assignment("qqqq=1")
+    assert caught.value.mend == "for example: --set train.iterations=20000"
+
+
+@pytest.mark.parametrize("is_file", [False, True], ids=["preset", "file"])
+def test_a_list_takes_the_place_of_the_ratio_that_stood_there(
+    is_file: bool, tmp_path: Path
+) -> None:
+    name = "paper-voc"
+    assert load_config(name).data.labeled_ratio == 0.125
+    if is_file:
+        (tmp_path / "my.yaml").write_text(load_config(name).to_yaml())
+        name = str(tmp_path / "my.yaml")
+    assert load_config(name, {"data.labeled_list": "a.txt"}).data.labeled_ratio == 1.0
     both = {"data.labeled_list": "a.txt", "data.labeled_ratio": 0.5}
-    with pytest.raises(ConfigError, match="labeled_ratio"):
-        load_config("paper-voc", both)
+    with pytest.raises(ConfigError, match="leave the ratio out"):
+        load_config(name, both)
     permuted = {"data.labeled_list": "a.txt", "data.permutation": "p.txt"}
-    assert load_config("paper-voc", permuted).data.labeled_ratio == 0.125
+    assert load_config(name, permuted).data.labeled_ratio == 0.125
+
+
+def test_a_list_and_a_ratio_of_one_file_contradict_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("data: {labeled_list: a.txt, labeled_ratio: 0.5}")
+    with pytest.raises(ConfigError, match="leave the ratio out"):
+        load_config(str(path))
+    path.write_text("data: {permutation: p.txt, labeled_ratio: 0.5}")
+    config = load_config(str(path), {"data.labeled_list": "b.txt"})
+    assert config.data.labeled_ratio == 0.5  # of the list, which the permutation counts

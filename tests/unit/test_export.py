@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 
 import job
@@ -20,6 +21,7 @@ from job.errors import ConfigError, DataError
 from job.export import TOLERANCE, export
 from job.models.files import ModelCard, load_generator, model_file
 from job.models.generator import Architecture, Generator
+from job.storage.progress import ConsoleProgress
 from tests.unit.training.tiny import CPU
 
 CLASSES = ("background", "square", "disc")
@@ -108,6 +110,27 @@ def test_an_onnx_file_knows_its_classes_and_names_its_sizes(tmp_path: Path) -> N
     assert shapes == [["batch", 3, "height", "width"], ["batch", 3, "height", "width"]]
 
 
+def test_a_broken_image_is_left_out_of_the_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.export._write_onnx", lambda _, path, __: path.write_bytes(b""))
+    monkeypatch.setattr("job.export._difference", lambda *_: 0.0)
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.png").write_bytes(b"no image")
+    weights, out = model(tmp_path), str(tmp_path / "m.onnx")
+    with pytest.raises(DataError, match="none of its 1 images can be decoded") as caught:
+        export(weights, out, "onnx", images=str(images))
+    assert "noise" in caught.value.mend
+    for name in ("b", "c"):
+        Image.new("RGB", (40, 40)).save(images / f"{name}.png")
+    progress = ConsoleProgress(Console())
+    assert export(weights, out, "onnx", images=str(images), progress=progress).checked == 2
+    said = capsys.readouterr().out
+    assert "1 cannot be decoded and are left out" in said
+    assert "a.png" in said
+
+
 def test_a_model_that_differs_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("job.export.TOLERANCE", 0.0)
     with pytest.raises(DataError, match="nothing was written"):
@@ -158,7 +181,7 @@ def test_a_missing_package_is_named_with_its_extra(
 def test_a_damaged_safetensors_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(b"hello")
-    with pytest.raises(ConfigError, match="damaged"):
+    with pytest.raises(ConfigError, match=r"damaged \(it is no file of safetensors"):
         load_generator(str(path), CPU)
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from job.errors import ConfigError, JobError
+from job import recipes
+from job.checkpoint.lease import acquire
+from job.config import DataConfig
+from job.errors import ConfigError, DataError, JobError
 from job.recipes import DEFAULT_RECIPES, Recipe, Score, bench_recipes, markdown
+from job.storage import open_store
+from tests.conftest import MakeData, write_data
+from tests.layouts import WRITERS, write_voc
 
 
 def score(recipe: str, seed: int, miou: float, **changes: Any) -> Score:
@@ -115,3 +122,69 @@ def test_what_cannot_be_is_said_before_anything_is_trained(
             tell=print,
         )
     assert not (tmp_path / "out").exists()
+
+
+def bench(tmp_path: Path, data: Path, test: Path, **test_data: Any) -> None:
+    bench_recipes(
+        [Recipe.parse("a=guide")],
+        data=str(data),
+        out=tmp_path / "out",
+        seeds=1,
+        common={},
+        test=str(test),
+        test_data=DataConfig(**test_data),
+        parallel=1,
+        tell=print,
+    )
+
+
+def test_a_test_set_of_two_layouts_has_to_be_told(tmp_path: Path, make_data: MakeData) -> None:
+    data, test = make_data(), tmp_path / "test"
+    write_voc(test)
+    write_data(test)
+    with pytest.raises(DataError, match=f"--test {test}: .*holds more than one") as caught:
+        bench(tmp_path, data, test)
+    assert "--test-layout folder" in caught.value.mend
+    with pytest.raises(DataError, match="has 3 classes, the masks of this layout have 21"):
+        bench(tmp_path, data, test, layout="voc")
+    with pytest.raises(DataError, match="no such file, which --test-list names"):
+        bench(tmp_path, data, test, layout="folder", val_list="list.txt")
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_a_test_set_of_other_classes_is_refused_before_anything_is_trained(
+    layout: str, tmp_path: Path, make_data: MakeData
+) -> None:
+    test = tmp_path / "test"
+    WRITERS[layout](test)
+    with pytest.raises(DataError, match=f"are not those of --data {tmp_path}/data") as caught:
+        bench(tmp_path, make_data(), test)
+    assert "dataset.yaml in it may name its classes" in caught.value.mend
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_test_set_without_masks_is_refused(tmp_path: Path, make_data: MakeData) -> None:
+    test = make_data(name="test", val=0)
+    with pytest.raises(DataError, match="holds no image with a mask") as caught:
+        bench(tmp_path, make_data(), test)
+    assert "--test-list" in caught.value.mend
+
+
+def test_a_run_that_is_still_trained_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the child of a command that was killed, which is about to save."""
+    monkeypatch.setattr(recipes, "POLL_S", 0)
+    lease = acquire(open_store(str(tmp_path)), on_lost=lambda: None)
+    recipe = Recipe.parse("a=guide")
+    one = recipes._Run(recipe, 0, recipe.config(0, {}), tmp_path)
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        lease.release()
+
+    recipes._await_predecessor(one, recipes._Children(), tell)
+    assert told == [f"a, seed 0: waiting for process {os.getpid()}, which trains it"]
+    recipes._await_predecessor(one, recipes._Children(), tell)
+    assert len(told) == 1

@@ -109,3 +109,10 @@ def test_two_values_of_one_name_are_refused() -> None:
 def test_one_value_written_in_two_ways_is_refused() -> None:
     with pytest.raises(ConfigError, match="the sweep has this run twice"):
         sweep_points(CONFIG, PLACE, sweeps=['loss.threshold_st=0.1,"0.1"'])
+
+
+def test_lists_may_be_swept_over_a_preset_that_has_a_ratio() -> None:
+    points = sweep_points(
+        load_config("paper-voc"), "s3://b/r", seeds=None, sweeps=["data.labeled_list=a.txt,b.txt"]
+    )
+    assert [point.config.data.labeled_ratio for point in points] == [1.0, 1.0]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +141,84 @@ def test_they_are_removed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
         KeepingDecoder(folder).image(photo(tmp_path / "a.png"))
         assert len(list(folder.iterdir())) == 1
     assert not folder.exists()
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from job.data.decoded import KeepingDecoder, kept_within
+folder = Path(sys.argv[1])
+with kept_within(folder):
+    KeepingDecoder(folder).image(Path(sys.argv[2]))
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def holding(folder: Path, image: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that trains on images in a folder, until its standard input ends."""
+    command = [sys.executable, "-c", HOLDER, str(folder), str(image)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        yield process
+
+
+def test_what_a_killed_process_has_left_goes_and_what_a_living_one_uses_stays(
+    tmp_path: Path,
+) -> None:
+    image, place = photo(tmp_path / "a.png"), tmp_path / "decoded"
+    with holding(place / "dead", image) as dead, holding(place / "alive", image) as alive:
+        for process in (dead, alive):
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"held\n"
+        dead.send_signal(signal.SIGKILL)
+        dead.wait()
+        assert list((place / "dead").iterdir())
+        with kept_within(place / "mine"):
+            assert sorted(path.name for path in place.iterdir()) == ["alive", "mine"]
+        with kept_within(place / "alive"):  # another run on the same data
+            pass
+        assert list((place / "alive").iterdir())
+        assert alive.stdin is not None
+        alive.stdin.close()
+        alive.wait()
+    assert list(place.iterdir()) == []
+
+
+def test_a_folder_that_is_removed_while_it_is_asked_for_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, lock = tmp_path / "kept", decoded.fcntl.flock
+    taken = []
+
+    def removed_first(descriptor: int, kind: int) -> None:
+        if not taken:
+            folder.rmdir()
+        taken.append(kind)
+        lock(descriptor, kind)
+
+    monkeypatch.setattr("fcntl.flock", removed_first)
+    with kept_within(folder):
+        assert folder.is_dir()
+        assert len(taken) >= 2
+    assert not folder.exists()
+
+
+def test_without_locks_nothing_of_others_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    (tmp_path / "other").mkdir()
+    with kept_within(tmp_path / "mine"):
+        KeepingDecoder(tmp_path / "mine").image(photo(tmp_path / "a.png"))
+    assert (tmp_path / "other").is_dir()
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_place_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "decoded").touch()
+    with kept_within(tmp_path / "decoded" / "x"):
+        pass

@@ -129,7 +129,11 @@ def test_every_problem_is_told_with_its_mend(make_data: MakeData) -> None:
     assert len(report.problems) == 8
     assert all("mend: " in finding.text for finding in report.problems)
     assert report.problems[0].places[0].item.id == "train_0000"
-    assert "cannot be trained on; 8 labeled" in report.headline
+    assert report.headline.startswith(
+        f"{report.uri}: cannot be trained on: 8 problems, the first: "
+    )
+    assert "train_0000.png: holds the label 77 (1920 pixels)" in report.headline
+    assert "mend" not in report.headline
 
 
 def test_more_problems_than_are_read_are_counted(

@@ -17,10 +17,11 @@ from job.data.classes import CITYSCAPES, CITYSCAPES_IDS, CONTEXT, VOC, voc_palet
 from job.data.dataset import IGNORE, UNKNOWN, Dataset, DatasetInfo
 from job.data.images import read_labels
 from job.data.layouts import detect
+from job.data.names import SCORING, TESTING, Names
 from job.data.scan import scan_dataset
 from job.data.splits import items_of, make_splits
 from job.errors import DataError
-from tests.conftest import MakeData, draw_scene
+from tests.conftest import MakeData, draw_scene, write_data
 from tests.layouts import (
     CITY_TRAIN_IDS,
     SIZE,
@@ -444,8 +445,78 @@ def test_two_data_sets_in_one_folder(tmp_path: Path) -> None:
         f"{tmp_path}: holds more than one data set: voc (VOCdevkit/VOC2012/), "
         "context (VOCdevkit/VOC2010/)"
     )
+    assert "say which: --set data.layout=voc" in caught.value.mend
     assert scan_dataset(tmp_path, DataConfig(layout="voc")).info == VOC
     assert scan_dataset(tmp_path, DataConfig(layout="context")).info == CONTEXT
+    write_voc(tmp_path / "VOC2012")
+    with pytest.raises(DataError) as caught:
+        scan_dataset(tmp_path, DataConfig(layout="voc"))
+    assert caught.value.mend == "give the folder of one of them"
+
+
+NUMBERS = {"list": "3\n1\n2\n0\n", "pickle": "\x80\x03"}
+
+
+def spoil(root: Path, how: str) -> DataConfig:
+    """Make data of which a scan complains; what it is asked for."""
+    if how == "two":
+        write_voc(root / "VOCdevkit" / "VOC2012")
+        write_context(root / "VOCdevkit" / "VOC2010")
+        return DataConfig()
+    if how == "cityscapes without val":
+        shutil.rmtree(write_cityscapes(root) / "leftImg8bit" / "val")
+        return DataConfig()
+    if how == "folder without masks in val":
+        shutil.rmtree(write_data(root) / "val" / "masks")
+        return DataConfig()
+    base = write_voc(root)
+    lists = base / "ImageSets" / "Segmentation"
+    if how in NUMBERS:
+        (base / "list.txt").write_text(NUMBERS[how], encoding="latin1")
+    elif how == "voc without masks in val":
+        for name in voc_ids(4, 2009):
+            (base / "SegmentationClass" / f"{name}.png").unlink()
+    elif how != "no list":
+        (lists / f"{how}.txt").unlink()
+    named = how in NUMBERS or how == "no list"
+    return DataConfig(val_list="list.txt" if named else None)
+
+
+@pytest.mark.parametrize("names", [SCORING, TESTING], ids=["evaluate", "bench-recipe"])
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("two", "{layout}voc"),
+        ("cityscapes without val", "{val_list}"),
+        ("folder without masks in val", "add val/images"),
+        ("voc without masks in val", "{val_list}"),
+        ("train", "{val_list}"),
+        ("val", "{val_list}"),
+        ("list", "an image a line"),
+        ("pickle", "an image a line"),
+        ("no list", "{val_list}"),
+        ("nothing", "check its path"),
+    ],
+)
+def test_advice_names_what_the_command_takes(
+    tmp_path: Path, names: Names, how: str, said: str
+) -> None:
+    data = DataConfig() if how == "nothing" else spoil(tmp_path / "data", how)
+    with pytest.raises(DataError) as caught:
+        scan_dataset(tmp_path / "data", data, needs_train=how == "train", names=names)
+    text = str(caught.value)
+    assert said.format(**vars(names)) in text
+    for foreign in ("--set", "data.layout", "_list", "data.permutation", "--val-split"):
+        assert foreign not in text
+
+
+def test_warnings_name_no_key_where_there_are_none(tmp_path: Path) -> None:
+    lists = write_voc(tmp_path) / "ImageSets" / "Segmentation"
+    shutil.copy(lists / "train.txt", lists / "train_aug.txt")
+    assert "data.labeled_list" in scan_dataset(tmp_path).warnings[0]
+    (warning,) = scan_dataset(tmp_path, names=SCORING).warnings
+    assert "train_aug.txt is left out" in warning
+    assert "data.labeled_list" not in warning
 
 
 def test_a_folder_beside_voc_is_ambiguous_too(make_data: MakeData) -> None:

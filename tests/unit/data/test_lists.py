@@ -329,6 +329,29 @@ def test_a_permutation_that_leaves_nothing_says_so(voc: Path) -> None:
     assert "--set data.labeled_ratio=0.1" in caught.value.mend
 
 
+def test_a_mask_before_its_image_is_named(voc: Path, make_data: MakeData) -> None:
+    line = "SegmentationClassAug/{0}.png JPEGImages/{0}.jpg"
+    write_lines(voc / "swapped.txt", [line.format(name) for name in TRAIN])
+    with pytest.raises(DataError, match="names 6 of 6 images") as caught:
+        scanned(voc, labeled_list="swapped.txt")
+    assert caught.value.mend.endswith("swap the two")
+    data = make_data(labeled=2)
+    write_lines(data / "swapped.txt", ["masks/train_0000.png images/train_0000.png"])
+    with pytest.raises(DataError) as caught:
+        scanned(data, labeled_list="swapped.txt")
+    assert caught.value.mend.endswith("swap the two")
+
+
+@pytest.mark.parametrize(
+    "line", ["JPEGImages\\{0}.jpg", "JPEGImages\\{0}.jpg SegmentationClassAug\\{0}.png", "x\\{0}"]
+)
+def test_paths_of_windows_are_named(voc: Path, line: str) -> None:
+    write_lines(voc / "paths.txt", [line.format(name) for name in TRAIN])
+    with pytest.raises(DataError, match="names 6 of 6 images") as caught:
+        scanned(voc, labeled_list="paths.txt")
+    assert caught.value.mend == "write paths with / between folders, not \\"
+
+
 @pytest.mark.parametrize("between", [",", ", "])
 def test_commas_are_named(voc: Path, between: str) -> None:
     pairs = [f"JPEGImages/{id_}.jpg{between}SegmentationClass/{id_}.png" for id_ in voc_ids(2)]
@@ -452,7 +475,7 @@ def test_a_ratio_beside_a_list_is_refused_before_anything_is_read() -> None:
         configured(labeled_list="l.txt", labeled_ratio=0.125)
     assert caught.value.message == (
         "test: data.labeled_ratio: is 0.125, but data.labeled_list says already which images are "
-        "labeled, all of them; leave the ratio at 1.0, or give the data.permutation that chooses "
+        "labeled, all of them; leave the ratio out, or give the data.permutation that chooses "
         "among the list"
     )
     configured(labeled_list="l.txt", labeled_ratio=0.125, permutation="p.pkl")

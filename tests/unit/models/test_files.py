@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_a_truncated_file_is_damaged(trained: Generator, tmp_path: Path, share: 
 def test_a_file_that_torch_did_not_write_is_damaged(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.pth"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="damaged"):
+    with pytest.raises(ConfigError, match=r"damaged \((it|the file) "):
         load_generator(path, CPU)
 
 
@@ -128,6 +129,25 @@ def test_an_onnx_file_is_for_others(tmp_path: Path) -> None:
     path.write_bytes(b"onnx")
     with pytest.raises(ConfigError, match="is for other programs"):
         load_generator(path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"card": None}, "what it says of itself is incomplete"),
+        ({"card": {"architecture": {"of": 3}}}, "what it says of itself is incomplete"),
+        ({"state_dict": {}}, "its tensors are not those of the network"),
+        ({"state_dict": 3}, "its tensors are not those of the network"),
+        ({"kind": "", "run": 5}, "not a generator"),
+    ],
+)
+def test_a_file_that_somebody_has_changed_is_told_of_in_words(
+    trained: Generator, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    content = torch.load(generator_file(trained, tmp_path / "m.pth"), weights_only=True) | change
+    kept = {name: value for name, value in content.items() if value != ""}
+    with pytest.raises(ConfigError, match=said):
+        load_generator(written(tmp_path / "m.pth", kept), CPU)
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:

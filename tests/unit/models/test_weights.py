@@ -278,13 +278,17 @@ def test_a_refused_file_changes_no_weight(tiny: Generator, tmp_path: Path) -> No
         pytest.param([1, 2], id="list"),
         pytest.param(torch.zeros(3), id="tensor"),
         pytest.param({"epoch": 3}, id="checkpoint without weights"),
+        pytest.param({"weights": {"a": torch.zeros(2)}}, id="one level too many"),
+        pytest.param({1: torch.zeros(2)}, id="tensors without names"),
+        pytest.param({"card": 3, "run": 5}, id="a card of something else"),
     ],
 )
 def test_a_file_of_something_else_is_refused(
     tiny: Generator, tmp_path: Path, content: object
 ) -> None:
-    with pytest.raises(ConfigError, match="not a state dict"):
+    with pytest.raises(ConfigError, match="not a state dict") as caught:
         load_weights(tiny, saved(content, tmp_path / "other.pth"))
+    assert "object" not in caught.value.message  # Python's own words
 
 
 def test_a_file_that_would_run_code_is_refused(tiny: Generator, tmp_path: Path) -> None:
@@ -307,7 +311,7 @@ def test_a_file_that_torch_did_not_write_is_refused(
 ) -> None:
     path = tmp_path / "other.pth"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="not a state dict"):
+    with pytest.raises(ConfigError, match=r"not a state dict \((it|the file) "):
         load_weights(tiny, str(path))
 
 
@@ -397,11 +401,13 @@ def test_a_download_that_is_not_the_file_is_a_configuration_error(
 
 
 def test_a_damaged_cached_file_is_a_configuration_error(torch_home: Path) -> None:
-    (torch_home / cached_name("resnet18")).write_bytes(b"<html>log in</html>")
     with torch.device("meta"):
         generator = Generator(Architecture("resnet18", 3))
-    with pytest.raises(ConfigError):
-        load_weights(generator, "imagenet")
+    for content in (b"<html>log in</html>", b"hello", b"", b"backbone: tiny\n"):
+        (torch_home / cached_name("resnet18")).write_bytes(content)
+        with pytest.raises(ConfigError) as caught:
+            load_weights(generator, "imagenet")
+        assert f"{cached_name('resnet18')} is damaged: remove it" in caught.value.message
 
 
 def test_without_a_network_imagenet_may_lie_in_the_run(
@@ -415,6 +421,7 @@ def test_without_a_network_imagenet_may_lie_in_the_run(
     run = LocalStore(tmp_path / "run")
     with pytest.raises(ConfigError) as caught:
         load_weights(generator, "imagenet", mirror=run)
+    assert caught.value.message.endswith("(no connection: no route to host)")
     place = f"{tmp_path}/run/weights/{cached_name('resnet18')}"
     assert place in caught.value.mend
     Path(place).parent.mkdir(parents=True)

@@ -148,3 +148,30 @@ def test_an_interrupt_counts_even_if_the_terminal_is_gone():
     output, _ = process.communicate()
     assert output == "SIGINT\n"
     assert process.returncode == 0
+
+
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdin=subprocess.PIPE)
+time.sleep(100)
+"""
+CHILD = """
+import time
+from job.preemption import StopRequest, stop_with_stdin
+with StopRequest().on_signals() as stop:
+    stop_with_stdin()
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+print("asked by", stop.reason, flush=True)
+"""
+
+
+def test_a_child_is_asked_to_stop_when_its_parent_is_killed():
+    parent = [sys.executable, "-c", PARENT, CHILD]
+    with subprocess.Popen(parent, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        # The end of the output is the child's end, too.
+        assert process.stdout.read() == "asked by SIGTERM\n"

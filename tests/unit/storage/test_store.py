@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import ConfigError, ObjectNotFound, PreconditionFailed, StorageError
-from job.storage import ABSENT, LocalStore, ObjectStore, open_store
+from job.storage import ABSENT, LocalStore, ObjectStore, is_same_place, open_store
 from job.storage.s3 import S3Store
 from tests.unit.stores import KINDS, open_kind
 
@@ -437,3 +437,18 @@ def test_a_store_below_another_has_its_objects(store: ObjectStore) -> None:
     assert below.uri == f"{store.uri}/deep/er"
     assert store.read("deep/er/a.txt") == b"1"
     assert [info.key for info in below.list("")] == ["a.txt"]
+
+
+def test_a_place_is_the_same_however_it_is_written(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert is_same_place(store, store)
+    assert not is_same_place(store, store.below("inner"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    here = open_store("data")
+    for uri in ("data/", "link", str(tmp_path / "data"), f"file://{tmp_path}/data", "./x/../data"):
+        assert is_same_place(here, open_store(uri))
+    assert not is_same_place(here, open_store("dat"))
+    assert not is_same_place(here, store)

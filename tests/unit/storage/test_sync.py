@@ -475,6 +475,21 @@ def test_an_archive_in_a_folder_is_unpacked_there(remote: Remote) -> None:
     assert bring(remote) == {"dataset.yaml": b"d", "train/images/a.png": b"a"}
 
 
+def test_archives_of_one_data_set_make_one_tree(remote: Remote) -> None:
+    """Those of Cityscapes each have a README and a licence."""
+    wanted = {}
+    for part, ending in (("leftImg8bit", "_leftImg8bit"), ("gtFine", "_gtFine_labelIds")):
+        inside = {f"{part}/train/aachen/a{ending}.png": part.encode()}
+        texts = {"README": f"of {part}".encode(), "license.txt": b"the same"}
+        remote.put(f"data/{part}_trainvaltest.zip", zip_of({**texts, **inside}))
+        wanted |= inside
+    remote.put("data/README", b"loose")
+    assert bring(remote) == {**wanted, "README": b"loose"}
+    remote.put("data/gtFine_more.zip", zip_of(inside))
+    with pytest.raises(DataError, match=r"gtFine_more\.zip: gtFine/train.* comes twice"):
+        bring(remote)
+
+
 def hostile_tar(**fields: Any) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
