@@ -224,7 +224,9 @@ def lists_needed(found: Found, has: Has, *, train: bool, val: bool) -> list[str]
         return []
     folder = found.base + _LIST_FOLDERS[found.layout]
     # With augmented masks the training images are in train_aug.txt, or those that have a mask.
-    by_masks = found.layout == VOC_LAYOUT and has(f"{found.base}{_AUGMENTED}/")
+    by_masks = found.layout == VOC_LAYOUT and (
+        has(f"{found.base}{_AUGMENTED}/") or has(f"{_AUGMENTED}/")
+    )
     wanted = [f"{folder}/train.txt"] if train and not by_masks else []
     return wanted + ([f"{folder}/val.txt"] if val else [])
 
@@ -337,12 +339,15 @@ def _pascal(
     info = _info(root, known)
     images = files_by_id(base / "JPEGImages", IMAGE_ENDINGS)
     masks = files_by_id(base / _MASK_FOLDERS[layout], MASK_ENDINGS)
-    augmented = files_by_id(base / _AUGMENTED, MASK_ENDINGS) if layout == VOC_LAYOUT else {}
+    # Its archive has no folders around it: unpacked beside VOCdevkit/ it lies in the root.
+    more_masks = base / _AUGMENTED if (base / _AUGMENTED).is_dir() else root / _AUGMENTED
+    augmented = files_by_id(more_masks, MASK_ENDINGS) if layout == VOC_LAYOUT else {}
     # Of an image that has both, the augmented one is what training with 10,582 images uses.
     train_masks = {**masks, **augmented}
     places = (root, base, base / "JPEGImages")
-    more_masks = base / _AUGMENTED if augmented else None
-    train_catalogue = Catalogue(_items(images, train_masks), places, more_masks=more_masks)
+    train_catalogue = Catalogue(
+        _items(images, train_masks), places, more_masks=more_masks if augmented else None
+    )
     val_catalogue = Catalogue(_items(images, {**augmented, **masks}), places)
     folder = base / _LIST_FOLDERS[layout]
     warnings: list[str] = []
@@ -381,7 +386,7 @@ def _pascal(
         if not needs_val and (folder / "val.txt").is_file():
             held_out = {item.id for item in own_list("val.txt", val_catalogue)}
         chosen = sorted(augmented.keys() - held_out)
-        _refuse_orphans(chosen, train_catalogue, base / _AUGMENTED)
+        _refuse_orphans(chosen, train_catalogue, more_masks)
         train = tuple(train_catalogue.items[id_] for id_ in chosen)
         is_ordered = False
     else:

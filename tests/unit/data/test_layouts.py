@@ -153,6 +153,15 @@ def test_augmented_masks_are_for_training_only(tmp_path: Path, train_aug: bool) 
     assert {item.mask.parent for item in dataset.val if item.mask} == {base / "SegmentationClass"}
 
 
+def test_augmented_masks_beside_the_devkit_are_found(tmp_path: Path) -> None:
+    base = write_voc(tmp_path / "VOCdevkit" / "VOC2012", augmented=5)
+    within = scan_dataset(tmp_path)
+    (base / "SegmentationClassAug").rename(tmp_path / "SegmentationClassAug")
+    beside = scan_dataset(tmp_path)
+    assert [item.id for item in beside.train] == [item.id for item in within.train]
+    assert all(item.mask.parent.name == "SegmentationClassAug" for item in beside.train)
+
+
 def test_where_only_augmented_masks_are_validation_reads_them(tmp_path: Path) -> None:
     base = write_voc(tmp_path, augmented=5)
     shutil.rmtree(base / "SegmentationClass")
