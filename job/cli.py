@@ -664,7 +664,10 @@ def status(
 @app.command()
 def diagnose(
     run: Annotated[
-        str, typer.Argument(help="Run, its metrics.jsonl, or what training has printed; or s3://.")
+        str,
+        typer.Argument(
+            help="Run, its metrics.jsonl, or what training has printed; or s3://; - reads a pipe."
+        ),
     ],
     config: Annotated[
         str | None,

@@ -13,11 +13,10 @@ import typer
 from job import cli, run
 from job.config import Config, load_config
 from job.errors import ConfigError, StorageError
-from job.events import EvalEvent, TrainEvent
-from job.monitor.console import evaluation_head, evaluation_lines, train_line
-from job.monitor.diagnose import _append, diagnose
+from job.monitor.console_log import _append
+from job.monitor.diagnose import diagnose
 from job.monitor.divergence import Remedies
-from tests.series import lines
+from tests.series import console, lines
 
 GUESSING: Any = {"loss_d": lambda at: 0.693}
 
@@ -26,28 +25,6 @@ def ledger(path: Path, events: Iterable[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
     return path
-
-
-def console(events: Iterable[Any], iterations: int, prefix: str = "") -> str:
-    """What training prints, by the printing code itself."""
-    printed = ["data: 80 labeled, 560 unlabeled", "device: cpu (no GPU found)"]
-    for event in events:
-        if event["event"] == "train":
-            facts = {key: event[key] for key in event.keys() - {"event", "attempt", "time"}}
-            printed.append(train_line(TrainEvent(loss_g=0.0, **facts), iterations))
-        else:
-            scores = EvalEvent(
-                event["iteration"],
-                event["train_miou"],
-                event["val_miou"],
-                (),
-                pixel_accuracy=0.9,
-                best_miou=event["val_miou"],
-                previous_best=None,
-            )
-            printed += [evaluation_head(event["iteration"]), evaluation_lines(scores)]
-    text = "\n".join(printed)
-    return "\n".join(prefix + line for line in text.split("\n")) + "\n"
 
 
 def test_a_healthy_run(tmp_path: Path) -> None:

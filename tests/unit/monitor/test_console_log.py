@@ -1,0 +1,131 @@
+"""A console log as users have it: piped, coloured, prefixed, wrapped by Docker or by CloudWatch."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from job.config import load_config
+from job.errors import ConfigError
+from job.monitor.console_log import DOCKER_PART, events_of_console, printed_text
+from job.monitor.diagnose import diagnose
+from tests.series import console, lines
+
+DEMO = load_config("demo")
+LOG = console(lines(DEMO, loss_d=lambda at: 0.693), 1_200)
+LINES = LOG.split("\n")[:-1]
+PLAIN = list(events_of_console(LOG))
+
+
+def docker(text: str, end: str = "\n") -> str:
+    """As the json-file driver keeps it."""
+    rest = {"stream": "stdout", "time": "2026-11-27T01:02:03.4Z"}
+    return "".join(json.dumps({"log": line + end} | rest) + "\n" for line in text.splitlines())
+
+
+def cloudwatch(first: int, last: int) -> list[dict[str, object]]:
+    """Some of the lines as events; several have the same time."""
+    return [
+        {"logStreamName": "s/1", "timestamp": at // 3, "message": LINES[at], "ingestionTime": 1}
+        for at in range(first, last)
+    ]
+
+
+def answer(events: object) -> str:
+    return json.dumps({"events": events, "searchedLogStreams": []}, indent=4) + "\n"
+
+
+HALF = len(LINES) // 2
+WRAPPED: dict[str, str] = {
+    "docker": docker(LOG),
+    "docker, of a terminal": docker(LOG, "\r\n"),
+    "a driver that leaves the end out": docker(LOG, ""),
+    "docker, rotated": docker(LOG)[20:],
+    "colours": "".join(
+        line.replace("Loss_CE", "\x1b[1;32mLoss_CE\x1b[0m").replace("mIoU: ", "mIoU: \x1b[36m")
+        + "\x1b[0m\x1b[K\n"
+        for line in LINES
+    ),
+    "docker, colours": docker("".join(f"\x1b[1m{line}\x1b[0m\n" for line in LINES)),
+    "a progress bar": "".join(f"\r 5/1200 \u2501\u2501 0:01\r\x1b[2K{line}\r\n" for line in LINES),
+    "docker compose": "".join(f"train-1  | {line}\n" for line in LINES),
+    "kubectl --prefix": "".join(f"[pod/train-0/s4gan] {line}\n" for line in LINES),
+    "aws logs tail": "".join(
+        f"2026-11-27T01:02:03.123000+00:00 s4gan/default/0a1b {line}\n" for line in LINES
+    ),
+    "filter-log-events": answer(cloudwatch(0, len(LINES))),
+    "its pages, newest first": answer(cloudwatch(HALF // 3 * 3, len(LINES)))
+    + answer(cloudwatch(0, HALF // 3 * 3)),
+    "--query events": json.dumps(cloudwatch(0, len(LINES))),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_what_has_carried_a_log_changes_nothing(kind: str) -> None:
+    printed = printed_text(WRAPPED[kind])
+    assert printed is not None
+    assert list(events_of_console(printed)) == PLAIN
+
+
+def test_a_long_line_that_docker_has_cut_is_put_together() -> None:
+    long = "x" * (DOCKER_PART - 10)
+    parts = (long + LINES[2][:10], LINES[2][10:] + "\n")
+    text = "".join(json.dumps({"log": part, "stream": "stdout"}) + "\n" for part in parts)
+    printed = printed_text(text)
+    assert printed is not None
+    assert list(events_of_console(printed)) == PLAIN[:1]
+
+
+@pytest.mark.parametrize("text", ['{"event": "x"}\n', "{broken\n", '{"log": 3}\n', "{}"])
+def test_other_objects_are_left_to_the_ledger(text: str) -> None:
+    assert printed_text(text) is None
+
+
+@pytest.mark.parametrize("text", ['{"events": []}', "[]", "[2026-11-27 01:02:03] hello\n", "[1]"])
+def test_a_log_without_losses_is_said_to_be_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / "log").write_text(text)
+    with pytest.raises(ConfigError, match="has no lines of losses"):
+        diagnose(str(tmp_path / "log"))
+
+
+# ---------------------------------------------------------------- pipes
+
+LEDGER = "".join(json.dumps(line) + "\n" for line in lines(DEMO, loss_d=lambda at: 0.693))
+
+
+def through_a_fifo(tmp_path: Path, content: bytes, use: Callable[[str], None]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    use(str(tmp_path / "pipe"))
+    writer.join()
+
+
+@pytest.mark.parametrize("content", [LOG, LEDGER], ids=["log", "ledger"])
+def test_a_pipe_is_read(tmp_path: Path, content: str) -> None:
+    """As of `s4gan diagnose <(zcat log.gz)`."""
+
+    def use(path: str) -> None:
+        assert [one.rule for one in diagnose(path, DEMO).findings] == ["d_stuck"]
+
+    through_a_fifo(tmp_path, content.encode(), use)
+
+
+@pytest.mark.parametrize("content", [LOG, LEDGER], ids=["log", "ledger"])
+def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    found = diagnose("-", DEMO)
+    assert [one.rule for one in found.findings] == ["d_stuck"]
+
+
+def test_nothing_on_standard_input_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    with pytest.raises(ConfigError, match="standard input: has no lines of losses"):
+        diagnose("-")
