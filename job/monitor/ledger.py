@@ -19,9 +19,9 @@ from typing import Any
 
 from job import run
 from job.checkpoint.lease import Lease
-from job.errors import STORAGE_FAILURES, Fenced, RunDeleted, StorageError
+from job.errors import STORAGE_FAILURES, ConfigError, Fenced, RunDeleted, StorageError
 from job.events import EvalEvent, Notice, TrainEvent
-from job.storage import ObjectStore
+from job.storage import ObjectStore, open_store
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,23 @@ _IF_THERE: Mapping[str, _Kind] = {
 }
 """What lines may have, of whatever kind."""
 _CHANGED = "the file was changed from outside: remove that line"
+
+
+def open_run(named: str) -> ObjectStore:
+    """The store of a run, which may be named by its ledger, too.
+
+    Raises:
+        ConfigError: it is another file.
+    """
+    place = f"./{named}" if named == run.LEDGER else named
+    if place.endswith(f"/{run.LEDGER}"):
+        return open_store(place.removesuffix(run.LEDGER))
+    if os.path.isfile(place):
+        raise ConfigError(
+            f"{named}: is a file, and no run",
+            mend="give the run's folder or s3:// prefix; of a file alone: s4gan diagnose FILE",
+        )
+    return open_store(named)
 
 
 def read_ledger(path: Path, shown: str = "") -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from job import run
 from job.config import Config, config_from_yaml
 from job.errors import ConfigError, ExitCode, ObjectNotFound, StorageError, reason
 from job.monitor import wandb_run
-from job.monitor.ledger import parse_ledger
+from job.monitor.ledger import open_run, parse_ledger
 from job.monitor.rules import Setting
 from job.monitor.wandb_rows import (
     NOTHING,
@@ -34,7 +34,7 @@ from job.monitor.wandb_rows import (
 )
 from job.monitor.wandb_run import ModelFile, RunFacts
 from job.run import RunIdentity
-from job.storage import ObjectStore, open_store
+from job.storage import ObjectStore
 
 FINISH_TIMEOUT_S = 600
 """For all that is sent."""
@@ -106,7 +106,7 @@ def replay(
     """Make a W&B run of a run's ledger; one that is there already is never added to.
 
     Args:
-        run_uri: folder or s3:// prefix of the run.
+        run_uri: folder or s3:// prefix of the run, or its ledger.
         entity: whose the W&B run is to be; None: as configured.
         project: likewise.
         run_id: of the W&B run; None: the run's own.
@@ -306,7 +306,7 @@ def _read(run_uri: str) -> _Past:
         ConfigError: it is none, or nothing was trained yet.
         StorageError: they cannot be read.
     """
-    store = open_store(run_uri)
+    store = open_run(run_uri)
     mend = "give the folder or s3:// prefix of a run"
     content = {}
     for key in (run.LEDGER, run.CONFIG, run.IDENTITY):

@@ -23,7 +23,7 @@ from job.drill.proxy import LoseReply, Status
 from job.errors import ConfigError, ExitCode, Fenced, StorageError
 from job.events import EvalEvent, Notice, TrainEvent
 from job.monitor import ledger as ledger_module
-from job.monitor.ledger import Ledger, LedgerMirror, read_ledger
+from job.monitor.ledger import Ledger, LedgerMirror, open_run, read_ledger
 from job.storage import LocalStore, ObjectStore
 from job.storage.s3 import S3Store
 from tests.services import wait_until
@@ -615,3 +615,30 @@ def test_that_a_finding_is_over_is_forgotten_with_the_iterations_that_showed_it(
     ledger.close()
     assert [event["ended"] for event in dropped] == [196]
     assert [event["ended"] for event in read_ledger(tmp_path / "metrics.jsonl")] == [None]
+
+
+# ---------------------------------------------------------------- a run by its ledger
+
+
+@pytest.mark.parametrize("named", ["cats", "cats/", "cats/metrics.jsonl", "metrics.jsonl"])
+def test_a_run_may_be_named_by_its_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path, tmp_path / "cats"):
+        place.mkdir(exist_ok=True)
+        (place / "metrics.jsonl").write_bytes(b"")
+    store = open_run(named)
+    assert store.local_path("x") == tmp_path / ("cats" if "cats" in named else "") / "x"
+
+
+def test_so_may_one_in_s3(s3_env: None, bucket: str) -> None:
+    named = f"s3://{bucket}/runs/cats"
+    assert open_run(f"{named}/metrics.jsonl").uri == open_run(named).uri == named
+
+
+def test_another_file_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("")
+    with pytest.raises(ConfigError, match="log: is a file, and no run") as caught:
+        open_run(str(tmp_path / "log"))
+    assert "s4gan diagnose FILE" in caught.value.mend

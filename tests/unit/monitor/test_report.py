@@ -488,6 +488,9 @@ def test_the_command_writes_it_where_it_should(
     assert (tmp_path / "report.html").is_file()
     cli.report("run", out="deep/er/page.html")
     assert (tmp_path / "deep/er/page.html").is_file()
+    (tmp_path / "run" / "report.html").unlink()
+    cli.report("run/metrics.jsonl")
+    assert (tmp_path / "run" / "report.html").is_file()
     cli.report("run", out=f"{place}/page.html")
     assert open_store(place).stat("page.html") is not None
     with pytest.raises(ConfigError, match="--out s3://bucket: names no file"):

@@ -247,6 +247,11 @@ def test_what_w_and_b_may_have_already_gets_an_id_of_its_own_offline(
     assert sync(offline=tmp_path, run_id="mine").run_id == "mine"
 
 
+def test_a_run_may_be_named_by_its_ledger(run: Path, tmp_path: Path, said: list[str]) -> None:
+    options: Any = {"entity": None, "project": None, "run_id": None, "offline": tmp_path / "files"}
+    assert replay(f"{run}/metrics.jsonl", **options, say=said.append).run_id == ID
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
