@@ -19,11 +19,15 @@ from hypothesis import strategies as st
 
 from job import run
 from job.checkpoint.lease import Lease, acquire
+from job.config import Config
 from job.drill.proxy import LoseReply, Status
 from job.errors import ConfigError, ExitCode, Fenced, StorageError
 from job.events import EvalEvent, Notice, TrainEvent
 from job.monitor import ledger as ledger_module
-from job.monitor.ledger import Ledger, LedgerMirror, open_run, read_ledger
+from job.monitor.attempts import crash_loop
+from job.monitor.health import Watch
+from job.monitor.ledger import Ledger, LedgerMirror, open_run, parse_ledger, read_ledger
+from job.monitor.rules import Setting
 from job.storage import LocalStore, ObjectStore
 from job.storage.s3 import S3Store
 from tests.services import wait_until
@@ -615,6 +619,57 @@ def test_that_a_finding_is_over_is_forgotten_with_the_iterations_that_showed_it(
     ledger.close()
     assert [event["ended"] for event in dropped] == [196]
     assert [event["ended"] for event in read_ledger(tmp_path / "metrics.jsonl")] == [None]
+
+
+# ---------------------------------------------------------------- damaged numbers
+
+HUGE = "1" + 400 * "0"
+"""No float holds it, and JSON does."""
+LINES: dict[str, dict[str, Any]] = {
+    "attempt_started": {"gpus": 1, "nodes": 1},
+    "training_started": {"resumed_at": 0},
+    "origin": {"data_uri": "d", "classes": ["a"], "provenance": {}},
+    "configuration_changed": {"changes": []},
+    "train": {"iteration": 100, "st_count": 3, "images_per_s": 10.0}
+    | dict.fromkeys(("loss_ce", "loss_fm", "loss_st", "loss_d", "lr_g", "lr_d"), 0.5),
+    "eval": {"iteration": 100, "train_miou": 0.5, "val_miou": 0.5, "class_iou": [0.5, None]},
+    "health": {"iteration": 100, "rule": "d_stuck", "ended": 100},
+    "checkpoint": {"saved_at": 100},
+    "attempt_ended": {"exit_code": 75, "reason": "SIGTERM", "reached": 100},
+}
+FIELDS = [(kind, name) for kind, fields in LINES.items() for name in ("attempt", "time", *fields)]
+
+
+def ledger_with(kind: str, name: str, written: str) -> bytes:
+    head = {"attempt": 1, "time": 1.0}
+    lines = [
+        {"event": each, **head, **fields} | ({name: "@"} if each == kind else {})
+        for each, fields in LINES.items()
+    ]
+    return "".join(json.dumps(line).replace('"@"', written) + "\n" for line in lines).encode()
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS)
+@pytest.mark.parametrize("written", ["1e400", HUGE, f"-{HUGE}", "NaN", f"[{HUGE}]", "[0.5, true]"])
+def test_a_damaged_number_is_named_or_judged_and_no_traceback(
+    kind: str, name: str, written: str
+) -> None:
+    events, said = read_or_told(ledger_with(kind, name, written))
+    if said:
+        assert said.startswith(f"L: line {1 + list(LINES).index(kind)}: {name} is ")
+        assert len(said) < 120
+    watch = Watch(Setting(Config(), 2))
+    for event in events:
+        watch.observe(event)
+    json.dumps([one.to_dict() for one in watch.findings], allow_nan=False)
+    assert crash_loop(events) is None
+
+
+def read_or_told(content: bytes) -> tuple[list[dict[str, Any]], str]:
+    try:
+        return parse_ledger(content, "L"), ""
+    except StorageError as error:
+        return [], error.message
 
 
 # ---------------------------------------------------------------- a run by its ledger
