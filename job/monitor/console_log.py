@@ -5,11 +5,13 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
+import math
 import re
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from job.errors import ExitCode
+from job.errors import ConfigError, ExitCode
 from job.monitor.divergence import BATCH_HALVED, ROLLED_BACK
 from job.monitor.health import OUT_OF_MEMORY
 
@@ -23,7 +25,8 @@ _LOSSES = re.compile(
 _EVALUATING = re.compile(r"Evaluating at iteration (\d+)")
 _ROLLED_BACK = re.compile(r"Rolled back \(\d+ of \d+\) to iteration \d+")
 _HALVED = re.compile(r"going on with batches of \d+")
-_SCORE = re.compile(rf"(Training|Validation) mIoU: {_NUMBER}")
+_SCORE = re.compile(rf"(Training|Validation) mIoU: {_NUMBER}( ?%)?")
+_SCORES = ("train_miou", "val_miou")
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
 """Of a terminal: colours, cursor, title. Source: ECMA-48, 5.3 to 5.6."""
 
@@ -81,8 +84,9 @@ def events_of_console(text: str) -> Iterator[dict[str, Any]]:
         elif (found := _SCORE.search(line)) and evaluating:
             value = _float(found[2])
             if value is not None:
-                evaluating["train_miou" if found[1] == "Training" else "val_miou"] = value
-            if {"train_miou", "val_miou"} <= evaluating.keys():
+                name = _SCORES[found[1] == "Validation"]
+                evaluating[name] = value / 100 if found[3] else value
+            if evaluating.keys() >= set(_SCORES):
                 _append(events, evaluating)
                 evaluating = {}
         elif (why := OUT_OF_MEMORY) in line or (why := "training diverged") in line:
@@ -101,6 +105,33 @@ def events_of_console(text: str) -> Iterator[dict[str, Any]]:
         elif _ROLLED_BACK.search(line):
             events.append({"event": ROLLED_BACK})
     yield from events
+
+
+def scores_as_shares(events: Sequence[dict[str, Any]], shown: str) -> bool:
+    """Make shares of 1 of scores that are percent; whether they were.
+
+    Args:
+        events: of a console log, whose scores are changed in place.
+        shown: what to call the log in an error.
+
+    Raises:
+        ConfigError: they are neither the one nor the other.
+    """
+    evaluations = [event for event in events if event["event"] == "eval"]
+    scores = [event[name] for event in evaluations for name in _SCORES]
+    scores = [score for score in scores if math.isfinite(score)]
+    odd = next((score for score in scores if not 0 <= score <= 1), None)
+    if odd is None:
+        return False
+    # One score above 1 among many below is a fault, and no reason to divide them all.
+    if min(scores) < 0 or max(scores) > 100 or statistics.median(scores) <= 1:
+        raise ConfigError(
+            f"{shown}: an mIoU of {odd:g} is no share of 1, and the scores are not percent either",
+            mend="give a log whose scores are all from 0 to 1, or all percent",
+        )
+    for event in evaluations:
+        event.update({name: event[name] / 100 for name in _SCORES})
+    return True
 
 
 # ---------------------------------------------------------------- what it is wrapped in

@@ -12,7 +12,12 @@ from typing import Any
 from job import run
 from job.config import Config, config_from_yaml
 from job.errors import ConfigError, ObjectNotFound, StorageError
-from job.monitor.console_log import decoded, events_of_console, printed_text
+from job.monitor.console_log import (
+    decoded,
+    events_of_console,
+    printed_text,
+    scores_as_shares,
+)
 from job.monitor.divergence import MAX_ROLLBACKS, Remedies
 from job.monitor.guide import Fit
 from job.monitor.health import Finding, Standing, Watch, failure_of, is_healthy
@@ -48,6 +53,8 @@ class Diagnosis:
     """Why its last attempt ended with an error; empty if it did not."""
     assumed: bool = False
     """The run's configuration is not known: it is judged as one of the preset guide."""
+    in_percent: bool = False
+    """So the log has its scores; here they are shares of 1, as everywhere."""
 
     @property
     def is_healthy(self) -> bool:
@@ -73,6 +80,7 @@ class Diagnosis:
             "rolled_back": self.remedies.rollbacks,
             "batch_halved": self.remedies.halvings,
             "assumed_preset": "guide" if self.assumed else None,
+            "scores_in_percent": self.in_percent,
         }
 
     def text(self) -> str:
@@ -80,6 +88,8 @@ class Diagnosis:
         lines = [self.source, f"iteration {self.iteration} of {self.iterations}"]
         if self.assumed:
             lines.append("judged as a run of the preset guide; say another one with --config")
+        if self.in_percent:
+            lines.append("the scores are percent, and judged as shares of 1")
         if self.standing is not None:
             lines.append(self.standing.line())
         if self.fit is not None:
@@ -122,12 +132,14 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
     given = _read(source)
     text = decoded(given.content)
     printed = printed_text(text)
+    in_percent = False
     if printed is None:
         events = parse_ledger(text.encode(), given.shown)
     else:
         events = list(events_of_console(printed))
         if not events:
             raise ConfigError(f"{given.shown}: has no lines of losses", mend=_GIVE)
+        in_percent = scores_as_shares(events, given.shown)
     known = config or _config_of(given.store)
     chosen = _as_long_as_said(known or Config(), events)
     classes = next((len(e["class_iou"]) for e in events if e.get("class_iou")), None)
@@ -148,6 +160,7 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
         remedies=remedies,
         failed=failure_of(events),
         assumed=known is None,
+        in_percent=in_percent,
     )
 
 

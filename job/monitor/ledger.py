@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -45,6 +46,10 @@ def _is_count(value: Any) -> bool:
     return _is_whole(value) and value >= 0
 
 
+def _is_score(value: Any) -> bool:
+    return _is_number(value) and (0 <= value <= 1 or not math.isfinite(value))
+
+
 def _is_positive(value: Any) -> bool:
     return _is_count(value) and value > 0
 
@@ -75,6 +80,7 @@ def _is_names(value: Any) -> bool:
 
 _Kind = tuple[Callable[[Any], bool], str]
 _NUMBER: _Kind = (_is_number, "a number")
+_SCORE: _Kind = (_is_score, "from 0 to 1 (divide percent by 100)")
 _WHOLE: _Kind = (_is_whole, "a whole number")
 _COUNT: _Kind = (_is_count, "a number from 0 on")
 _POSITIVE: _Kind = (_is_positive, "a number from 1 on")
@@ -88,7 +94,7 @@ _NAMES: _Kind = (_is_names, "a list of names")
 
 _ALWAYS: Mapping[str, Mapping[str, _Kind]] = {
     "train": {"iteration": _COUNT, "images_per_s": _NUMBER},
-    "eval": {"iteration": _COUNT, "train_miou": _NUMBER, "val_miou": _NUMBER},
+    "eval": {"iteration": _COUNT, "train_miou": _SCORE, "val_miou": _SCORE},
     "training_started": {"resumed_at": _COUNT},
     "origin": {"data_uri": _TEXT, "classes": _NAMES, "provenance": _MAPPING},
     "machine": {"instance_type": _TEXT},

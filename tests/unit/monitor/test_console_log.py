@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 from job.config import load_config
-from job.errors import ConfigError
+from job.errors import ConfigError, StorageError
 from job.monitor.console_log import DOCKER_PART, events_of_console, printed_text
-from job.monitor.diagnose import diagnose
+from job.monitor.diagnose import Diagnosis, diagnose
 from tests.series import console, lines
 
 DEMO = load_config("demo")
 LOG = console(lines(DEMO, loss_d=lambda at: 0.693), 1_200)
 LINES = LOG.split("\n")[:-1]
+LEDGER = "".join(json.dumps(line) + "\n" for line in lines(DEMO, loss_d=lambda at: 0.693))
 PLAIN = list(events_of_console(LOG))
 
 
@@ -95,9 +96,56 @@ def test_a_log_without_losses_is_said_to_be_one(tmp_path: Path, text: str) -> No
         diagnose(str(tmp_path / "log"))
 
 
-# ---------------------------------------------------------------- pipes
+# ---------------------------------------------------------------- percent
 
-LEDGER = "".join(json.dumps(line) + "\n" for line in lines(DEMO, loss_d=lambda at: 0.693))
+
+def scored(*scores: float | str) -> str:
+    """A log with evaluations; training has as much as validation."""
+    return "".join(
+        f"Evaluating at iteration {at}...\nTraining mIoU: {score}\nValidation mIoU: {score}\n"
+        for at, score in enumerate(scores, start=100)
+    )
+
+
+def judged(tmp_path: Path, text: str) -> Diagnosis:
+    (tmp_path / "log").write_text(LINES[2] + "\n" + text)
+    return diagnose(str(tmp_path / "log"))
+
+
+def test_scores_in_percent_are_shares_of_one_and_it_is_said(tmp_path: Path) -> None:
+    found = judged(tmp_path, scored(0.9, 12.5, 38.1, 43.2))
+    assert (found.val_miou, found.fit) == (pytest.approx(0.432), "excellent")
+    assert "the scores are percent" in found.text()
+    assert found.to_dict()["scores_in_percent"]
+
+
+def test_a_per_cent_sign_says_it_itself(tmp_path: Path) -> None:
+    found = judged(tmp_path, scored("0.80%", "0.90 %"))
+    assert found.val_miou == pytest.approx(0.009)
+    assert not found.in_percent
+
+
+def test_shares_are_left_as_they_are(tmp_path: Path) -> None:
+    found = judged(tmp_path, scored(0.1, 1.0))
+    assert found.val_miou == 1.0
+    assert not found.in_percent
+
+
+@pytest.mark.parametrize(
+    "scores", [(0.3, 0.4, 0.5, 43.2), (43.2, 143.2), (-0.1, 0.2)], ids=["one", "above", "below"]
+)
+def test_scores_that_are_neither_are_refused(tmp_path: Path, scores: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="is no share of 1, and the scores are not percent"):
+        judged(tmp_path, scored(*scores))
+
+
+def test_a_ledger_with_percent_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(LEDGER.replace('"val_miou": 0.', '"val_miou": 43.'))
+    with pytest.raises(StorageError, match=r"val_miou is 43\.\d+, not from 0 to 1 \(divide perc"):
+        diagnose(str(tmp_path))
+
+
+# ---------------------------------------------------------------- pipes
 
 
 def through_a_fifo(tmp_path: Path, content: bytes, use: Callable[[str], None]) -> None:

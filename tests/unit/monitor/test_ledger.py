@@ -282,7 +282,7 @@ def test_what_a_rollback_keeps_is_kept_to_the_letter(
         loss = {"loss_ce": 0.1 * i, "images_per_s": 1.0}
         lines.append(json.dumps({"event": "train", **at, **loss}))
         if i % 3 == 0:
-            scores = {"train_miou": 0.5, "val_miou": 0.1 * i, "class_iou": [None, 0.5]}
+            scores = {"train_miou": 0.5, "val_miou": 0.01 * i, "class_iou": [None, 0.5]}
             lines.append(json.dumps({"event": "eval", **at, **scores}))
     path.write_text("".join(f"{line}\n" for line in lines))
     opened(path, attempt=2, iteration=iteration, evaluated=evaluated).close()
