@@ -40,7 +40,7 @@ class Diagnosis:
     iterations: int
     """Of the whole run."""
     standing: Standing | None
-    """None before the first line."""
+    """None before the first line, and beyond the last."""
     fit: Fit | None
     """None before the first evaluation."""
     train_miou: float | None
@@ -57,6 +57,11 @@ class Diagnosis:
     """So the log has its scores; here they are shares of 1, as everywhere."""
 
     @property
+    def is_beyond_end(self) -> bool:
+        """Whether it is longer than it is said to be, so that its length is not known."""
+        return self.iteration > self.iterations
+
+    @property
     def is_healthy(self) -> bool:
         """Whether there is nothing that should be done now."""
         return is_healthy(self.findings, self.fit, self.failed)
@@ -69,6 +74,7 @@ class Diagnosis:
             "healthy": self.is_healthy,
             "iteration": self.iteration,
             "iterations": self.iterations,
+            "beyond_end": self.is_beyond_end,
             "phase": standing.phase.name if standing else None,
             "on_track": standing.on_track if standing else None,
             "off_track": list(standing.off) if standing else [],
@@ -88,6 +94,11 @@ class Diagnosis:
         lines = [self.source, f"iteration {self.iteration} of {self.iterations}"]
         if self.assumed:
             lines.append("judged as a run of the preset guide; say another one with --config")
+        if self.is_beyond_end:
+            lines.append(
+                "that is beyond its end: no phase can be told, and what depends on its length may "
+                "be judged wrongly; if it is a ledger, say with --config what it was trained with"
+            )
         if self.in_percent:
             lines.append("the scores are percent, and judged as shares of 1")
         if self.standing is not None:

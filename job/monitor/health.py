@@ -204,10 +204,13 @@ class Watch:
         return []
 
     def standing(self) -> Standing | None:
-        """Where the run is on the timeline; None before there is anything to tell it by."""
-        if not self._iteration:
-            return None
+        """Where the run is on the timeline; None before there is anything to tell it by.
+
+        Nor is there beyond the end: the run is longer than its configuration has it.
+        """
         scale = self.setting.scale
+        if not 0 < self._iteration <= scale.iterations:
+            return None
         phase = phase_at(self._iteration, scale)
         number = 1 + [one.name for one in PHASES].index(phase.name)
         off = ["a loss is NaN or infinite"] if "non_finite" in self._open else []

@@ -150,6 +150,8 @@ def _verdict(report: Report, watch: Watch) -> list[str]:
         said += f": {_text(report.stopped)}." if report.stopped else "."
     else:
         said = f"At iteration {reached} of {of}."
+        if reached > of:
+            said += " That is beyond its end: config.yaml is not what it was trained with."
     if best is None:
         said += " No evaluation yet."
     else:

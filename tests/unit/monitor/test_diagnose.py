@@ -275,3 +275,15 @@ def test_a_jump_of_the_loss_is_not_told_as_a_nan(tmp_path: Path) -> None:
     }
     ledger(tmp_path / run.LEDGER, [*(x for x in lines() if x["iteration"] <= 5_000), ended])
     assert "non_finite" not in {one.rule for one in diagnose(str(tmp_path)).findings}
+
+
+def test_beyond_the_end_of_the_run_no_phase_is_made_up(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(console(lines(until=400), 50_000).replace("Iter 400/", "Iter 60000/"))
+    ledger(tmp_path / "l.jsonl", lines(until=2_000))
+    short = load_config("demo")
+    for found in (diagnose(str(log)), diagnose(str(tmp_path / "l.jsonl"), short)):
+        assert found.standing is None
+        assert found.to_dict()["beyond_end"]
+        assert "that is beyond its end: no phase can be told" in found.text()
+    assert not diagnose(str(tmp_path / "l.jsonl")).is_beyond_end

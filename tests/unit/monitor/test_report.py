@@ -451,6 +451,13 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert found.facts == {"data": "data/b", "labeled images": 12, "torch": "2"}
 
 
+def test_a_run_that_is_longer_than_its_configuration_says_so() -> None:
+    page = Page(report_html(report(events=[train_line(60_000)], finished=False)))
+    assert page.says("At iteration 60000 of")
+    assert page.says("That is beyond its end")
+    assert not page.says("Phase")
+
+
 def test_a_damaged_evaluation_only_makes_the_page_shorter(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     for text in (
