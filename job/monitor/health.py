@@ -126,6 +126,25 @@ def failure_of(events: Iterable[Mapping[str, Any]]) -> str:
     return why
 
 
+def why_nothing(events: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
+    """Why a run has no line of losses, and the mend.
+
+    Args:
+        events: its ledger.
+    """
+    events = list(events)
+    failed = failure_of(events)
+    if failed:
+        said = f"nothing was trained: the last attempt ended with an error: {failed}"
+        return said, "mend that, and run the same s4gan train again"
+    last = next((e for e in reversed(events) if e["event"].startswith("attempt_")), None)
+    if last is not None and last["event"] == "attempt_ended":
+        said = f"nothing was trained before the last attempt ended: {last['reason']}"
+        return said, "run the same s4gan train again"
+    mend = "wait for its first line of losses; if its process is gone, run the same s4gan train"
+    return "nothing has been trained yet", f"{mend} again"
+
+
 def is_healthy(findings: Iterable[Finding], fit: Fit | None, failed: str) -> bool:
     """Whether there is nothing that should be done now.
 
