@@ -51,8 +51,8 @@ class Diagnosis:
     """What the run has done about itself."""
     failed: str = ""
     """Why its last attempt ended with an error; empty if it did not."""
-    assumed: bool = False
-    """The run's configuration is not known: it is judged as one of the preset guide."""
+    assumed: str = ""
+    """Why it is judged as a run of the preset guide; empty if its configuration is known."""
     in_percent: bool = False
     """So the log has its scores; here they are shares of 1, as everywhere."""
 
@@ -93,7 +93,10 @@ class Diagnosis:
         """For the user."""
         lines = [self.source, f"iteration {self.iteration} of {self.iterations}"]
         if self.assumed:
-            lines.append("judged as a run of the preset guide; say another one with --config")
+            lines.append(
+                f"{self.assumed}: judged as a run of the preset guide; say another one with "
+                "--config"
+            )
         if self.is_beyond_end:
             lines.append(
                 "that is beyond its end: no phase can be told, and what depends on its length may "
@@ -151,7 +154,7 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
         if not events:
             raise ConfigError(f"{given.shown}: has no lines of losses", mend=_GIVE)
         in_percent = scores_as_shares(events, given.shown)
-    known = config or _config_of(given.store)
+    known = config or _config_of(given)
     chosen = _as_long_as_said(known or Config(), events)
     classes = next((len(e["class_iou"]) for e in events if e.get("class_iou")), None)
     remedies = Remedies.of(events)
@@ -170,7 +173,7 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
         findings=tuple(watch.findings),
         remedies=remedies,
         failed=failure_of(events),
-        assumed=known is None,
+        assumed=_assumed(given) if known is None else "",
         in_percent=in_percent,
     )
 
@@ -184,6 +187,8 @@ class _Given:
     content: bytes
     store: ObjectStore | None
     """That it lies in, maybe with the run's configuration; None: nothing lies beside it."""
+    is_run: bool = False
+    """It was named by the run, not by itself."""
 
 
 def _read(source: str) -> _Given:
@@ -203,22 +208,36 @@ def _read(source: str) -> _Given:
         content = store.read(key)
     except ObjectNotFound:
         raise ConfigError(f"{source}: there is no {key}", mend=_GIVE) from None
-    return _Given(str(store.local_path(key) or f"{store.uri}/{key}"), content, store)
+    shown = str(store.local_path(key) or f"{store.uri}/{key}")
+    return _Given(shown, content, store, is_run=not is_file)
 
 
-def _config_of(store: ObjectStore | None) -> Config | None:
+def _config_of(given: _Given) -> Config | None:
     """Of the run that a ledger lies in; None if there is none.
 
     Raises:
         ConfigError: it is damaged.
+        StorageError: the run's cannot be read.
     """
+    store = given.store
     if store is None:
         return None
     try:
         text = store.read(run.CONFIG).decode(errors="replace")
-    except StorageError:
+    except ObjectNotFound:
         return None
+    except StorageError:
+        if given.is_run:
+            raise
+        return None  # beside a log there may be nothing that one may look for
     return config_from_yaml(text, source=f"{store.uri}/{run.CONFIG}")
+
+
+def _assumed(given: _Given) -> str:
+    """Why there is no configuration."""
+    if given.is_run:
+        return f"there is no {run.CONFIG}, as of a run that failed before it was written"
+    return f"there is no {run.CONFIG} beside it"
 
 
 def _as_long_as_said(config: Config, events: Sequence[Mapping[str, Any]]) -> Config:

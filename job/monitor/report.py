@@ -21,7 +21,7 @@ from job.errors import ConfigError, ObjectNotFound, StorageError
 from job.monitor.attempts import Attempt, attempts_of
 from job.monitor.charts import Chart, time_chart, training_charts
 from job.monitor.divergence import Remedies
-from job.monitor.health import Finding, Watch, failure_of, is_healthy
+from job.monitor.health import Finding, Watch, failure_of, is_healthy, why_nothing
 from job.monitor.ledger import parse_ledger
 from job.monitor.rules import Setting
 from job.monitor.summary import Check, checklist
@@ -390,17 +390,20 @@ def report_of(store: ObjectStore, costs: Sequence[str] = ()) -> Report:
         ConfigError: it is no run, or has not begun.
         StorageError: the storage failed, or a file is none of this program's.
     """
+    events: list[dict[str, Any]] = []
     try:
-        ledger = store.read(run.LEDGER)
+        events = parse_ledger(store.read(run.LEDGER), f"{store.uri}/{run.LEDGER}")
         config = config_from_yaml(
             store.read(run.CONFIG).decode(errors="replace"), source=f"{store.uri}/{run.CONFIG}"
         )
     except ObjectNotFound as error:
+        if events:  # it failed before there was a configuration
+            said, mend = why_nothing(events)
+            raise ConfigError(f"{store.uri}: {said}; there is no {run.CONFIG}", mend=mend) from None
         raise ConfigError(
             f"{store.uri}: is no run that has begun to train ({error.message})",
             mend="give the folder or s3:// address that --run had",
         ) from None
-    events = parse_ledger(ledger, f"{store.uri}/{run.LEDGER}")
     best, pictures = shown_of(store)
     summary = _summary_of(store)
     if summary is not None:

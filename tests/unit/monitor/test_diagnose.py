@@ -16,6 +16,8 @@ from job.errors import ConfigError, StorageError
 from job.monitor.console_log import _append
 from job.monitor.diagnose import diagnose
 from job.monitor.divergence import Remedies
+from job.monitor.report import report_of
+from job.storage import open_store
 from tests.series import console, lines
 
 GUESSING: Any = {"loss_d": lambda at: 0.693}
@@ -130,6 +132,25 @@ def test_a_run_that_ended_with_an_error_is_not_healthy(
     assert diagnose(str(tmp_path)).is_healthy
 
 
+def test_a_run_that_failed_before_it_had_a_configuration_says_so(tmp_path: Path) -> None:
+    ended = {"event": "attempt_ended", "exit_code": 78, "reason": "no images"}
+    ledger(tmp_path / run.LEDGER, [ended | {"time": 1.0, "attempt": 1}])
+    found = diagnose(str(tmp_path))
+    assert "there is no config.yaml, as of a run that failed before" in found.text()
+    assert found.to_dict()["assumed_preset"] == "guide"
+    with pytest.raises(ConfigError, match="ended with an error: no images") as caught:
+        report_of(open_store(str(tmp_path)))
+    assert caught.value.mend.startswith("mend that")
+
+
+def test_a_configuration_that_cannot_be_read_is_not_one_that_is_not_there(tmp_path: Path) -> None:
+    ledger(tmp_path / run.LEDGER, lines(until=500))
+    (tmp_path / run.CONFIG).mkdir()
+    with pytest.raises(StorageError, match=r"config\.yaml"):
+        diagnose(str(tmp_path))
+    assert diagnose(str(tmp_path / run.LEDGER)).assumed  # of a file it need not be
+
+
 def test_two_evaluations_far_apart_are_not_called_healthy(tmp_path: Path) -> None:
     two = lines(train_miou=lambda at: 0.85, val_miou=lambda at: 0.45)
     path = ledger(tmp_path / "l.jsonl", [one for one in two if one["iteration"] <= 1_000])
@@ -226,7 +247,8 @@ def test_a_log_says_itself_how_long_the_run_is(tmp_path: Path) -> None:
     assert found.iterations == 50_000
     assert not found.assumed
     assert "--config" not in found.text()
-    assert "judged as a run of the preset guide" in diagnose(str(path)).text()
+    said = "there is no config.yaml beside it: judged as a run of the preset guide"
+    assert said in diagnose(str(path)).text()
 
 
 def test_a_long_log_takes_no_longer_a_line_than_a_short_one(tmp_path: Path) -> None:
