@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ class Diagnosis:
     fit: Fit | None
     """None before the first evaluation."""
     train_miou: float | None
+    """Of the last evaluation; None if it is no number, as the other one."""
     val_miou: float | None
     findings: Sequence[Finding]
     """Oldest first; those that are over, too."""
@@ -168,8 +170,8 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
         iterations=chosen.train.iterations,
         standing=watch.standing(),
         fit=watch.fit(),
-        train_miou=scores["train_miou"] if scores else None,
-        val_miou=scores["val_miou"] if scores else None,
+        train_miou=_finite(scores["train_miou"]) if scores else None,
+        val_miou=_finite(scores["val_miou"]) if scores else None,
         findings=tuple(watch.findings),
         remedies=remedies,
         failed=failure_of(events),
@@ -231,6 +233,10 @@ def _config_of(given: _Given) -> Config | None:
             raise
         return None  # beside a log there may be nothing that one may look for
     return config_from_yaml(text, source=f"{store.uri}/{run.CONFIG}")
+
+
+def _finite(score: float) -> float | None:
+    return score if math.isfinite(score) else None
 
 
 def _assumed(given: _Given) -> str:

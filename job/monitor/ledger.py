@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,15 @@ def _short(value: Any) -> str:
     """As much of it as one wants to read."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def best_of(events: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The "eval" line of the best validation mIoU, the first of equals; None if there is none.
+
+    A score that is no number is not the best.
+    """
+    scored = (one for one in events if one["event"] == "eval" and math.isfinite(one["val_miou"]))
+    return max(scored, key=lambda event: event["val_miou"], default=None)
 
 
 class Ledger:

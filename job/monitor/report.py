@@ -22,7 +22,7 @@ from job.monitor.attempts import Attempt, attempts_of
 from job.monitor.charts import Chart, time_chart, training_charts
 from job.monitor.divergence import Remedies
 from job.monitor.health import Finding, Watch, failure_of, is_healthy, why_nothing
-from job.monitor.ledger import parse_ledger
+from job.monitor.ledger import best_of, parse_ledger
 from job.monitor.rules import Setting
 from job.monitor.summary import Check, checklist
 from job.storage import ObjectStore
@@ -142,7 +142,7 @@ def report_html(report: Report) -> str:
 
 def _verdict(report: Report, watch: Watch) -> list[str]:
     scores = [event for event in report.events if event["event"] == "eval"]
-    best = max(scores, key=lambda event: event["val_miou"], default=None)
+    best = best_of(report.events)
     reached = max((event.get("iteration", 0) for event in report.events), default=0)
     of = report.config.train.iterations
     if report.finished:
@@ -153,7 +153,7 @@ def _verdict(report: Report, watch: Watch) -> list[str]:
         if reached > of:
             said += " That is beyond its end: config.yaml is not what it was trained with."
     if best is None:
-        said += " No evaluation yet."
+        said += " No evaluation yet." if not scores else " No validation mIoU is a number."
     else:
         said += (
             f" Best validation mIoU <b>{best['val_miou']:.4f}</b> at iteration {best['iteration']}."
@@ -227,8 +227,7 @@ def _figures(charts: Sequence[Chart]) -> str:
 
 
 def _classes(report: Report) -> list[str]:
-    scores = [event for event in report.events if event["event"] == "eval"]
-    best = max(scores, key=lambda event: event["val_miou"], default=None)
+    best = best_of(report.events)
     if best is None or len(best.get("class_iou") or ()) != len(report.classes):
         return []
     parts = [

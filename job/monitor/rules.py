@@ -646,6 +646,7 @@ RULES: Sequence[Rule] = (
         "problem",
         "a loss or a weight is NaN or infinite: training has crashed",
         (*_HALF_BOTH, _BROKEN),
+        calm=50,  # a log may go on, and have one in every few lines
     ),
     # -- feature matching
     Rule(
@@ -754,6 +755,15 @@ RULES: Sequence[Rule] = (
         needs="adversarial",
     ),
     # -- scores
+    Rule(
+        "score_non_finite",
+        "Problem 2: NaN or inf values, of a score",
+        "score_non_finite",
+        Happened(),
+        "problem",
+        "training or validation mIoU is NaN or infinite: it is the best of nothing",
+        (*_HALF_BOTH, _BROKEN),
+    ),
     Rule(
         "train_not_learning",
         "Training mIoU < 0.20 after 5000 iterations",

@@ -22,14 +22,13 @@ from job.config import Config, config_from_yaml
 from job.errors import ConfigError, ExitCode, ObjectNotFound, StorageError, reason
 from job.monitor import wandb_run
 from job.monitor.health import why_nothing
-from job.monitor.ledger import open_run, parse_ledger
+from job.monitor.ledger import best_of, open_run, parse_ledger
 from job.monitor.rules import Setting
 from job.monitor.wandb_rows import (
     NOTHING,
     PREDICTIONS,
     Kind,
     Row,
-    best_of,
     findings_of,
     rows_of,
     target_charts,

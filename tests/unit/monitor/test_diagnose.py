@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def test_what_a_log_says_of_remedies(tmp_path: Path) -> None:
     found = diagnose(str(path))
     assert found.remedies == Remedies(rollbacks=1, halvings=1)
     assert [(one.rule, one.since, one.ended) for one in found.findings] == [
-        ("out_of_memory", 600, 600)
+        ("out_of_memory", 600, 700)
     ]
     assert "rolled back by itself, 1 of 3 times" in found.text()
     assert "halved its batches, 1 times" in found.text()
@@ -297,6 +298,15 @@ def test_a_jump_of_the_loss_is_not_told_as_a_nan(tmp_path: Path) -> None:
     }
     ledger(tmp_path / run.LEDGER, [*(x for x in lines() if x["iteration"] <= 5_000), ended])
     assert "non_finite" not in {one.rule for one in diagnose(str(tmp_path)).findings}
+
+
+def test_scores_of_nan_are_a_finding_and_json(tmp_path: Path) -> None:
+    path = ledger(tmp_path / "l.jsonl", lines(until=2_000, val_miou=lambda at: math.nan))
+    found = diagnose(str(path))
+    assert [one.rule for one in found.findings] == ["score_non_finite"]
+    assert found.fit is found.val_miou is None
+    json.dumps(found.to_dict(), allow_nan=False)
+    assert "mIoU is NaN or infinite" in found.text()
 
 
 def test_beyond_the_end_of_the_run_no_phase_is_made_up(tmp_path: Path) -> None:

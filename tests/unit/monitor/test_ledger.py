@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from job.events import EvalEvent, Notice, TrainEvent
 from job.monitor import ledger as ledger_module
 from job.monitor.attempts import crash_loop
 from job.monitor.health import Watch
-from job.monitor.ledger import Ledger, LedgerMirror, open_run, parse_ledger, read_ledger
+from job.monitor.ledger import Ledger, LedgerMirror, best_of, open_run, parse_ledger, read_ledger
 from job.monitor.rules import Setting
 from job.storage import LocalStore, ObjectStore
 from job.storage.s3 import S3Store
@@ -619,6 +620,17 @@ def test_that_a_finding_is_over_is_forgotten_with_the_iterations_that_showed_it(
     ledger.close()
     assert [event["ended"] for event in dropped] == [196]
     assert [event["ended"] for event in read_ledger(tmp_path / "metrics.jsonl")] == [None]
+
+
+def test_a_score_that_is_no_number_is_never_the_best() -> None:
+    scores = [math.nan, 0.4, math.inf, 0.5, 0.5, math.nan]
+    events = [
+        {"event": "eval", "iteration": at, "val_miou": one} for at, one in enumerate(scores, 1)
+    ]
+    best = best_of([{"event": "train"}, *events])
+    assert best is not None
+    assert best["iteration"] == 4
+    assert best_of(events[:1]) is None
 
 
 # ---------------------------------------------------------------- damaged numbers

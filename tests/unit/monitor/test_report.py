@@ -451,6 +451,14 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert found.facts == {"data": "data/b", "labeled images": 12, "torch": "2"}
 
 
+def test_scores_of_nan_are_not_the_best_of_the_page() -> None:
+    nan = eval_line(3) | {"val_miou": float("nan")}
+    page = Page(report_html(report(events=[nan, eval_line(5)])))
+    assert page.says("Best validation mIoU 0.5000 at iteration 5")
+    page = Page(report_html(report(events=[nan])))
+    assert page.says("No validation mIoU is a number.")
+
+
 def test_a_run_that_is_longer_than_its_configuration_says_so() -> None:
     page = Page(report_html(report(events=[train_line(60_000)], finished=False)))
     assert page.says("At iteration 60000 of")

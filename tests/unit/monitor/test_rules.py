@@ -41,6 +41,7 @@ GUIDE = {
     "problem 1: validation mIoU does not improve": "val_stuck",
     "problem 1: training rises, validation does not": "val_stagnant",
     "problem 2: unstable": "ce_spike",
+    "problem 2: NaN or inf values": "score_non_finite",
     "problem 3: self-training does not work": "st_count_zero",
     "problem 4: overfitting": "overfitting",
     "problem 4: validation mIoU decreases": "val_degrading",
@@ -141,6 +142,11 @@ CASES: Mapping[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
         {"loss_d": after(9_000, 1.2)},
         (9_200, 9_500),
         {"loss_d": after(9_000, 0.95)},
+    ),
+    "score_non_finite": (
+        {"val_miou": after(10_000, float("nan"))},
+        (10_000, 10_000),
+        {"val_miou": after(10_000, 0.0)},
     ),
     "train_not_learning": (
         {"train_miou": always(0.15), "val_miou": always(0.14)},
