@@ -279,6 +279,7 @@ class Watch:
         if not all(math.isfinite(value) for value in values.values()):
             return self._happened("score_non_finite", at)
         values["gap"] = values["train_miou"] - values["val_miou"]
+        values["lead"] = -values["gap"]
         for name, value in values.items():
             self._add(name, at, value)
         return self._passed("score_non_finite", at) + self._run(values)

@@ -21,6 +21,7 @@ from job.monitor.guide import (
     LOW_FROM,
     LOW_MIOU,
     MAX_GAP,
+    MAX_LEAD,
     NORMAL_GAP,
     OVERFIT_GAP,
     Scale,
@@ -878,6 +879,20 @@ RULES: Sequence[Rule] = (
         "training mIoU is {value:.2f} above validation mIoU, which should stay below 0.15",
         (_MIRROR, _SCALE, _MORE_DECAY, Remedy("more labeled images"), _USE_BEST),
         unless=("overfitting",),
+        calm=GAP_CALM,
+    ),
+    Rule(
+        "val_above_train",
+        "Validation mIoU should be slightly lower than training mIoU",
+        "lead",
+        Median(above=MAX_LEAD, points=3, slack=GAP_SLACK / MAX_LEAD),
+        "note",
+        "validation mIoU is {value:.2f} above training mIoU: the two do not measure the same",
+        (
+            Remedy("look for validation images among those for training: s4gan data check"),
+            Remedy("see whether they are easier, or hold fewer classes"),
+            Remedy("the training score is of labeled images only: few of them tell little"),
+        ),
         calm=GAP_CALM,
     ),
     Rule(

@@ -243,6 +243,8 @@ def test_before_anything_is_known_nothing_is_said() -> None:
         (0.85, 0.55, "overfitting"),
         (0.60, 0.65, "excellent"),  # validation better: no overfit
         (0.45, 0.10, "overfitting"),
+        (0.22, 0.70, "unclear"),  # the guide does not have it
+        (0.55, 0.65, "excellent"),
     ],
 )
 def test_the_guides_table(train: float, val: float, fit: str) -> None:

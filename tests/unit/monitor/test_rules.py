@@ -37,6 +37,7 @@ GUIDE = {
     "gap below 0.15": "large_gap",
     "table: overfitting": "overfitting",
     "table: underfitting": "underfitting",
+    "validation slightly lower than training": "val_above_train",
     "generator's learning rate decreases": "lr_not_decaying",
     "discriminator's learning rate decreases": "lr_D_not_decaying",
     "problem 1: validation mIoU does not improve": "val_stuck",
@@ -193,6 +194,11 @@ CASES: Mapping[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
         {"train_miou": after(10_000, 0.80), "val_miou": after(10_000, 0.62)},
         (10_500, 11_000),
         {"train_miou": after(10_000, 0.80), "val_miou": after(10_000, 0.66)},
+    ),
+    "val_above_train": (
+        {"train_miou": after(10_000, 0.22), "val_miou": after(10_000, 0.70)},
+        (10_500, 11_000),
+        {"train_miou": after(10_000, 0.55), "val_miou": after(10_000, 0.70)},
     ),
     "underfitting": (
         {"train_miou": ramp(0, 50_000, 0.22, 0.37), "val_miou": ramp(0, 50_000, 0.21, 0.35)},
