@@ -24,6 +24,7 @@ _LOSSES = re.compile(
 )
 _EVALUATING = re.compile(r"Evaluating at iteration (\d+)")
 _ROLLED_BACK = re.compile(r"Rolled back \(\d+ of \d+\) to iteration \d+")
+_FINISHED = re.compile(r"Finished after \d+ iterations")
 _HALVED = re.compile(r"going on with batches of \d+")
 _SCORE = re.compile(rf"(Training|Validation) mIoU: {_NUMBER}( ?%)?")
 _SCORES = ("train_miou", "val_miou")
@@ -104,6 +105,9 @@ def events_of_console(text: str) -> Iterator[dict[str, Any]]:
                 events.append({"event": BATCH_HALVED})
         elif _ROLLED_BACK.search(line):
             events.append({"event": ROLLED_BACK})
+        elif _FINISHED.search(line):
+            ended = {"exit_code": ExitCode.OK, "reason": "finished"}
+            events.append({"event": "attempt_ended"} | ended)
     yield from events
 
 

@@ -28,6 +28,8 @@ from job.storage import ObjectStore, open_store
 
 STDIN = "-"
 """As other commands call standard input."""
+GZIP = b"\x1f\x8b"
+"""How a packed file begins."""
 _GIVE = "give a run, its metrics.jsonl, or what s4gan train has printed"
 
 
@@ -154,7 +156,9 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
     else:
         events = list(events_of_console(printed))
         if not events:
-            raise ConfigError(f"{given.shown}: has no lines of losses", mend=_GIVE)
+            packed = given.content.startswith(GZIP)
+            mend = f"unpack it: s4gan diagnose <(zcat {source})" if packed else _GIVE
+            raise ConfigError(f"{given.shown}: has no lines of losses", mend=mend)
         in_percent = scores_as_shares(events, given.shown)
     known = config or _config_of(given)
     chosen = _as_long_as_said(known or Config(), events)
@@ -165,7 +169,7 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
         watch.observe(event)
     scores = next((event for event in reversed(events) if event["event"] == "eval"), None)
     return Diagnosis(
-        source=source,
+        source=given.shown if source == STDIN else source,
         iteration=max((event.get("iteration", 0) for event in events), default=0),
         iterations=chosen.train.iterations,
         standing=watch.standing(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -170,7 +171,15 @@ def test_a_pipe_is_read(tmp_path: Path, content: str) -> None:
 def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
     found = diagnose("-", DEMO)
+    assert found.source == "standard input"
     assert [one.rule for one in found.findings] == ["d_stuck"]
+
+
+def test_a_packed_log_gets_a_word_of_help(tmp_path: Path) -> None:
+    (tmp_path / "log.gz").write_bytes(gzip.compress(LOG.encode()))
+    with pytest.raises(ConfigError, match="has no lines of losses") as caught:
+        diagnose(str(tmp_path / "log.gz"))
+    assert caught.value.mend == f"unpack it: s4gan diagnose <(zcat {tmp_path / 'log.gz'})"
 
 
 def test_nothing_on_standard_input_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,16 @@ def test_what_a_log_says_of_remedies(tmp_path: Path) -> None:
     assert found.to_dict()["rolled_back"] == 1
 
 
+def test_what_a_finished_log_ran_into_is_over(tmp_path: Path) -> None:
+    """Also behind its last line of losses."""
+    path = tmp_path / "log"
+    text = console(lines(until=50_000), 50_000) + "warning: CUDA out of memory with batches of 2\n"
+    path.write_text(text)
+    assert not diagnose(str(path)).is_healthy
+    path.write_text(text + "Finished after 50000 iterations; best validation mIoU 0.7\n")
+    assert diagnose(str(path)).is_healthy
+
+
 # ---------------------------------------------------------------- bad input
 
 
