@@ -677,7 +677,10 @@ def status(
 @app.command()
 def diagnose(
     run: Annotated[
-        str, typer.Argument(help="Run, its metrics.jsonl, or what training has printed; or s3://.")
+        str,
+        typer.Argument(
+            help="Run, its metrics.jsonl, or what training has printed; or s3://; - reads a pipe."
+        ),
     ],
     config: Annotated[
         str | None,
@@ -704,7 +707,7 @@ def diagnose(
 
 @app.command("wandb-sync")
 def wandb_sync(
-    run: Annotated[str, typer.Argument(help="Run folder or s3:// prefix.")],
+    run: Annotated[str, typer.Argument(help="Run folder or s3:// prefix, or its metrics.jsonl.")],
     entity: Annotated[str | None, typer.Option(help="Team or user. [as configured]")] = None,
     project: Annotated[str | None, typer.Option(help="Project. [as configured]")] = None,
     run_id: Annotated[
@@ -736,7 +739,7 @@ def wandb_sync(
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(help="Run folder or s3:// address.")],
+    run: Annotated[str, typer.Argument(help="Run folder or s3:// address, or its metrics.jsonl.")],
     out: Annotated[
         str | None,
         typer.Option(
@@ -746,11 +749,11 @@ def report(
 ) -> None:
     """Make a run's report.html from its files, whether it is finished or not; with its costs."""
     from job.cloud.show import cost_sentences
+    from job.monitor.ledger import open_run
     from job.monitor.report import report_html, report_of
-    from job.storage import open_store
     from job.storage.files import write_file
 
-    store = open_store(run)
+    store = open_run(run)
     page = report_html(report_of(store, cost_sentences(store)))
     target = out or str(store.local_path("report.html") or "report.html")
     write_file(target, page.encode(), name="--out")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from job.config import Config
+from job.events import EvalEvent, TrainEvent
+from job.monitor.console import evaluation_head, evaluation_lines, train_line
 from job.monitor.guide import ITERATIONS, miou_band
 from job.monitor.health import Finding, Watch
 from job.monitor.rules import Setting
@@ -91,3 +93,25 @@ def findings(config: Config | None = None, **options: Any) -> list[Finding]:
     for line in lines(config, **options):
         watch.observe(line)
     return watch.findings
+
+
+def console(events: Iterable[Any], iterations: int, prefix: str = "") -> str:
+    """What training prints, by the printing code itself."""
+    printed = ["data: 80 labeled, 560 unlabeled", "device: cpu (no GPU found)"]
+    for event in events:
+        if event["event"] == "train":
+            facts = {key: event[key] for key in event.keys() - {"event", "attempt", "time"}}
+            printed.append(train_line(TrainEvent(loss_g=0.0, **facts), iterations))
+        else:
+            scores = EvalEvent(
+                event["iteration"],
+                event["train_miou"],
+                event["val_miou"],
+                (),
+                pixel_accuracy=0.9,
+                best_miou=event["val_miou"],
+                previous_best=None,
+            )
+            printed += [evaluation_head(event["iteration"]), evaluation_lines(scores)]
+    text = "\n".join(printed)
+    return "\n".join(prefix + line for line in text.split("\n")) + "\n"

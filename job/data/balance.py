@@ -33,6 +33,8 @@ class Balance:
     """Masks that hold it; (K,)."""
     alone: NDArray[np.int64] = field(init=False)
     """Masks that hold it and no other class; (K,)."""
+    first_alone: list[Item | None] = field(init=False)
+    """The first of those, of each class."""
     largest: list[tuple[int, Item] | None] = field(init=False)
     """The mask that holds most of each class, with its pixels of it; for showing it."""
 
@@ -40,6 +42,7 @@ class Balance:
         self.pixels = np.zeros(self.num_classes, np.int64)
         self.images = np.zeros(self.num_classes, np.int64)
         self.alone = np.zeros(self.num_classes, np.int64)
+        self.first_alone = [None] * self.num_classes
         self.largest = [None] * self.num_classes
 
     def add(self, item: Item, pixels: NDArray[np.int64], ignored: int) -> None:
@@ -50,6 +53,8 @@ class Balance:
         self.images += pixels > 0
         if np.count_nonzero(pixels) == 1:
             self.alone += pixels > 0
+            only = int(np.argmax(pixels))
+            self.first_alone[only] = self.first_alone[only] or item
         for index in np.flatnonzero(pixels):
             best = self.largest[index]
             if best is None or pixels[index] > best[0]:
@@ -70,11 +75,19 @@ class Balance:
         both.pixels = self.pixels + other.pixels
         both.images = self.images + other.images
         both.alone = self.alone + other.alone
+        both.first_alone = [
+            one or another for one, another in zip(self.first_alone, other.first_alone, strict=True)
+        ]
         both.largest = [
             max((one for one in pair if one), key=lambda one: one[0], default=None)
             for pair in zip(self.largest, other.largest, strict=True)
         ]
         return both
+
+
+def has_background(classes: Sequence[str]) -> bool:
+    """Whether the first class is what is none of the others; a sky or a road may fill an image."""
+    return classes[0].strip("_ ").lower() == "background"
 
 
 def balance_warnings(
@@ -129,12 +142,16 @@ def balance_warnings(
             )
     for called, part in (("labeled", labeled), ("validation", val)):
         empty = part.alone >= max(MIN_ALONE, ALONE_SHARE * part.masks)
+        if has_background(classes):  # what a tool saves of an image that nobody has drawn on
+            empty[0] |= part.alone[0] > 0
         if empty.any() and np.count_nonzero(part.images) > 1:
             index = int(np.flatnonzero(empty)[0])
+            alone = part.first_alone[index]
+            assert alone is not None
             warnings.append(
-                f"{part.alone[index]} of {part.masks} {called} masks hold nothing but "
-                f"{classes[index]}; if something is to be seen on those images, the masks were "
-                "left empty"
+                f"{part.alone[index]} of {part.masks} {called} masks "
+                f"{'holds' if part.alone[index] == 1 else 'hold'} nothing but {classes[index]} "
+                f"(first: {alone.mask}); if something else is to be seen there, nobody has drawn it"
             )
     if val.masks and (val.images == 0).any():
         warnings.append(

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.config import Config
-from job.data.balance import Balance, balance_warnings
+from job.data.balance import Balance, balance_warnings, has_background
 from job.data.dataset import IGNORE, UNKNOWN, Dataset, DatasetInfo, Item
 from job.data.duplicates import (
     Fingerprint,
@@ -342,6 +342,9 @@ class _Seen:
             if not look.pixels.any():
                 self._empty[place.part].append(place)
                 self._note("empty", Finding("the mask is empty: all of it is ignored", (place,)))
+            elif has_background(self._info.classes) and not look.pixels[1:].any():
+                said = f"the mask holds nothing but {self._info.classes[0]}"
+                self._note("background", Finding(said, (place,)))
 
     def _note_format(self, place: Place, facts: ImageFacts) -> None:
         if facts.orientation != 1:

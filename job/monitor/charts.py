@@ -103,11 +103,16 @@ def training_charts(
     if setting.is_adversarial:
         found += [loss("loss_d"), loss("loss_fm"), loss("loss_st"), loss("st_count")]
     found += [
-        chart("mIoU", miou, ("train_miou", "val_miou"), curve=_miou_curve(scale)),
+        chart(
+            "mIoU",
+            miou,
+            ("train_miou", "val_miou", "score_non_finite"),
+            curve=_miou_curve(scale),
+        ),
         chart(
             "Train/val gap",
             [_Line("gap", BLUE, gap)],
-            ("gap",),
+            ("gap", "lead"),
             limits={"normal": NORMAL_GAP, "too large at the end": MAX_GAP, "problem": OVERFIT_GAP},
         ),
         chart("Learning rates", rates, ("lr_g", "lr_d"), log=True),

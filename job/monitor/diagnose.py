@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from job import run
 from job.config import Config, config_from_yaml
-from job.errors import ConfigError, ExitCode, ObjectNotFound, StorageError
-from job.monitor.divergence import BATCH_HALVED, MAX_ROLLBACKS, ROLLED_BACK, Remedies
-from job.monitor.guide import Fit
-from job.monitor.health import (
-    OUT_OF_MEMORY,
-    Finding,
-    Standing,
-    Watch,
-    failure_of,
-    is_healthy,
+from job.errors import ConfigError, ObjectNotFound, StorageError
+from job.monitor.console_log import (
+    events_of_console,
+    printed_text,
+    scores_as_shares,
 )
+from job.monitor.divergence import MAX_ROLLBACKS, Remedies
+from job.monitor.guide import Fit
+from job.monitor.health import Finding, Standing, Watch, failure_of, is_healthy
 from job.monitor.ledger import parse_ledger
 from job.monitor.rules import Setting
 from job.storage import ObjectStore, open_store
 from job.storage.files import text_of
 
-_NUMBER = r"([-+\w.]+)"
-_LOSSES = re.compile(
-    rf"Iter (\d+)/(\d+) \| Loss_CE: {_NUMBER} \| Loss_FM: {_NUMBER} \| Loss_ST: {_NUMBER} "
-    rf"\| Loss_D: {_NUMBER} \| ST_Count: (\d+)"
-)
-_EVALUATING = re.compile(r"Evaluating at iteration (\d+)")
-_ROLLED_BACK = re.compile(r"Rolled back \(\d+ of \d+\) to iteration \d+")
-_HALVED = re.compile(r"going on with batches of \d+")
-_SCORE = re.compile(rf"(Training|Validation) mIoU: {_NUMBER}")
+STDIN = "-"
+"""As other commands call standard input."""
+GZIP = b"\x1f\x8b"
+"""How a packed file begins."""
+_GIVE = "give a run, its metrics.jsonl, or what s4gan train has printed"
 
 
 @dataclass(frozen=True)
@@ -47,10 +43,11 @@ class Diagnosis:
     iterations: int
     """Of the whole run."""
     standing: Standing | None
-    """None before the first line."""
+    """None before the first line, and beyond the last."""
     fit: Fit | None
     """None before the first evaluation."""
     train_miou: float | None
+    """Of the last evaluation; None if it is no number, as the other one."""
     val_miou: float | None
     findings: Sequence[Finding]
     """Oldest first; those that are over, too."""
@@ -58,8 +55,15 @@ class Diagnosis:
     """What the run has done about itself."""
     failed: str = ""
     """Why its last attempt ended with an error; empty if it did not."""
-    assumed: bool = False
-    """The run's configuration is not known: it is judged as one of the preset guide."""
+    assumed: str = ""
+    """Why it is judged as a run of the preset guide; empty if its configuration is known."""
+    in_percent: bool = False
+    """So the log has its scores; here they are shares of 1, as everywhere."""
+
+    @property
+    def is_beyond_end(self) -> bool:
+        """Whether it is longer than it is said to be, so that its length is not known."""
+        return self.iteration > self.iterations
 
     @property
     def is_healthy(self) -> bool:
@@ -74,6 +78,7 @@ class Diagnosis:
             "healthy": self.is_healthy,
             "iteration": self.iteration,
             "iterations": self.iterations,
+            "beyond_end": self.is_beyond_end,
             "phase": standing.phase.name if standing else None,
             "on_track": standing.on_track if standing else None,
             "off_track": list(standing.off) if standing else [],
@@ -85,13 +90,24 @@ class Diagnosis:
             "rolled_back": self.remedies.rollbacks,
             "batch_halved": self.remedies.halvings,
             "assumed_preset": "guide" if self.assumed else None,
+            "scores_in_percent": self.in_percent,
         }
 
     def text(self) -> str:
         """For the user."""
         lines = [self.source, f"iteration {self.iteration} of {self.iterations}"]
         if self.assumed:
-            lines.append("judged as a run of the preset guide; say another one with --config")
+            lines.append(
+                f"{self.assumed}: judged as a run of the preset guide; say another one with "
+                "--config"
+            )
+        if self.is_beyond_end:
+            lines.append(
+                "that is beyond its end: no phase can be told, and what depends on its length may "
+                "be judged wrongly; if it is a ledger, say with --config what it was trained with"
+            )
+        if self.in_percent:
+            lines.append("the scores are percent, and judged as shares of 1")
         if self.standing is not None:
             lines.append(self.standing.line())
         if self.fit is not None:
@@ -123,26 +139,28 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
     """Run the rules over a run.
 
     Args:
-        source: the run, its `metrics.jsonl`, or what it has printed; a path or s3://.
+        source: the run, its `metrics.jsonl`, or what it has printed; a path, also of a pipe, or
+            s3://; "-" is standard input.
         config: that it was trained with; None: as the run says, and of a file alone the guide's.
 
     Raises:
         ConfigError: there is nothing to judge.
         StorageError: it cannot be read.
     """
-    store, key, text = _read(source)
-    shown = str(store.local_path(key) or f"{store.uri}/{key}")
-    decoded = text_of(text, errors="replace")
-    if decoded.lstrip()[:1] == "{":
-        events = parse_ledger(decoded.encode(), shown)
+    given = _read(source)
+    text = text_of(given.content, errors="replace")
+    printed = printed_text(text)
+    in_percent = False
+    if printed is None:
+        events = parse_ledger(text.encode(), given.shown)
     else:
-        events = list(_of_console(decoded))
+        events = list(events_of_console(printed))
         if not events:
-            raise ConfigError(
-                f"{shown}: has no lines of losses",
-                mend="give a run, its metrics.jsonl, or what s4gan train has printed",
-            )
-    known = config or _config_of(store)
+            packed = given.content.startswith(GZIP)
+            mend = f"unpack it: s4gan diagnose <(zcat {source})" if packed else _GIVE
+            raise ConfigError(f"{given.shown}: has no lines of losses", mend=mend)
+        in_percent = scores_as_shares(events, given.shown)
+    known = config or _config_of(given)
     chosen = _as_long_as_said(known or Config(), events)
     classes = next((len(e["class_iou"]) for e in events if e.get("class_iou")), None)
     remedies = Remedies.of(events)
@@ -151,49 +169,85 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
         watch.observe(event)
     scores = next((event for event in reversed(events) if event["event"] == "eval"), None)
     return Diagnosis(
-        source=source,
+        source=given.shown if source == STDIN else source,
         iteration=max((event.get("iteration", 0) for event in events), default=0),
         iterations=chosen.train.iterations,
         standing=watch.standing(),
         fit=watch.fit(),
-        train_miou=scores["train_miou"] if scores else None,
-        val_miou=scores["val_miou"] if scores else None,
+        train_miou=_finite(scores["train_miou"]) if scores else None,
+        val_miou=_finite(scores["val_miou"]) if scores else None,
         findings=tuple(watch.findings),
         remedies=remedies,
         failed=failure_of(events),
-        assumed=known is None,
+        assumed=_assumed(given) if known is None else "",
+        in_percent=in_percent,
     )
 
 
-def _read(source: str) -> tuple[ObjectStore, str, bytes]:
-    """The store that a ledger or a log is in, its key, and its content."""
-    head, _, name = source.rstrip("/").rpartition("/")
+@dataclass(frozen=True)
+class _Given:
+    """A ledger or a log."""
+
+    shown: str
+    """What to call it in an error."""
+    content: bytes
+    store: ObjectStore | None
+    """That it lies in, maybe with the run's configuration; None: nothing lies beside it."""
+    is_run: bool = False
+    """It was named by the run, not by itself."""
+
+
+def _read(source: str) -> _Given:
+    if source == STDIN:
+        return _Given("standard input", sys.stdin.buffer.read(), None)
+    path = Path(source)
     if source.startswith("s3://"):
+        head, _, name = source.rstrip("/").rpartition("/")
         is_file = name.endswith((".jsonl", ".log", ".txt"))
     else:
-        is_file = Path(source).is_file()
-    store = open_store((head or ".") if is_file else source)
+        # A pipe, too, as `<(zcat log.gz)` is one.
+        head, name, is_file = str(path.parent), path.name, os.path.exists(path)
+        is_file &= not os.path.isdir(path)
+    store = open_store(head if is_file else source)
     key = name if is_file else run.LEDGER
     try:
-        return store, key, store.read(key)
+        content = store.read(key)
     except ObjectNotFound:
-        raise ConfigError(
-            f"{source}: there is no {key}",
-            mend="give a run, its metrics.jsonl, or what s4gan train has printed",
-        ) from None
+        raise ConfigError(f"{source}: there is no {key}", mend=_GIVE) from None
+    shown = str(store.local_path(key) or f"{store.uri}/{key}")
+    return _Given(shown, content, store, is_run=not is_file)
 
 
-def _config_of(store: ObjectStore) -> Config | None:
+def _config_of(given: _Given) -> Config | None:
     """Of the run that a ledger lies in; None if there is none.
 
     Raises:
         ConfigError: it is damaged.
+        StorageError: the run's cannot be read.
     """
+    store = given.store
+    if store is None:
+        return None
     try:
         text = store.read(run.CONFIG).decode(errors="replace")
-    except StorageError:
+    except ObjectNotFound:
         return None
+    except StorageError:
+        if given.is_run:
+            raise
+        return None  # beside a log there may be nothing that one may look for
     return config_from_yaml(text, source=f"{store.uri}/{run.CONFIG}")
+
+
+def _finite(score: float) -> float | None:
+    return score if math.isfinite(score) else None
+
+
+def _assumed(given: _Given) -> str:
+    """Why there is no configuration."""
+    if given.is_run:
+        return f"there is no {run.CONFIG}, as of a run that failed before it was written"
+    return f"there is no {run.CONFIG} beside it"
 
 
 def _as_long_as_said(config: Config, events: Sequence[Mapping[str, Any]]) -> Config:
@@ -203,67 +257,3 @@ def _as_long_as_said(config: Config, events: Sequence[Mapping[str, Any]]) -> Con
         return config
     train = config.train.model_copy(update={"iterations": said})
     return config.model_copy(update={"train": train})
-
-
-def _of_console(text: str) -> Iterator[dict[str, Any]]:
-    """The lines of a console log as a ledger's; of what was trained twice, the second time.
-
-    Other text before, between and behind is passed over: `docker logs -t` puts a time before each
-    line, and a progress bar leaves its own.
-    """
-    events: list[dict[str, Any]] = []
-    evaluating: dict[str, Any] = {}
-    for line in re.split(r"[\r\n]+", text):
-        if found := _LOSSES.search(line):
-            iteration, of, *losses, count = found.groups()
-            values = [_float(one) for one in losses]
-            if None in values or int(of) < 1:
-                continue
-            names = ("loss_ce", "loss_fm", "loss_st", "loss_d")
-            event = {"event": "train", "iteration": int(iteration), "of": int(of)}
-            _append(
-                events, event | dict(zip(names, values, strict=True)) | {"st_count": int(count)}
-            )
-        elif found := _EVALUATING.search(line):
-            evaluating = {"event": "eval", "iteration": int(found[1])}
-        elif (found := _SCORE.search(line)) and evaluating:
-            value = _float(found[2])
-            if value is not None:
-                evaluating["train_miou" if found[1] == "Training" else "val_miou"] = value
-            if {"train_miou", "val_miou"} <= evaluating.keys():
-                _append(events, evaluating)
-                evaluating = {}
-        elif (why := OUT_OF_MEMORY) in line or (why := "training diverged") in line:
-            events.append(
-                {
-                    "event": "attempt_ended",
-                    "exit_code": ExitCode.DIVERGED if why != OUT_OF_MEMORY else 0,
-                    "reason": line[line.index(why) :],
-                    "reached": next(
-                        (one["iteration"] for one in reversed(events) if "iteration" in one), 0
-                    ),
-                }
-            )
-            if _HALVED.search(line):
-                events.append({"event": BATCH_HALVED})
-        elif _ROLLED_BACK.search(line):
-            events.append({"event": ROLLED_BACK})
-    yield from events
-
-
-def _append(events: list[dict[str, Any]], event: dict[str, Any]) -> None:
-    """Drop what an attempt before had told of this iteration and later ones."""
-    at, kind = event["iteration"], event["event"]
-    stay = []
-    while events and events[-1].get("iteration", at) >= at:  # from the end: a log may be long
-        before = events.pop()
-        if "iteration" not in before or (before["iteration"] == at and before["event"] != kind):
-            stay.append(before)
-    events += [*reversed(stay), event]
-
-
-def _float(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -126,6 +126,25 @@ def failure_of(events: Iterable[Mapping[str, Any]]) -> str:
     return why
 
 
+def why_nothing(events: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
+    """Why a run has no line of losses, and the mend.
+
+    Args:
+        events: its ledger.
+    """
+    events = list(events)
+    failed = failure_of(events)
+    if failed:
+        said = f"nothing was trained: the last attempt ended with an error: {failed}"
+        return said, "mend that, and run the same s4gan train again"
+    last = next((e for e in reversed(events) if e["event"].startswith("attempt_")), None)
+    if last is not None and last["event"] == "attempt_ended":
+        said = f"nothing was trained before the last attempt ended: {last['reason']}"
+        return said, "run the same s4gan train again"
+    mend = "wait for its first line of losses; if its process is gone, run the same s4gan train"
+    return "nothing has been trained yet", f"{mend} again"
+
+
 def is_healthy(findings: Iterable[Finding], fit: Fit | None, failed: str) -> bool:
     """Whether there is nothing that should be done now.
 
@@ -144,8 +163,10 @@ class _Episode:
     finding: Finding
     place: int
     """Of it among all findings."""
+    calm: int
+    """Points in a row without the sign that end it."""
     quiet: int = 0
-    """Points in a row without the sign."""
+    """Of those there have been so many."""
 
 
 class Watch:
@@ -194,23 +215,21 @@ class Watch:
                 if watched in _RATES:
                     points.clear()
         if kind == "attempt_ended":
-            reason = str(event.get("reason", ""))
-            # Or Loss_CE had jumped, of which its own rule tells.
-            reached = event.get("reached", self._iteration)
-            if event["exit_code"] == ExitCode.DIVERGED and "Loss_CE is" not in reason:
-                return self._happened("non_finite", reached)
-            if reason.startswith(OUT_OF_MEMORY):
-                return self._happened("out_of_memory", reached)
+            return self._observe_end(event)
         return []
 
     def standing(self) -> Standing | None:
-        """Where the run is on the timeline; None before there is anything to tell it by."""
-        if not self._iteration:
-            return None
+        """Where the run is on the timeline; None before there is anything to tell it by.
+
+        Nor is there beyond the end: the run is longer than its configuration has it.
+        """
         scale = self.setting.scale
+        if not 0 < self._iteration <= scale.iterations:
+            return None
         phase = phase_at(self._iteration, scale)
         number = 1 + [one.name for one in PHASES].index(phase.name)
-        off = ["a loss is NaN or infinite"] if "non_finite" in self._open else []
+        crashed = self._open.get("non_finite")
+        off = ["a loss is NaN or infinite"] if crashed is not None and not crashed.quiet else []
         for metric, (low, high, good) in phase.bands.items():
             if metric == "val_miou":  # the guide's table of scores lets it rise within a phase
                 low = min(low, miou_band(metric, scale.of_guide(self._iteration))[0])
@@ -222,8 +241,9 @@ class Watch:
         return Standing(self._iteration, phase, number, tuple(off))
 
     def fit(self) -> Fit | None:
-        """The guide's status of the last scores; None before the first."""
-        if not self._series["val_miou"]:
+        """The guide's status of the last scores; None before the first, or if they are none."""
+        bad = self._open.get("score_non_finite")
+        if not self._series["val_miou"] or (bad is not None and not bad.quiet):
             return None
         return fit_of(
             self._series["train_miou"][-1][1],
@@ -250,27 +270,48 @@ class Watch:
             return self._happened("non_finite", at)
         for name, value in values.items():
             self._add(name, at, value)
-        ended = [
-            self._end(name)
-            for name in ENDS_THE_ATTEMPT
-            # Not before the run is again where it happened.
-            if name in self._open and at >= self._open[name].finding.since
-        ]
+        ended = [over for name in ENDS_THE_ATTEMPT for over in self._passed(name, at)]
         return ended + self._run(values)
 
     def _observe_scores(self, event: Mapping[str, Any]) -> list[Finding]:
         at = event["iteration"]
         values = {name: float(event[name]) for name in _EVAL}
         if not all(math.isfinite(value) for value in values.values()):
-            return []
+            return self._happened("score_non_finite", at)
         values["gap"] = values["train_miou"] - values["val_miou"]
+        values["lead"] = -values["gap"]
         for name, value in values.items():
             self._add(name, at, value)
-        return self._run(values)
+        return self._passed("score_non_finite", at) + self._run(values)
 
-    def _happened(self, what: str, at: int) -> list[Finding]:
+    def _observe_end(self, event: Mapping[str, Any]) -> list[Finding]:
+        reason = str(event.get("reason", ""))
+        reached = event.get("reached", self._iteration)
+        # Or Loss_CE had jumped, of which its own rule tells.
+        if event["exit_code"] == ExitCode.DIVERGED and "Loss_CE is" not in reason:
+            return self._happened("non_finite", reached, calm=1)
+        if reason.startswith(OUT_OF_MEMORY):
+            return self._happened("out_of_memory", reached, calm=1)
+        if event["exit_code"] == ExitCode.OK:  # it got past all that
+            return [self._end(name) for name in ENDS_THE_ATTEMPT if name in self._open]
+        return []
+
+    def _happened(self, what: str, at: int, calm: int | None = None) -> list[Finding]:
+        """Something that is told of in a word, and over after `calm` points without it."""
         self._add(what, at, math.nan)
-        return self._run({what: math.nan})
+        found = self._run({what: math.nan})
+        if what in self._open and calm is not None:
+            self._open[what].calm = calm
+        return found
+
+    def _passed(self, what: str, at: int) -> list[Finding]:
+        """A point without it, which may be the one that ends it."""
+        episode = self._open.get(what)
+        # Not before the run is past where it happened: it may happen there again.
+        if episode is None or at <= episode.finding.since:
+            return []
+        episode.quiet += 1
+        return [self._end(what)] if episode.quiet >= episode.calm else []
 
     def _add(self, metric: str, at: int, value: float) -> None:
         self._series[metric].append((at, value))
@@ -297,8 +338,8 @@ class Watch:
         if episode is not None:
             if seen is None:
                 episode.quiet += 1
-                return self._end(rule.id) if episode.quiet >= rule.calm else None
-            episode.quiet = 0
+                return self._end(rule.id) if episode.quiet >= episode.calm else None
+            episode.quiet, episode.calm = 0, rule.calm
             self._renew(episode, replace(episode.finding, **self._what(rule, seen[1])))
             return None
         if seen is None or any(other in self._open for other in rule.unless):
@@ -311,7 +352,7 @@ class Watch:
             since=since,
             **self._what(rule, value),
         )
-        self._open[rule.id] = _Episode(finding, len(self.findings))
+        self._open[rule.id] = _Episode(finding, len(self.findings), rule.calm)
         self.findings.append(finding)
         return finding
 

@@ -58,7 +58,7 @@ class HealthTracker:
         for event in before:
             watch.observe(event)
             if event["event"] == "health":
-                written.add((event["rule"], event["ended"]))
+                written.add((event["rule"], event.get("ended")))
         # A process that was killed may not have come to it.
         self._owed = [one for one in watch.findings if (one.rule, one.ended) not in written]
         self._queue: queue.Queue[Mapping[str, Any] | None] = queue.Queue()

@@ -9,19 +9,20 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from job import run
 from job.checkpoint.lease import Lease
-from job.errors import STORAGE_FAILURES, Fenced, RunDeleted, StorageError
+from job.errors import STORAGE_FAILURES, ConfigError, Fenced, RunDeleted, StorageError
 from job.events import EvalEvent, Notice, TrainEvent
-from job.storage import ObjectStore
+from job.storage import ObjectStore, open_store
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +30,24 @@ MIRROR_EVERY_S = 30.0
 """Between two uploads of a ledger that has grown."""
 
 
+_LARGEST = 2**53
+"""Of whole numbers: larger ones a float does not hold to the last digit, or not at all."""
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or _is_whole(value)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return _is_whole(value) and value >= 0
+
+
+def _is_score(value: Any) -> bool:
+    return _is_number(value) and (0 <= value <= 1 or not math.isfinite(value))
 
 
 def _is_positive(value: Any) -> bool:
@@ -57,23 +70,37 @@ def _is_mapping(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _is_numbers(value: Any) -> bool:
+    return _is_list(value) and all(one is None or _is_number(one) for one in value)
+
+
+def _is_names(value: Any) -> bool:
+    return _is_list(value) and all(map(_is_text, value))
+
+
 _Kind = tuple[Callable[[Any], bool], str]
 _NUMBER: _Kind = (_is_number, "a number")
+_SCORE: _Kind = (_is_score, "from 0 to 1 (divide percent by 100)")
+_WHOLE: _Kind = (_is_whole, "a whole number")
 _COUNT: _Kind = (_is_count, "a number from 0 on")
 _POSITIVE: _Kind = (_is_positive, "a number from 1 on")
 _TIME: _Kind = (_is_time, "seconds since 1970")
 _TEXT: _Kind = (_is_text, "text")
 _LIST: _Kind = (_is_list, "a list")
 _MAPPING: _Kind = (_is_mapping, "an object")
+_END: _Kind = (lambda value: value is None or _is_count(value), "null or a number from 0 on")
+_NUMBERS: _Kind = (_is_numbers, "a list of numbers")
+_NAMES: _Kind = (_is_names, "a list of names")
 
 _ALWAYS: Mapping[str, Mapping[str, _Kind]] = {
     "train": {"iteration": _COUNT, "images_per_s": _NUMBER},
-    "eval": {"iteration": _COUNT, "train_miou": _NUMBER, "val_miou": _NUMBER},
+    "eval": {"iteration": _COUNT, "train_miou": _SCORE, "val_miou": _SCORE},
     "training_started": {"resumed_at": _COUNT},
-    "origin": {"data_uri": _TEXT, "classes": _LIST, "provenance": _MAPPING},
+    "origin": {"data_uri": _TEXT, "classes": _NAMES, "provenance": _MAPPING},
     "machine": {"instance_type": _TEXT},
     "checkpoint": {"saved_at": _COUNT},
-    "attempt_ended": {"exit_code": _NUMBER, "reason": _TEXT},
+    "health": {"iteration": _COUNT, "rule": _TEXT, "ended": _END},
+    "attempt_ended": {"exit_code": _WHOLE, "reason": _TEXT},
 }
 """What each line of a kind has, beside its time and its attempt."""
 _IF_THERE: Mapping[str, _Kind] = {
@@ -81,7 +108,9 @@ _IF_THERE: Mapping[str, _Kind] = {
     **dict.fromkeys(("loss_ce", "loss_fm", "loss_st", "loss_d", "lr_g", "lr_d"), _NUMBER),
     "loss_mlmt": _NUMBER,
     "st_count": _NUMBER,
-    "class_iou": _LIST,
+    "pixel_accuracy": _NUMBER,
+    "changes": _LIST,
+    "class_iou": _NUMBERS,
     "job": _TEXT,
     "job_attempt": _COUNT,
     "gpus": _POSITIVE,
@@ -94,7 +123,26 @@ _IF_THERE: Mapping[str, _Kind] = {
     "fingerprint": _TEXT,
 }
 """What lines may have, of whatever kind."""
+_SHOWN = 40
+"""Characters of a wrong value that an error shows."""
 _CHANGED = "the file was changed from outside: remove that line"
+
+
+def open_run(named: str) -> ObjectStore:
+    """The store of a run, which may be named by its ledger, too.
+
+    Raises:
+        ConfigError: it is another file.
+    """
+    place = f"./{named}" if named == run.LEDGER else named
+    if place.endswith(f"/{run.LEDGER}"):
+        return open_store(place.removesuffix(run.LEDGER))
+    if os.path.isfile(place):
+        raise ConfigError(
+            f"{named}: is a file, and no run",
+            mend="give the run's folder or s3:// prefix; of a file alone: s4gan diagnose FILE",
+        )
+    return open_store(named)
 
 
 def read_ledger(path: Path, shown: str = "") -> list[dict[str, Any]]:
@@ -147,9 +195,24 @@ def _check(event: Mapping[str, Any], where: str) -> None:
     for name, (holds, wanted) in {**if_there, **always}.items():
         if not holds(event.get(name)):
             raise StorageError(
-                f"{where}: {name} is {event.get(name)!r}, not {wanted}",
+                f"{where}: {name} is {_short(event.get(name))}, not {wanted}",
                 mend=_CHANGED,
             )
+
+
+def _short(value: Any) -> str:
+    """As much of it as one wants to read."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def best_of(events: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The "eval" line of the best validation mIoU, the first of equals; None if there is none.
+
+    A score that is no number is not the best.
+    """
+    scored = (one for one in events if one["event"] == "eval" and math.isfinite(one["val_miou"]))
+    return max(scored, key=lambda event: event["val_miou"], default=None)
 
 
 class Ledger:

@@ -21,8 +21,8 @@ from job.errors import ConfigError, ObjectNotFound, StorageError
 from job.monitor.attempts import Attempt, attempts_of
 from job.monitor.charts import Chart, time_chart, training_charts
 from job.monitor.divergence import Remedies
-from job.monitor.health import Finding, Watch, failure_of, is_healthy
-from job.monitor.ledger import parse_ledger
+from job.monitor.health import Finding, Watch, failure_of, is_healthy, why_nothing
+from job.monitor.ledger import best_of, parse_ledger
 from job.monitor.rules import Setting
 from job.monitor.summary import Check, checklist
 from job.storage import ObjectStore
@@ -142,7 +142,7 @@ def report_html(report: Report) -> str:
 
 def _verdict(report: Report, watch: Watch) -> list[str]:
     scores = [event for event in report.events if event["event"] == "eval"]
-    best = max(scores, key=lambda event: event["val_miou"], default=None)
+    best = best_of(report.events)
     reached = max((event.get("iteration", 0) for event in report.events), default=0)
     of = report.config.train.iterations
     if report.finished:
@@ -150,8 +150,10 @@ def _verdict(report: Report, watch: Watch) -> list[str]:
         said += f": {_text(report.stopped)}." if report.stopped else "."
     else:
         said = f"At iteration {reached} of {of}."
+        if reached > of:
+            said += " That is beyond its end: config.yaml is not what it was trained with."
     if best is None:
-        said += " No evaluation yet."
+        said += " No evaluation yet." if not scores else " No validation mIoU is a number."
     else:
         said += (
             f" Best validation mIoU <b>{best['val_miou']:.4f}</b> at iteration {best['iteration']}."
@@ -225,8 +227,7 @@ def _figures(charts: Sequence[Chart]) -> str:
 
 
 def _classes(report: Report) -> list[str]:
-    scores = [event for event in report.events if event["event"] == "eval"]
-    best = max(scores, key=lambda event: event["val_miou"], default=None)
+    best = best_of(report.events)
     if best is None or len(best.get("class_iou") or ()) != len(report.classes):
         return []
     parts = [
@@ -388,17 +389,20 @@ def report_of(store: ObjectStore, costs: Sequence[str] = ()) -> Report:
         ConfigError: it is no run, or has not begun.
         StorageError: the storage failed, or a file is none of this program's.
     """
+    events: list[dict[str, Any]] = []
     try:
-        ledger = store.read(run.LEDGER)
+        events = parse_ledger(store.read(run.LEDGER), f"{store.uri}/{run.LEDGER}")
         config = config_from_yaml(
             store.read(run.CONFIG).decode(errors="replace"), source=f"{store.uri}/{run.CONFIG}"
         )
     except ObjectNotFound as error:
+        if events:  # it failed before there was a configuration
+            said, mend = why_nothing(events)
+            raise ConfigError(f"{store.uri}: {said}; there is no {run.CONFIG}", mend=mend) from None
         raise ConfigError(
             f"{store.uri}: is no run that has begun to train ({error.message})",
             mend="give the folder or s3:// address that --run had",
         ) from None
-    events = parse_ledger(ledger, f"{store.uri}/{run.LEDGER}")
     best, pictures = shown_of(store)
     summary = _summary_of(store)
     if summary is not None:

@@ -21,6 +21,7 @@ from job.monitor.guide import (
     LOW_FROM,
     LOW_MIOU,
     MAX_GAP,
+    MAX_LEAD,
     NORMAL_GAP,
     OVERFIT_GAP,
     Scale,
@@ -163,6 +164,12 @@ class Remedy:
 
 # ---------------------------------------------------------------- conditions
 
+GAP_SLACK = 0.03
+"""By which a gap has to come back before its sign ends: twice the standard deviation of the median
+of three gaps, where an evaluation swings by 0.015."""
+GAP_CALM = 5
+"""Evaluations in a row without that end it: the medians of neighbours share two of three."""
+
 
 def _values(points: Points) -> list[float]:
     return [value for _, value in points]
@@ -177,6 +184,8 @@ class Median:
     points: int = 5
     slack: float = 0.1
     """Share of the limit by which it has to come back before the sign ends."""
+    lasts: int = 1
+    """Times as many points tell whether it has: losses of one batch are noisy."""
     no_more_than_chance: bool = False
     """Of a cross-entropy: the limit is no higher than what guessing costs."""
     not_rising_by: float | None = None
@@ -185,7 +194,7 @@ class Median:
     def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
         """See `Condition`."""
         del series
-        last = points[-self.points :]
+        last = points[-self.points * (self.lasts if is_open else 1) :]
         if len(last) < self.points:
             return None
         median = statistics.median(_values(last))
@@ -203,7 +212,7 @@ class Median:
             risen = (
                 median - statistics.median(_values(before)) if before else last[-1][1] - last[0][1]
             )
-            holds = risen < self.not_rising_by
+            holds = risen < self.not_rising_by * (2 if is_open else 1)
         return (last[0][0], median) if holds else None
 
 
@@ -438,10 +447,11 @@ class Stuck:
     improvement: float = 0.01
     points: int = 4
     """Evaluations within that time, at least."""
+    slack: float = 0.1
+    """Share of the limit above which the best has to be before the sign ends."""
 
     def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
         """See `Condition`."""
-        del is_open
         everything = series(_VAL)
         if not points:
             return None
@@ -452,7 +462,9 @@ class Stuck:
         if len(span) < self.points or not before:
             return None
         best = max(_values(span))
-        holds = best < self.below and best < max(before) + self.improvement
+        below = self.below * (1 + self.slack) if is_open else self.below
+        improvement = self.improvement * (2 if is_open else 1)
+        holds = best < below and best < max(before) + improvement
         return (span[0][0], span[-1][1]) if holds else None
 
 
@@ -489,7 +501,7 @@ class Stagnant:
         sure = max(self.rise, self.noise * _error_of_rise(len(val)) * swing)
         share = 0.5 if is_open else 1.0
         holds = risen > share * self.rise and risen - risen_val > share * sure
-        if not holds or risen_val > self.improvement:
+        if not holds or risen_val > self.improvement * (2 if is_open else 1):
             return None
         return next(at for at, _ in points if at > begin), statistics.median(val[-3:])
 
@@ -536,7 +548,7 @@ class Within:
     above: float
     upto: float
     points: int = 3
-    slack: float = 0.02
+    slack: float = GAP_SLACK
 
     def __call__(self, points: Points, series: Series, setting: Setting, *, is_open: bool) -> Seen:
         """See `Condition`."""
@@ -564,9 +576,10 @@ class BothLow:
         if len(last) < self.points:
             return None
         below = self.below * 1.05 if is_open else self.below
+        gap = self.gap + GAP_SLACK if is_open else self.gap
         train = statistics.median(_values(series("train_miou")[-self.points :]))
         val = statistics.median(_values(last))
-        return (last[0][0], val) if max(train, val) < below and train - val <= self.gap else None
+        return (last[0][0], val) if max(train, val) < below and train - val <= gap else None
 
 
 @dataclass(frozen=True)
@@ -623,7 +636,7 @@ RULES: Sequence[Rule] = (
         "ce_not_learning",
         "Loss_CE stays > 4.0 after 5000 iterations",
         "loss_ce",
-        Median(above=4.0, no_more_than_chance=True),
+        Median(above=4.0, slack=0.2, lasts=2, no_more_than_chance=True),
         "problem",
         "Loss_CE stays at {value:.3f}: the model is not learning",
         (_LABELS, _HALF_LR, _MORE_LR),
@@ -646,6 +659,7 @@ RULES: Sequence[Rule] = (
         "problem",
         "a loss or a weight is NaN or infinite: training has crashed",
         (*_HALF_BOTH, _BROKEN),
+        calm=50,  # a log may go on, and have one in every few lines
     ),
     # -- feature matching
     Rule(
@@ -714,7 +728,7 @@ RULES: Sequence[Rule] = (
         "st_high",
         "Loss_ST > 5.0",
         "loss_st",
-        Median(above=5.0),
+        Median(above=5.0, slack=0.2, lasts=2),
         "warning",
         "Loss_ST is {value:.3f}: the pseudo-labels are poor",
         (_HIGHER_THRESHOLD, _HALF_LR),
@@ -747,7 +761,7 @@ RULES: Sequence[Rule] = (
         "d_unstable",
         "Loss_D above 1.0",
         "loss_d",
-        Median(above=1.0),
+        Median(above=1.0, slack=0.2, lasts=2),
         "problem",
         "Loss_D is {value:.3f}: training is unstable",
         (_HALF_LR_D, _HALF_LR),
@@ -755,10 +769,19 @@ RULES: Sequence[Rule] = (
     ),
     # -- scores
     Rule(
+        "score_non_finite",
+        "Problem 2: NaN or inf values, of a score",
+        "score_non_finite",
+        Happened(),
+        "problem",
+        "training or validation mIoU is NaN or infinite: it is the best of nothing",
+        (*_HALF_BOTH, _BROKEN),
+    ),
+    Rule(
         "train_not_learning",
         "Training mIoU < 0.20 after 5000 iterations",
         "train_miou",
-        Median(below=0.20, points=3, not_rising_by=0.02),
+        Median(below=0.20, slack=0.25, points=3, not_rising_by=0.02),
         "problem",
         "training mIoU is {value:.4f}: the model is not learning",
         (_LABELS, _HALF_LR, _MORE_LR),
@@ -777,7 +800,7 @@ RULES: Sequence[Rule] = (
         "val_not_learning",
         "Validation mIoU < 0.20 where 0.40 is expected (iteration 5000)",
         "val_miou",
-        Median(below=0.20, points=3, not_rising_by=0.02),
+        Median(below=0.20, slack=0.25, points=3, not_rising_by=0.02),
         "problem",
         "validation mIoU is {value:.4f}: nothing that is learned holds for new images",
         (_LABELS, _MIRROR, _SCALE, _HALF_LR, _MORE_LR, Remedy("check the balance of the classes")),
@@ -819,7 +842,7 @@ RULES: Sequence[Rule] = (
         "overfitting",
         "Problem 4: train/val gap > 0.20",
         "gap",
-        Median(above=OVERFIT_GAP, points=3),
+        Median(above=OVERFIT_GAP, points=3, slack=GAP_SLACK / OVERFIT_GAP),
         "problem",
         "training mIoU is {value:.2f} above validation mIoU: overfitting",
         (
@@ -834,6 +857,7 @@ RULES: Sequence[Rule] = (
                 lambda config: config.data.val_split < 0.5,
             ),
         ),
+        calm=GAP_CALM,
     ),
     Rule(
         "slight_overfit",
@@ -843,6 +867,8 @@ RULES: Sequence[Rule] = (
         "note",
         "training mIoU is {value:.2f} above validation mIoU: a slight overfit, acceptable",
         (_MIRROR, _SCALE, Remedy("more labeled images")),
+        unless=("overfitting", "large_gap"),
+        calm=GAP_CALM,
     ),
     Rule(
         "large_gap",
@@ -852,6 +878,22 @@ RULES: Sequence[Rule] = (
         "warning",
         "training mIoU is {value:.2f} above validation mIoU, which should stay below 0.15",
         (_MIRROR, _SCALE, _MORE_DECAY, Remedy("more labeled images"), _USE_BEST),
+        unless=("overfitting",),
+        calm=GAP_CALM,
+    ),
+    Rule(
+        "val_above_train",
+        "Validation mIoU should be slightly lower than training mIoU",
+        "lead",
+        Median(above=MAX_LEAD, points=3, slack=GAP_SLACK / MAX_LEAD),
+        "note",
+        "validation mIoU is {value:.2f} above training mIoU: the two do not measure the same",
+        (
+            Remedy("look for validation images among those for training: s4gan data check"),
+            Remedy("see whether they are easier, or hold fewer classes"),
+            Remedy("the training score is of labeled images only: few of them tell little"),
+        ),
+        calm=GAP_CALM,
     ),
     Rule(
         "underfitting",

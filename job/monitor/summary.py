@@ -14,6 +14,7 @@ import torchvision
 
 import job
 from job.monitor.divergence import ROLLED_BACK
+from job.monitor.ledger import best_of
 from job.revision import git
 from job.run import RunIdentity
 
@@ -48,7 +49,7 @@ def checklist(
         wandb_outcome: how the mirror ended.
     """
     evaluations = [event for event in events if event["event"] == "eval"]
-    best = max(evaluations, key=lambda event: event["val_miou"], default=None)
+    best = best_of(events)
     last = evaluations[-1] if evaluations else None
     gap = last["train_miou"] - last["val_miou"] if last else None
     unreadable = sum(event["event"] == "unreadable_image" for event in events)
@@ -97,7 +98,7 @@ def summary(
 ) -> dict[str, Any]:
     """Content of `summary.json`."""
     evaluations = [event for event in events if event["event"] == "eval"]
-    best = max(evaluations, key=lambda event: event["val_miou"], default=None)
+    best = best_of(events)
     return {
         "run": {
             "uri": run_uri,

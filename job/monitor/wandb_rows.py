@@ -174,12 +174,6 @@ def class_scores(
     return list(zip(classes, scores, strict=True))
 
 
-def best_of(events: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The "eval" line of the best validation mIoU, the first of equals; None before the first."""
-    evaluations = [event for event in events if event["event"] == "eval"]
-    return max(evaluations, key=lambda event: event["val_miou"], default=None)
-
-
 def findings_of(events: Iterable[Mapping[str, Any]], setting: Setting) -> list[Finding]:
     """What the rules have found in a run, oldest first."""
     watch = Watch(setting)

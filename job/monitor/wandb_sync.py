@@ -7,6 +7,7 @@ and W&B would lay them over each other. The ledger has each iteration once.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,21 +21,21 @@ from job import run
 from job.config import Config, config_from_yaml
 from job.errors import ConfigError, ExitCode, ObjectNotFound, StorageError, reason
 from job.monitor import wandb_run
-from job.monitor.ledger import parse_ledger
+from job.monitor.health import why_nothing
+from job.monitor.ledger import best_of, open_run, parse_ledger
 from job.monitor.rules import Setting
 from job.monitor.wandb_rows import (
     NOTHING,
     PREDICTIONS,
     Kind,
     Row,
-    best_of,
     findings_of,
     rows_of,
     target_charts,
 )
 from job.monitor.wandb_run import ModelFile, RunFacts
 from job.run import RunIdentity
-from job.storage import ObjectStore, open_store
+from job.storage import ObjectStore
 
 FINISH_TIMEOUT_S = 600
 """For all that is sent."""
@@ -106,7 +107,7 @@ def replay(
     """Make a W&B run of a run's ledger; one that is there already is never added to.
 
     Args:
-        run_uri: folder or s3:// prefix of the run.
+        run_uri: folder or s3:// prefix of the run, or its ledger.
         entity: whose the W&B run is to be; None: as configured.
         project: likewise.
         run_id: of the W&B run; None: the run's own.
@@ -138,11 +139,33 @@ def replay(
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StorageError.from_os("write", folder, error) from error
+            _refuse_a_second(chosen, folder, own)
         sender = _Sender(past, config, say, is_online=offline is None)
         wandb = sender.start(chosen, folder)
         stack.callback(wandb.teardown)
         last = sender.send()
         return Replayed(chosen, sender.where, sender.rows, last)
+
+
+def _refuse_a_second(run_id: str, folder: Path, own: str) -> None:
+    """Two sets of files of one id: `wandb sync` adds the second to what the first has made.
+
+    Raises:
+        ConfigError: the folder has files of that run.
+    """
+    there = next((folder / "wandb").glob(f"offline-run-*-{glob.escape(run_id)}"), None)
+    if there is not None:
+        raise ConfigError(
+            f"{there}: has been made of W&B run {run_id} already, and `wandb sync` would lay both "
+            "over each other",
+            mend=f"delete it, or choose another id: --id {_another(run_id, own)}",
+        )
+
+
+def _another(run_id: str, own: str) -> str:
+    """An id beside that of a run and one that was asked for."""
+    other = f"{own}-replay"
+    return other if other != run_id else f"{other}-2"
 
 
 class _Sender:
@@ -272,8 +295,7 @@ class _Sender:
         import wandb
 
         text = str(error)
-        other = f"{self._past.identity.wandb_id}-replay"
-        mend = f"choose another id: --id {other if other != run_id else other + '-2'}"
+        mend = f"choose another id: --id {_another(run_id, self._past.identity.wandb_id)}"
         if isinstance(error, wandb.errors.UsageError) and "already exists" in text:
             return ConfigError(
                 f"W&B has a run {run_id} already, and its curves would be mixed with these",
@@ -306,28 +328,33 @@ def _read(run_uri: str) -> _Past:
         ConfigError: it is none, or nothing was trained yet.
         StorageError: they cannot be read.
     """
-    store = open_store(run_uri)
-    mend = "give the folder or s3:// prefix of a run"
-    content = {}
-    for key in (run.LEDGER, run.CONFIG, run.IDENTITY):
-        try:
-            content[key] = store.read(key)
-        except ObjectNotFound:
-            raise ConfigError(f"{run_uri}: there is no {key}", mend=mend) from None
+    store = open_run(run_uri)
+    events = parse_ledger(_content(store, run.LEDGER), f"{store.uri}/{run.LEDGER}")
+    if not any(event["event"] in ("train", "eval") for event in events):
+        said, mend = why_nothing(events)
+        raise ConfigError(f"{run_uri}: {said}, so there is nothing to show", mend=mend)
     try:
-        identity = RunIdentity.from_json(content[run.IDENTITY])
+        identity = RunIdentity.from_json(_content(store, run.IDENTITY))
     except (ValueError, TypeError):
         raise StorageError(f"{store.uri}/{run.IDENTITY}: cannot be read") from None
     config = config_from_yaml(
-        content[run.CONFIG].decode(errors="replace"), source=f"{store.uri}/{run.CONFIG}"
+        _content(store, run.CONFIG).decode(errors="replace"), source=f"{store.uri}/{run.CONFIG}"
     )
-    events = parse_ledger(content[run.LEDGER], f"{store.uri}/{run.LEDGER}")
-    if not any(event["event"] in ("train", "eval") for event in events):
-        raise ConfigError(
-            f"{run_uri}: nothing has been trained yet, so there is nothing to show",
-            mend="wait for its first line of losses",
-        )
     return _Past(store, config, identity, events, _summary_of(store))
+
+
+def _content(store: ObjectStore, key: str) -> bytes:
+    """Of a file that every run has.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    try:
+        return store.read(key)
+    except ObjectNotFound:
+        raise ConfigError(
+            f"{store.uri}: there is no {key}", mend="give the folder or s3:// prefix of a run"
+        ) from None
 
 
 def _summary_of(store: ObjectStore) -> Mapping[str, Any]:

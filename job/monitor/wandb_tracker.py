@@ -21,13 +21,13 @@ from job.errors import reason
 from job.events import EvalEvent, Notice, TrainEvent
 from job.monitor import wandb_run
 from job.monitor.health import Finding, Standing
+from job.monitor.ledger import best_of
 from job.monitor.pictures import Example
 from job.monitor.rules import Setting
 from job.monitor.wandb_rows import (
     NOTHING,
     Kind,
     Row,
-    best_of,
     eval_row,
     findings_of,
     health_row,

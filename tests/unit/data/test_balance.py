@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -137,6 +138,25 @@ def test_of_many_classes_some_are_named_and_the_rest_counted() -> None:
     (warning,) = balance_warnings(names, balance(tuple(one), tuple(one)), NOTHING)
     assert warning.count("class ") == NAMES_SHOWN
     assert f"and {199 - NAMES_SHOWN} more classes" in warning
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("background", True), ("_background_", True), ("sky", False)]
+)
+def test_one_mask_of_background_alone_is_told_of_and_one_of_sky_is_not(
+    name: str, *, told: bool
+) -> None:
+    classes = (name, *CLASSES[1:])
+    drawn, empty = (60, 30, 10), (100, 0, 0)
+    part = balance(*[drawn] * 12, empty)
+    found = balance_warnings(classes, part, NOTHING)
+    said = f"1 of 13 labeled masks holds nothing but {name} (first: masks/m12.png)"
+    assert [line.startswith(said) for line in found] == [True] * told
+    assert len(balance_warnings(classes, balance(*[drawn] * 3), part)) == told
+    # Another class may fill an image, and where all masks are alike there is no other.
+    assert balance_warnings(classes, balance(*[drawn] * 12, (0, 100, 0)), NOTHING) == []
+    alike = balance_warnings(classes, balance(empty, empty), NOTHING)
+    assert not any("nothing but" in one for one in alike)
 
 
 def test_masks_that_nobody_has_drawn_are_told_of() -> None:

@@ -188,7 +188,7 @@ def test_the_smallest_wrong_label_is_the_one_named(make_data: MakeData) -> None:
 def test_every_class_and_ignore_index_are_allowed(make_data: MakeData, value: int) -> None:
     folder = make_data()
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-    mask[1] = value
+    mask[0], mask[1] = 1, value
     Image.fromarray(mask).save(mask_path(folder, "train_0005"))
     assert check(folder) == []
 
@@ -295,10 +295,14 @@ def test_only_empty_masks_are_refused(
     assert "ignore_index in dataset.yaml" in error.mend
 
 
-def test_a_mask_of_nothing_but_background_is_not_empty(make_data: MakeData) -> None:
+def test_a_mask_of_nothing_but_background_is_not_empty_and_worth_a_look(
+    make_data: MakeData,
+) -> None:
     folder = make_data()
     write_mask(folder, "train_0006", 0)
-    assert check(folder) == []
+    (warning,) = check(folder)
+    assert warning.startswith("1 of 8 labeled masks holds nothing but background (first: ")
+    assert str(mask_path(folder, "train_0006")) in warning
 
 
 # ---------------------------------------------------------------- stopping

@@ -448,3 +448,11 @@ def test_an_exception_of_the_caller_leaves_no_files_to_look_at(
     with pytest.raises(KeyboardInterrupt):
         look(folder)
     assert len(opened) < 150
+
+
+def test_a_mask_of_nothing_but_background_is_shown(make_data: MakeData) -> None:
+    folder = make_data()
+    write_mask(folder, "train_0003", 0)
+    (shown,) = look(folder).notable
+    assert shown.text == "the mask holds nothing but background"
+    assert shown.places[0].item.mask == mask_path(folder, "train_0003")

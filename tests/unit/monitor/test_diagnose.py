@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import typer
 from job import cli, run
 from job.config import Config, load_config
 from job.errors import ConfigError, StorageError
-from job.events import EvalEvent, TrainEvent
-from job.monitor.console import evaluation_head, evaluation_lines, train_line
-from job.monitor.diagnose import _append, diagnose
+from job.monitor.console_log import _append
+from job.monitor.diagnose import diagnose
 from job.monitor.divergence import Remedies
-from tests.series import lines
+from job.monitor.report import report_of
+from job.storage import open_store
+from tests.series import console, lines
 
 GUESSING: Any = {"loss_d": lambda at: 0.693}
 
@@ -26,28 +28,6 @@ def ledger(path: Path, events: Iterable[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
     return path
-
-
-def console(events: Iterable[Any], iterations: int, prefix: str = "") -> str:
-    """What training prints, by the printing code itself."""
-    printed = ["data: 80 labeled, 560 unlabeled", "device: cpu (no GPU found)"]
-    for event in events:
-        if event["event"] == "train":
-            facts = {key: event[key] for key in event.keys() - {"event", "attempt", "time"}}
-            printed.append(train_line(TrainEvent(loss_g=0.0, **facts), iterations))
-        else:
-            scores = EvalEvent(
-                event["iteration"],
-                event["train_miou"],
-                event["val_miou"],
-                (),
-                pixel_accuracy=0.9,
-                best_miou=event["val_miou"],
-                previous_best=None,
-            )
-            printed += [evaluation_head(event["iteration"]), evaluation_lines(scores)]
-    text = "\n".join(printed)
-    return "\n".join(prefix + line for line in text.split("\n")) + "\n"
 
 
 def test_a_healthy_run(tmp_path: Path) -> None:
@@ -153,6 +133,25 @@ def test_a_run_that_ended_with_an_error_is_not_healthy(
     assert diagnose(str(tmp_path)).is_healthy
 
 
+def test_a_run_that_failed_before_it_had_a_configuration_says_so(tmp_path: Path) -> None:
+    ended = {"event": "attempt_ended", "exit_code": 78, "reason": "no images"}
+    ledger(tmp_path / run.LEDGER, [ended | {"time": 1.0, "attempt": 1}])
+    found = diagnose(str(tmp_path))
+    assert "there is no config.yaml, as of a run that failed before" in found.text()
+    assert found.to_dict()["assumed_preset"] == "guide"
+    with pytest.raises(ConfigError, match="ended with an error: no images") as caught:
+        report_of(open_store(str(tmp_path)))
+    assert caught.value.mend.startswith("mend that")
+
+
+def test_a_configuration_that_cannot_be_read_is_not_one_that_is_not_there(tmp_path: Path) -> None:
+    ledger(tmp_path / run.LEDGER, lines(until=500))
+    (tmp_path / run.CONFIG).mkdir()
+    with pytest.raises(StorageError, match=r"config\.yaml"):
+        diagnose(str(tmp_path))
+    assert diagnose(str(tmp_path / run.LEDGER)).assumed  # of a file it need not be
+
+
 def test_two_evaluations_far_apart_are_not_called_healthy(tmp_path: Path) -> None:
     two = lines(train_miou=lambda at: 0.85, val_miou=lambda at: 0.45)
     path = ledger(tmp_path / "l.jsonl", [one for one in two if one["iteration"] <= 1_000])
@@ -190,11 +189,21 @@ def test_what_a_log_says_of_remedies(tmp_path: Path) -> None:
     found = diagnose(str(path))
     assert found.remedies == Remedies(rollbacks=1, halvings=1)
     assert [(one.rule, one.since, one.ended) for one in found.findings] == [
-        ("out_of_memory", 600, 600)
+        ("out_of_memory", 600, 700)
     ]
     assert "rolled back by itself, 1 of 3 times" in found.text()
     assert "halved its batches, 1 times" in found.text()
     assert found.to_dict()["rolled_back"] == 1
+
+
+def test_what_a_finished_log_ran_into_is_over(tmp_path: Path) -> None:
+    """Also behind its last line of losses."""
+    path = tmp_path / "log"
+    text = console(lines(until=50_000), 50_000) + "warning: CUDA out of memory with batches of 2\n"
+    path.write_text(text)
+    assert not diagnose(str(path)).is_healthy
+    path.write_text(text + "Finished after 50000 iterations; best validation mIoU 0.7\n")
+    assert diagnose(str(path)).is_healthy
 
 
 # ---------------------------------------------------------------- bad input
@@ -249,7 +258,8 @@ def test_a_log_says_itself_how_long_the_run_is(tmp_path: Path) -> None:
     assert found.iterations == 50_000
     assert not found.assumed
     assert "--config" not in found.text()
-    assert "judged as a run of the preset guide" in diagnose(str(path)).text()
+    said = "there is no config.yaml beside it: judged as a run of the preset guide"
+    assert said in diagnose(str(path)).text()
 
 
 def test_a_long_log_takes_no_longer_a_line_than_a_short_one(tmp_path: Path) -> None:
@@ -298,3 +308,24 @@ def test_a_jump_of_the_loss_is_not_told_as_a_nan(tmp_path: Path) -> None:
     }
     ledger(tmp_path / run.LEDGER, [*(x for x in lines() if x["iteration"] <= 5_000), ended])
     assert "non_finite" not in {one.rule for one in diagnose(str(tmp_path)).findings}
+
+
+def test_scores_of_nan_are_a_finding_and_json(tmp_path: Path) -> None:
+    path = ledger(tmp_path / "l.jsonl", lines(until=2_000, val_miou=lambda at: math.nan))
+    found = diagnose(str(path))
+    assert [one.rule for one in found.findings] == ["score_non_finite"]
+    assert found.fit is found.val_miou is None
+    json.dumps(found.to_dict(), allow_nan=False)
+    assert "mIoU is NaN or infinite" in found.text()
+
+
+def test_beyond_the_end_of_the_run_no_phase_is_made_up(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(console(lines(until=400), 50_000).replace("Iter 400/", "Iter 60000/"))
+    ledger(tmp_path / "l.jsonl", lines(until=2_000))
+    short = load_config("demo")
+    for found in (diagnose(str(log)), diagnose(str(tmp_path / "l.jsonl"), short)):
+        assert found.standing is None
+        assert found.to_dict()["beyond_end"]
+        assert "that is beyond its end: no phase can be told" in found.text()
+    assert not diagnose(str(tmp_path / "l.jsonl")).is_beyond_end

@@ -75,8 +75,53 @@ def test_what_ended_an_attempt_is_over_where_it_happened_and_not_before() -> Non
     assert (found.iteration, found.since) == (300, 300)
     train = next(lines())
     assert one.observe({**train, "iteration": 200}) == []
-    (over,) = one.observe({**train, "iteration": 300})
-    assert (over.rule, over.ended) == ("out_of_memory", 300)
+    assert one.observe({**train, "iteration": 300}) == []  # the last line before it
+    (over,) = one.observe({**train, "iteration": 400})
+    assert (over.rule, over.ended) == ("out_of_memory", 400)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "rule"),
+    [(70, "training diverged", "non_finite"), (78, "CUDA out of memory with", "out_of_memory")],
+)
+def test_attempts_that_end_at_the_same_place_are_one_episode(
+    code: int, reason: str, rule: str
+) -> None:
+    """Rolled back, they train the last lines before it once more, and were over with those."""
+    first, *again = lines(until=300)
+    ended = {"event": "attempt_ended", "exit_code": code, "reason": reason, "reached": 300}
+    one = watch()
+    for event in (first, ended, *again, ended):  # what the ledger of the second attempt holds
+        one.observe(event)
+    assert [(each.rule, each.since, each.ended) for each in one.findings] == [(rule, 300, None)]
+
+
+def test_what_ended_an_attempt_is_over_when_the_run_has_finished() -> None:
+    """Maybe without another line: it happened behind the last one."""
+    one = watch()
+    ended = {"event": "attempt_ended", "reason": "CUDA out of memory with", "reached": 50_000}
+    one.observe(ended | {"exit_code": 78})
+    (over,) = one.observe(ended | {"exit_code": 0, "reason": "finished"})
+    assert over.rule == "out_of_memory"
+    assert not over.counts
+
+
+@pytest.mark.parametrize("every", [2, 7, 20, 40])
+def test_a_loss_that_is_nan_now_and_then_is_one_episode(every: int) -> None:
+    found = findings(loss_ce=lambda at: math.nan if at // 100 % every == 0 else None, until=9_900)
+    assert [(one.rule, one.ended) for one in found] == [("non_finite", None)]
+
+
+def test_a_loss_that_was_nan_once_is_over_at_last() -> None:
+    (found,) = findings(loss_ce=lambda at: math.nan if at == 5_000 else None)
+    assert (found.rule, found.since, found.ended) == ("non_finite", 5_000, 10_000)
+
+
+@pytest.mark.parametrize("metric", ["train_miou", "val_miou"])
+def test_a_score_that_is_nan_now_and_then_is_one_episode(metric: str) -> None:
+    bad: Any = {metric: lambda at: math.nan if at // 500 % 3 == 0 and at < 40_000 else None}
+    (found,) = findings(**bad)
+    assert (found.rule, found.iteration, found.ended) == ("score_non_finite", 1_500, 40_500)
 
 
 def test_out_of_memory_names_the_batch_to_try() -> None:
@@ -198,6 +243,8 @@ def test_before_anything_is_known_nothing_is_said() -> None:
         (0.85, 0.55, "overfitting"),
         (0.60, 0.65, "excellent"),  # validation better: no overfit
         (0.45, 0.10, "overfitting"),
+        (0.22, 0.70, "unclear"),  # the guide does not have it
+        (0.55, 0.65, "excellent"),
     ],
 )
 def test_the_guides_table(train: float, val: float, fit: str) -> None:
@@ -258,8 +305,12 @@ def test_scores_between_the_guides_iterations_are_on_a_line() -> None:
     assert miou_band("train_miou", 90_000) == (0.70, 0.85)
 
 
-def test_a_score_that_is_no_number_is_passed_over() -> None:
+def test_a_score_that_is_no_number_is_told_of_and_has_no_fit() -> None:
     one = watch(load_config("demo"))
-    nan = {"event": "eval", "iteration": 200, "train_miou": math.nan, "val_miou": math.nan}
-    assert one.observe(nan) == []
+    good = {"event": "eval", "iteration": 100, "train_miou": 0.5, "val_miou": 0.5}
+    one.observe(good)
+    (found,) = one.observe(good | {"iteration": 200, "val_miou": math.nan})
+    assert (found.rule, found.severity) == ("score_non_finite", "problem")
     assert one.fit() is None
+    one.observe(good | {"iteration": 300})
+    assert one.fit() == "excellent"

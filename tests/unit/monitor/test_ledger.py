@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +20,15 @@ from hypothesis import strategies as st
 
 from job import run
 from job.checkpoint.lease import Lease, acquire
+from job.config import Config
 from job.drill.proxy import LoseReply, Status
 from job.errors import ConfigError, ExitCode, Fenced, StorageError
 from job.events import EvalEvent, Notice, TrainEvent
 from job.monitor import ledger as ledger_module
-from job.monitor.ledger import Ledger, LedgerMirror, read_ledger
+from job.monitor.attempts import crash_loop
+from job.monitor.health import Watch
+from job.monitor.ledger import Ledger, LedgerMirror, best_of, open_run, parse_ledger, read_ledger
+from job.monitor.rules import Setting
 from job.storage import LocalStore, ObjectStore
 from job.storage.s3 import S3Store
 from tests.services import wait_until
@@ -278,7 +283,7 @@ def test_what_a_rollback_keeps_is_kept_to_the_letter(
         loss = {"loss_ce": 0.1 * i, "images_per_s": 1.0}
         lines.append(json.dumps({"event": "train", **at, **loss}))
         if i % 3 == 0:
-            scores = {"train_miou": 0.5, "val_miou": 0.1 * i, "class_iou": [None, 0.5]}
+            scores = {"train_miou": 0.5, "val_miou": 0.01 * i, "class_iou": [None, 0.5]}
             lines.append(json.dumps({"event": "eval", **at, **scores}))
     path.write_text("".join(f"{line}\n" for line in lines))
     opened(path, attempt=2, iteration=iteration, evaluated=evaluated).close()
@@ -615,3 +620,92 @@ def test_that_a_finding_is_over_is_forgotten_with_the_iterations_that_showed_it(
     ledger.close()
     assert [event["ended"] for event in dropped] == [196]
     assert [event["ended"] for event in read_ledger(tmp_path / "metrics.jsonl")] == [None]
+
+
+def test_a_score_that_is_no_number_is_never_the_best() -> None:
+    scores = [math.nan, 0.4, math.inf, 0.5, 0.5, math.nan]
+    events = [
+        {"event": "eval", "iteration": at, "val_miou": one} for at, one in enumerate(scores, 1)
+    ]
+    best = best_of([{"event": "train"}, *events])
+    assert best is not None
+    assert best["iteration"] == 4
+    assert best_of(events[:1]) is None
+
+
+# ---------------------------------------------------------------- damaged numbers
+
+HUGE = "1" + 400 * "0"
+"""No float holds it, and JSON does."""
+LINES: dict[str, dict[str, Any]] = {
+    "attempt_started": {"gpus": 1, "nodes": 1},
+    "training_started": {"resumed_at": 0},
+    "origin": {"data_uri": "d", "classes": ["a"], "provenance": {}},
+    "configuration_changed": {"changes": []},
+    "train": {"iteration": 100, "st_count": 3, "images_per_s": 10.0}
+    | dict.fromkeys(("loss_ce", "loss_fm", "loss_st", "loss_d", "lr_g", "lr_d"), 0.5),
+    "eval": {"iteration": 100, "train_miou": 0.5, "val_miou": 0.5, "class_iou": [0.5, None]},
+    "health": {"iteration": 100, "rule": "d_stuck", "ended": 100},
+    "checkpoint": {"saved_at": 100},
+    "attempt_ended": {"exit_code": 75, "reason": "SIGTERM", "reached": 100},
+}
+FIELDS = [(kind, name) for kind, fields in LINES.items() for name in ("attempt", "time", *fields)]
+
+
+def ledger_with(kind: str, name: str, written: str) -> bytes:
+    head = {"attempt": 1, "time": 1.0}
+    lines = [
+        {"event": each, **head, **fields} | ({name: "@"} if each == kind else {})
+        for each, fields in LINES.items()
+    ]
+    return "".join(json.dumps(line).replace('"@"', written) + "\n" for line in lines).encode()
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS)
+@pytest.mark.parametrize("written", ["1e400", HUGE, f"-{HUGE}", "NaN", f"[{HUGE}]", "[0.5, true]"])
+def test_a_damaged_number_is_named_or_judged_and_no_traceback(
+    kind: str, name: str, written: str
+) -> None:
+    events, said = read_or_told(ledger_with(kind, name, written))
+    if said:
+        assert said.startswith(f"L: line {1 + list(LINES).index(kind)}: {name} is ")
+        assert len(said) < 120
+    watch = Watch(Setting(Config(), 2))
+    for event in events:
+        watch.observe(event)
+    json.dumps([one.to_dict() for one in watch.findings], allow_nan=False)
+    assert crash_loop(events) is None
+
+
+def read_or_told(content: bytes) -> tuple[list[dict[str, Any]], str]:
+    try:
+        return parse_ledger(content, "L"), ""
+    except StorageError as error:
+        return [], error.message
+
+
+# ---------------------------------------------------------------- a run by its ledger
+
+
+@pytest.mark.parametrize("named", ["cats", "cats/", "cats/metrics.jsonl", "metrics.jsonl"])
+def test_a_run_may_be_named_by_its_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path, tmp_path / "cats"):
+        place.mkdir(exist_ok=True)
+        (place / "metrics.jsonl").write_bytes(b"")
+    store = open_run(named)
+    assert store.local_path("x") == tmp_path / ("cats" if "cats" in named else "") / "x"
+
+
+def test_so_may_one_in_s3(s3_env: None, bucket: str) -> None:
+    named = f"s3://{bucket}/runs/cats"
+    assert open_run(f"{named}/metrics.jsonl").uri == open_run(named).uri == named
+
+
+def test_another_file_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("")
+    with pytest.raises(ConfigError, match="log: is a file, and no run") as caught:
+        open_run(str(tmp_path / "log"))
+    assert "s4gan diagnose FILE" in caught.value.mend

@@ -451,6 +451,21 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert found.facts == {"data": "data/b", "labeled images": 12, "torch": "2"}
 
 
+def test_scores_of_nan_are_not_the_best_of_the_page() -> None:
+    nan = eval_line(3) | {"val_miou": float("nan")}
+    page = Page(report_html(report(events=[nan, eval_line(5)])))
+    assert page.says("Best validation mIoU 0.5000 at iteration 5")
+    page = Page(report_html(report(events=[nan])))
+    assert page.says("No validation mIoU is a number.")
+
+
+def test_a_run_that_is_longer_than_its_configuration_says_so() -> None:
+    page = Page(report_html(report(events=[train_line(60_000)], finished=False)))
+    assert page.says("At iteration 60000 of")
+    assert page.says("That is beyond its end")
+    assert not page.says("Phase")
+
+
 def test_a_damaged_evaluation_only_makes_the_page_shorter(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     for text in (
@@ -488,6 +503,9 @@ def test_the_command_writes_it_where_it_should(
     assert (tmp_path / "report.html").is_file()
     cli.report("run", out="deep/er/page.html")
     assert (tmp_path / "deep/er/page.html").is_file()
+    (tmp_path / "run" / "report.html").unlink()
+    cli.report("run/metrics.jsonl")
+    assert (tmp_path / "run" / "report.html").is_file()
     cli.report("run", out=f"{place}/page.html")
     assert open_store(place).stat("page.html") is not None
     with pytest.raises(ConfigError, match="--out s3://bucket: names no file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -36,11 +37,13 @@ GUIDE = {
     "gap below 0.15": "large_gap",
     "table: overfitting": "overfitting",
     "table: underfitting": "underfitting",
+    "validation slightly lower than training": "val_above_train",
     "generator's learning rate decreases": "lr_not_decaying",
     "discriminator's learning rate decreases": "lr_D_not_decaying",
     "problem 1: validation mIoU does not improve": "val_stuck",
     "problem 1: training rises, validation does not": "val_stagnant",
     "problem 2: unstable": "ce_spike",
+    "problem 2: NaN or inf values": "score_non_finite",
     "problem 3: self-training does not work": "st_count_zero",
     "problem 4: overfitting": "overfitting",
     "problem 4: validation mIoU decreases": "val_degrading",
@@ -142,6 +145,11 @@ CASES: Mapping[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
         (9_200, 9_500),
         {"loss_d": after(9_000, 0.95)},
     ),
+    "score_non_finite": (
+        {"val_miou": after(10_000, float("nan"))},
+        (10_000, 10_000),
+        {"val_miou": after(10_000, 0.0)},
+    ),
     "train_not_learning": (
         {"train_miou": always(0.15), "val_miou": always(0.14)},
         (6_000, 6_500),
@@ -186,6 +194,11 @@ CASES: Mapping[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
         {"train_miou": after(10_000, 0.80), "val_miou": after(10_000, 0.62)},
         (10_500, 11_000),
         {"train_miou": after(10_000, 0.80), "val_miou": after(10_000, 0.66)},
+    ),
+    "val_above_train": (
+        {"train_miou": after(10_000, 0.22), "val_miou": after(10_000, 0.70)},
+        (10_500, 11_000),
+        {"train_miou": after(10_000, 0.55), "val_miou": after(10_000, 0.70)},
     ),
     "underfitting": (
         {"train_miou": ramp(0, 50_000, 0.22, 0.37), "val_miou": ramp(0, 50_000, 0.21, 0.35)},
@@ -273,6 +286,55 @@ def test_guessing_in_noise_is_one_episode_and_stays_open(sd: float, seed: int) -
         one for one in findings(loss_d=lambda at: noise.gauss(0.693, sd)) if one.rule == "d_stuck"
     ]
     assert [one.ended for one in found] == [None]
+
+
+def around(gap: float, sd: float) -> dict[str, Any]:
+    """Scores that are so far apart, each as noisy."""
+    noise = random.Random(0)
+    return {
+        "train_miou": lambda at: noise.gauss(0.7 + gap / 2, sd),
+        "val_miou": lambda at: noise.gauss(0.7 - gap / 2, sd),
+    }
+
+
+AROUND: Mapping[str, dict[str, Any]] = {
+    "ce_not_learning": {"loss_ce": noisy(3.0, 0.3)},  # with 21 classes the limit is 3.04
+    "st_high": {"loss_st": noisy(5.0, 0.5), "st_count": always(8)},
+    "d_unstable": {"loss_d": noisy(1.0, 0.1)},
+    "train_not_learning": {"train_miou": noisy(0.20, 0.02), "val_miou": noisy(0.18, 0.02)},
+    "val_not_learning": {"train_miou": noisy(0.30, 0.01), "val_miou": noisy(0.20, 0.01)},
+    "val_stuck": {"train_miou": ramp(0, 20_000, 0.2, 0.6), "val_miou": noisy(0.28, 0.02)},
+    "val_stagnant": {
+        "train_miou": lambda at: 0.4 + 0.1 * at / 15_000,
+        "val_miou": lambda at: 0.4 + 0.01 * at / 15_000 + 0.01 * math.sin(at),
+    },
+    "underfitting": {"train_miou": noisy(0.38, 0.02), "val_miou": noisy(0.28, 0.02)},
+    "slight_overfit": around(0.10, 0.014),
+    "large_gap": around(0.15, 0.014),
+    "overfitting": around(0.20, 0.014),
+}
+"""What swings around the limit of a rule for a whole run."""
+
+
+@pytest.mark.parametrize("rule", AROUND)
+def test_what_swings_around_a_limit_is_one_episode(rule: str) -> None:
+    assert len(told_at(rule, **AROUND[rule])) == 1
+
+
+@pytest.mark.parametrize("gap", [0.15, 0.20])
+def test_a_gap_that_swings_between_two_of_its_rules_is_told_of_once_by_each(gap: float) -> None:
+    told = [one.rule for one in findings(**around(gap, 0.014))]
+    assert len(told) == len(set(told)), told
+
+
+def test_a_gap_that_has_closed_is_over() -> None:
+    found = [
+        one
+        for one in findings(train_miou=lambda at: 0.9 if at < 20_000 else None)
+        if one.rule == "overfitting"
+    ]
+    assert found[0].ended is not None
+    assert 20_000 < found[0].ended <= 24_000
 
 
 def test_a_loss_that_jumps_and_stays_up_is_not_over() -> None:

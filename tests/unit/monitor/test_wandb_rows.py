@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from job.config import config_from_dict
+from job.monitor.ledger import best_of
 from job.monitor.rules import Setting
 from job.monitor.wandb_rows import (
     KINDS,
     NOTHING,
-    best_of,
     class_scores,
     findings_of,
     rows_of,

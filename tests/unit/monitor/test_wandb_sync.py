@@ -247,6 +247,21 @@ def test_what_w_and_b_may_have_already_gets_an_id_of_its_own_offline(
     assert sync(offline=tmp_path, run_id="mine").run_id == "mine"
 
 
+def test_a_folder_takes_the_files_of_one_id_once(sync: Sync, tmp_path: Path) -> None:
+    """`wandb sync` would add the second to the first."""
+    made = sync(offline=tmp_path)
+    with pytest.raises(ConfigError, match=f"has been made of W&B run {ID} already") as caught:
+        sync(offline=tmp_path)
+    assert made.where in caught.value.message
+    assert f"--id {ID}-replay" in caught.value.mend
+    assert sync(offline=tmp_path, run_id=f"{ID}-replay").run_id == f"{ID}-replay"
+
+
+def test_a_run_may_be_named_by_its_ledger(run: Path, tmp_path: Path, said: list[str]) -> None:
+    options: Any = {"entity": None, "project": None, "run_id": None, "offline": tmp_path / "files"}
+    assert replay(f"{run}/metrics.jsonl", **options, say=said.append).run_id == ID
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -307,6 +322,33 @@ def test_a_model_that_is_gone_is_said_and_the_rest_sent(
     sync()
     assert kept_run(wandb_server).exit_code == 0
     assert "no model of iteration 1000" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("last", "says", "mend"),
+    [
+        (notice("attempt_started"), "nothing has been trained yet", "wait for its first line"),
+        (
+            notice("attempt_ended", exit_code=78, reason="no images"),
+            r"ended with an error: no images \(exit code 78\)",
+            "mend that",
+        ),
+        (
+            notice("attempt_ended", exit_code=75, reason="SIGTERM"),
+            "before the last attempt ended: SIGTERM",
+            "run the same s4gan train again",
+        ),
+    ],
+    ids=["begun", "failed", "interrupted"],
+)
+def test_of_a_run_without_a_line_it_says_why(
+    sync: Sync, run: Path, tmp_path: Path, last: dict[str, Any], says: str, mend: str
+) -> None:
+    write_ledger(run, [notice("attempt_started"), last])
+    (run / "config.yaml").unlink()  # it may have failed before there was one
+    with pytest.raises(ConfigError, match=says) as caught:
+        sync(offline=tmp_path)
+    assert caught.value.mend.startswith(mend)
 
 
 @pytest.mark.parametrize("key", ["metrics.jsonl", "config.yaml", "run.json"])
