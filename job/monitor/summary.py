@@ -14,12 +14,10 @@ import torchvision
 
 import job
 from job.monitor.divergence import ROLLED_BACK
+from job.monitor.guide import MAX_GAP
 from job.monitor.ledger import best_of
 from job.revision import git
 from job.run import RunIdentity
-
-MAX_GAP = 0.15
-"""Largest train/val gap that is no severe overfitting. Source: the monitoring guide's checklist."""
 
 
 @dataclass(frozen=True)

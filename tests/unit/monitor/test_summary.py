@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import job
-from job.monitor.summary import MAX_GAP, Check, checklist, provenance, summary, summary_json
+from job.monitor.guide import MAX_GAP
+from job.monitor.summary import Check, checklist, provenance, summary, summary_json
 from job.run import RunIdentity
 
 IDENTITY = RunIdentity("0123", "s4gan-0123", "2024-01-01T00:00:00+00:00")
