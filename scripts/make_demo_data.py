@@ -73,12 +73,12 @@ def draw_digit(rng: np.random.Generator, scan: NDArray[np.float64]) -> NDArray[n
     return np.clip(np.asarray(turned, np.float64) / 255 * 1.4, 0, 1)
 
 
-def make_data(folder: Path) -> None:
+def make_data(folder: Path, seed: int = SEED) -> None:
     """Write the whole data set into an empty folder."""
     scans = load_digits()
     photos = [np.asarray(photo, np.float64) for photo in load_sample_images().images]
     column = round(photos[0].shape[1] * (1 - VAL_SHARE))
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     for part, num_scenes, num_labeled in (
         ("train", TRAIN_SCENES, LABELED_SCENES),
         ("val", VAL_SCENES, VAL_SCENES),
@@ -105,8 +105,11 @@ def main() -> None:
     """Make the data unless they are already there, whole and by the same settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    settings = repr({name: value for name, value in globals().items() if name.isupper()})
+    parser.add_argument("--seed", type=int, default=SEED, help="another one: other scenes")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    constants = {name: value for name, value in globals().items() if name.isupper()}
+    settings = repr(constants | {"SEED": arguments.seed})
     marker = folder / ".demo"
     if marker.is_file() and marker.read_text() == settings:
         print(f"demo data: already in {folder}")
@@ -116,7 +119,7 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     marker.write_text("begun")  # a killed run leaves this, and the next one starts over
-    make_data(folder)
+    make_data(folder, arguments.seed)
     marker.write_text(settings)
     print(
         f"demo data: {TRAIN_SCENES} training scenes ({LABELED_SCENES} labeled) and {VAL_SCENES} "
