@@ -991,6 +991,7 @@ def _finish(
         events=events,
         best_path=f"{store.uri}/{run.BEST_MODEL}",
         best_verified=True,
+        finished=True,
         wandb_finished=tracking.wandb.finished_online,
         wandb_outcome=tracking.wandb.outcome,
     )

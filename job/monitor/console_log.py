@@ -24,6 +24,9 @@ _LOSSES = re.compile(
 _EVALUATING = re.compile(r"Evaluating at iteration (\d+)")
 _ROLLED_BACK = re.compile(r"Rolled back \(\d+ of \d+\) to iteration \d+")
 _FINISHED = re.compile(r"Finished after \d+ iterations")
+_ERROR = re.compile(r"(?:^|\s)error: (.+)")
+"""Of the program itself, or of Python, whose names of errors are capital letters and "Error"."""
+_RAISED = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)")
 _HALVED = re.compile(r"going on with batches of \d+")
 _SCORE = re.compile(rf"(Training|Validation) mIoU: {_NUMBER}( ?%)?")
 _SCORES = ("train_miou", "val_miou")
@@ -97,6 +100,10 @@ def events_of_console(text: str) -> Iterator[dict[str, Any]]:
                 events.append({"event": BATCH_HALVED})
         elif _ROLLED_BACK.search(line):
             events.append({"event": ROLLED_BACK})
+        elif found := _RAISED.search(line) or _ERROR.search(line):
+            # If training goes on after it, it was of a try before, or no end at all.
+            ended = {"exit_code": ExitCode.SOFTWARE, "reason": found[1].strip()}
+            events.append({"event": "attempt_ended"} | ended)
         elif _FINISHED.search(line):
             ended = {"exit_code": ExitCode.OK, "reason": "finished"}
             events.append({"event": "attempt_ended"} | ended)

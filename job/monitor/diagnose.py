@@ -59,6 +59,8 @@ class Diagnosis:
     """Why it is judged as a run of the preset guide; empty if its configuration is known."""
     in_percent: bool = False
     """So the log has its scores; here they are shares of 1, as everywhere."""
+    has_losses: bool = True
+    """False: there were only scores to judge by."""
 
     @property
     def is_beyond_end(self) -> bool:
@@ -91,6 +93,7 @@ class Diagnosis:
             "batch_halved": self.remedies.halvings,
             "assumed_preset": "guide" if self.assumed else None,
             "scores_in_percent": self.in_percent,
+            "has_losses": self.has_losses,
         }
 
     def text(self) -> str:
@@ -108,6 +111,8 @@ class Diagnosis:
             )
         if self.in_percent:
             lines.append("the scores are percent, and judged as shares of 1")
+        if not self.has_losses:
+            lines.append("there is no line of losses as s4gan prints them: only scores are judged")
         if self.standing is not None:
             lines.append(self.standing.line())
         if self.fit is not None:
@@ -181,6 +186,7 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
         failed=failure_of(events),
         assumed=_assumed(given) if known is None else "",
         in_percent=in_percent,
+        has_losses=any(event["event"] == "train" for event in events),
     )
 
 

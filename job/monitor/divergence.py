@@ -18,7 +18,7 @@ from typing import Any
 from job.config import Config
 from job.errors import Diverged
 from job.events import TrainEvent
-from job.monitor.rules import Spike
+from job.monitor.rules import RUINED, Spike
 
 MAX_ROLLBACKS = 3
 ROLLED_BACK = "rolled_back"
@@ -26,8 +26,6 @@ BATCH_HALVED = "batch_halved"
 """Kinds of ledger lines."""
 CERTAIN = 3
 """Log lines in a row that are a spike: a single one is one bad batch."""
-RUINED = 20.0
-"""Loss_CE of networks that nothing is to be hoped of: guessing among 1,000 classes costs 6.9."""
 _SPIKE = Spike()
 
 

@@ -101,7 +101,7 @@ class Standing:
 
 
 _BAD_FITS: Sequence[Fit] = ("overfitting", "underfitting")
-_ERRORS = (
+ERRORS = (
     ExitCode.SOFTWARE,
     ExitCode.DIVERGED,
     ExitCode.IO_ERROR,
@@ -121,7 +121,7 @@ def failure_of(events: Iterable[Mapping[str, Any]]) -> str:
         if event["event"] in ("attempt_started", "train"):
             why = ""
         elif event["event"] == "attempt_ended":
-            failed = event["exit_code"] in _ERRORS
+            failed = event["exit_code"] in ERRORS
             why = f"{event.get('reason')} (exit code {event['exit_code']})" if failed else ""
     return why
 
@@ -237,7 +237,9 @@ class Watch:
             value = self._now(metric, band.begin)
             if value is not None and not band.holds(value):
                 digits = 4 if metric in _EVAL else 3
-                off.append(f"{LABELS[metric]} {value:.{digits}f} ({band.low:g} to {band.high:g})")
+                off.append(
+                    f"{LABELS[metric]} {value:.{digits}f} ({band.low:.3g} to {band.high:.3g})"
+                )
         return Standing(self._iteration, phase, number, tuple(off))
 
     def fit(self) -> Fit | None:

@@ -435,6 +435,7 @@ def open_checklist(events: Sequence[Mapping[str, Any]]) -> list[Check]:
         events=events,
         best_path="read back when the run has finished",
         best_verified=False,
+        finished=False,
         wandb_finished=False,
         wandb_outcome="the run has not finished",
     )

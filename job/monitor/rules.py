@@ -164,6 +164,8 @@ class Remedy:
 
 # ---------------------------------------------------------------- conditions
 
+RUINED = 20.0
+"""Loss_CE of networks that nothing is to be hoped of: guessing among 1,000 classes costs 6.9."""
 GAP_SLACK = 0.03
 """By which a gap has to come back before its sign ends: twice the standard deviation of the median
 of three gaps, where an evaluation swings by 0.015."""
@@ -261,7 +263,8 @@ class Spike:
         if not points:
             return None
         if is_open:
-            return points[-1] if self._is_up(points) else None
+            # What came before a jump is no measure where it was ruined already.
+            return points[-1] if points[-1][1] > RUINED or self._is_up(points) else None
         return points[-1] if self._jumps(points, len(points) - 1) else None
 
     def _jumps(self, points: Points, index: int) -> bool:
@@ -641,6 +644,16 @@ RULES: Sequence[Rule] = (
         "Loss_CE stays at {value:.3f}: the model is not learning",
         (_LABELS, _HALF_LR, _MORE_LR),
         begins=5_000,
+        unless=("ce_exploded",),
+    ),
+    Rule(
+        "ce_exploded",
+        "Problem 2: unstable training, from the beginning",
+        "loss_ce",
+        Median(above=RUINED, points=3),
+        "problem",
+        "Loss_CE is {value:.4g}, far above what guessing costs: training diverges",
+        (*_HALF_BOTH, _BROKEN),
     ),
     Rule(
         "ce_spike",

@@ -15,6 +15,7 @@ import torchvision
 import job
 from job.monitor.divergence import ROLLED_BACK
 from job.monitor.guide import MAX_GAP
+from job.monitor.health import ERRORS
 from job.monitor.ledger import best_of
 from job.revision import git
 from job.run import RunIdentity
@@ -34,6 +35,7 @@ def checklist(
     events: Sequence[Mapping[str, Any]],
     best_path: str,
     best_verified: bool,
+    finished: bool,
     wandb_finished: bool,
     wandb_outcome: str,
 ) -> list[Check]:
@@ -43,6 +45,7 @@ def checklist(
         events: the ledger.
         best_path: where `best_model.pth` is.
         best_verified: whether it was read back and is what was written.
+        finished: whether training is over.
         wandb_finished: whether W&B has everything.
         wandb_outcome: how the mirror ended.
     """
@@ -54,6 +57,16 @@ def checklist(
     given_up = [event["of_iteration"] for event in events if event["event"] == "save_given_up"]
     rollbacks = sum(event["event"] == ROLLED_BACK for event in events)
     errors = [f"{unreadable} images could not be decoded"] if unreadable else []
+    if not finished:
+        errors.append("it has not finished")
+    failed = [
+        event
+        for event in events
+        if event["event"] == "attempt_ended" and event["exit_code"] in ERRORS
+    ]
+    if failed:
+        count = f"{len(failed)} attempts" if len(failed) > 1 else "an attempt"
+        errors.append(f"{count} ended with an error: {failed[-1]['reason']}")
     if rollbacks:
         errors.append(f"it diverged, and was rolled back {rollbacks} times")
     if given_up:

@@ -175,6 +175,39 @@ def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch, content: str) -
     assert [one.rule for one in found.findings] == ["d_stuck"]
 
 
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ("error: runs/a: no space left on device\n  mend: free some", "no space left on device"),
+        ("train-1  | error: runs/a: no space left", "no space left"),
+        (
+            "Traceback (most recent call last):\nRuntimeError: CUDA error: device-side assert",
+            "CUDA error",
+        ),
+        ("torch.AcceleratorError: CUDA error: an illegal memory access", "illegal memory access"),
+    ],
+)
+def test_a_log_that_ends_with_an_error_is_not_healthy(tmp_path: Path, last: str, said: str) -> None:
+    healthy = console(lines(DEMO), 1_200).split("\n")
+    log = tmp_path / "train.log"
+    log.write_text("\n".join([*healthy[:-20], last, ""]))
+    found = diagnose(str(log), DEMO)
+    assert said in found.failed
+    assert not found.is_healthy
+    log.write_text("\n".join([*healthy[:-20], last, *healthy[-20:]]))  # and went on
+    assert diagnose(str(log), DEMO).is_healthy
+
+
+def test_a_log_whose_losses_look_otherwise_is_said_to_have_none(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    log.write_text(LOG.replace(" | Loss", ", Loss"))
+    found = diagnose(str(log), DEMO)
+    assert not found.has_losses
+    assert "no line of losses" in found.text()
+    log.write_text(LOG)
+    assert "no line of losses" not in diagnose(str(log), DEMO).text()
+
+
 def test_a_packed_log_gets_a_word_of_help(tmp_path: Path) -> None:
     (tmp_path / "log.gz").write_bytes(gzip.compress(LOG.encode()))
     with pytest.raises(ConfigError, match="has no lines of losses") as caught:

@@ -43,6 +43,7 @@ GUIDE = {
     "problem 1: validation mIoU does not improve": "val_stuck",
     "problem 1: training rises, validation does not": "val_stagnant",
     "problem 2: unstable": "ce_spike",
+    "problem 2: unstable from the beginning": "ce_exploded",
     "problem 2: NaN or inf values": "score_non_finite",
     "problem 3: self-training does not work": "st_count_zero",
     "problem 4: overfitting": "overfitting",
@@ -94,6 +95,11 @@ CASES: Mapping[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
         {"loss_ce": noisy(4.6, 0.3)},
         (5_000, 5_600),
         {"loss_ce": ramp(0, 5_000, 4.6, 1.5)},  # high, but learning by then
+    ),
+    "ce_exploded": (
+        {"loss_ce": always(200.0)},
+        (200, 400),
+        {"loss_ce": at_once(100, 30.0)},  # a single bad batch
     ),
     "ce_spike": (
         {"loss_ce": at_once(20_000, 10.0)},

@@ -39,6 +39,7 @@ def checked(events: list[dict[str, Any]], **changes: Any) -> dict[str, Check]:
     arguments = {
         "best_path": "runs/a/best_model.pth",
         "best_verified": True,
+        "finished": True,
         "wandb_finished": True,
         "wandb_outcome": "https://wandb.example/r",
     } | changes
@@ -133,6 +134,26 @@ def test_a_run_that_was_rolled_back_was_not_without_errors() -> None:
     line = checked([{"event": "rolled_back", "attempt": 1}, evaluated(500)])["errors"]
     assert not line.passed
     assert line.detail == "it diverged, and was rolled back 1 times"
+
+
+def ended(exit_code: int, reason: str) -> dict[str, Any]:
+    return {"event": "attempt_ended", "attempt": 1, "exit_code": exit_code, "reason": reason}
+
+
+def test_attempts_that_failed_are_errors_also_of_a_run_that_finished() -> None:
+    preempted, diverged = ended(75, "stopped by SIGTERM"), ended(70, "training diverged: NaN")
+    assert checked([evaluated(500), preempted, ended(0, "finished")])["errors"].passed
+    line = checked([evaluated(500), diverged, ended(0, "finished")])["errors"]
+    assert not line.passed
+    assert line.detail == "an attempt ended with an error: training diverged: NaN"
+    line = checked([diverged, ended(74, "no space"), evaluated(500)])["errors"]
+    assert line.detail == "2 attempts ended with an error: no space"
+
+
+def test_a_run_that_goes_on_has_not_completed() -> None:
+    line = checked([evaluated(500)], finished=False)["errors"]
+    assert not line.passed
+    assert line.detail == "it has not finished"
 
 
 def test_images_that_could_not_be_decoded_are_errors_and_counted() -> None:
