@@ -88,6 +88,22 @@ def test_cross_entropy_equals_torchs_own_mean() -> None:
 # ---------------------------------------------------------------------------- feature matching
 
 
+def test_image_by_image_equals_torchs_own_mean_and_gradient() -> None:
+    source = torch.Generator().manual_seed(0)
+    logits = 30 * torch.randn(3, 5, 7, 6, generator=source)
+    logits[0, 1] = 500  # all other probabilities of that image are 0, whose logarithm is no number
+    labels = torch.randint(0, 5, (3, 7, 6), generator=source).to(torch.uint8)
+    labels[1] = IGNORE
+    labels[2, 2:4] = IGNORE
+    ours, torchs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    share = 0.25
+    (share * cross_entropy(ours, labels)).backward()
+    wanted = F.cross_entropy(torchs, labels.long(), ignore_index=IGNORE)
+    (share * wanted).backward()
+    torch.testing.assert_close(cross_entropy(logits, labels), wanted.detach())
+    torch.testing.assert_close(ours.grad, torchs.grad)
+
+
 def test_feature_matching_is_the_mean_distance_of_the_mean_features() -> None:
     fake = torch.tensor([[1.0, 2.0], [3.0, 4.0]])  # mean 2, 3
     real = torch.tensor([[0.0, 10.0]])
