@@ -113,9 +113,17 @@ def _refuse_uri(name: str, folder: Path) -> None:
         raise ConfigError(f"{name} {folder}: must be a local folder", mend="give its path")
 
 
-def _refuse_no_file(flag: str, file: Path | None) -> None:
-    """That can be written, later, when it has cost time."""
-    if file is not None:
+def _refuse_no_files(**files: Path | None) -> None:
+    """That can be written, later, when it has cost time; each for one thing.
+
+    Args:
+        files: by the name of their flag, with _ for -.
+    """
+    seen: dict[Path, str] = {}
+    for name, file in files.items():
+        if file is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
         _refuse_uri(flag, file)
         if file.is_dir():
             raise ConfigError(f"{flag} {file}: is a folder", mend="give a file's path")
@@ -123,6 +131,9 @@ def _refuse_no_file(flag: str, file: Path | None) -> None:
             raise ConfigError(
                 f"{flag} {file}: there is no folder {file.parent}", mend="make it first"
             )
+        other = seen.setdefault(file.resolve(), flag)
+        if other != flag:
+            raise ConfigError(f"{other} and {flag} {file}: are one file", mend="give each its own")
 
 
 def _transfer_progress() -> ConsoleProgress:
@@ -270,8 +281,7 @@ def evaluate(
         raise ConfigError("--val-list: is for --split val", mend="leave one of the two out")
     if as_json and markdown:
         raise ConfigError("--json and --markdown are both given", mend="leave out one")
-    for flag, file in (("--csv", csv), ("--per-image", per_image)):
-        _refuse_no_file(flag, file)
+    _refuse_no_files(csv=csv, per_image=per_image)
     from job.inference import choose_device, evaluate_weights
     from job.training.boundary import TOLERANCE
     from job.training.protocols import protocol_named
@@ -324,6 +334,9 @@ def predict(
     no_overlay: Annotated[bool, typer.Option("--no-overlay", help="Class numbers only.")] = False,
     coco: Annotated[Path | None, typer.Option(help="COCO annotations (run lengths) too.")] = None,
     polygons: Annotated[Path | None, typer.Option(help="Polygons too, as JSON.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that are there already.")
+    ] = False,
 ) -> None:
     """Segment images.
 
@@ -331,8 +344,7 @@ def predict(
 
     An image that cannot be decoded is named and left out; the exit code is then 78.
     """
-    for flag, file in (("--coco", coco), ("--polygons", polygons)):
-        _refuse_no_file(flag, file)
+    _refuse_no_files(coco=coco, polygons=polygons)
     from job.inference import choose_device
     from job.outlines import CocoOutlines, PolygonOutlines
     from job.prediction import Wish, predict_images
@@ -346,7 +358,7 @@ def predict(
         images,
         out,
         choose_device(),
-        Wish(protocol=protocol, tile=tile, batch=batch, with_overlay=not no_overlay),
+        Wish(protocol, tile, batch, with_overlay=not no_overlay, overwrites=overwrite),
         outlines=[kind for _, kind in wanted],
         progress=_transfer_progress(),
     )

@@ -195,7 +195,7 @@ class ModelConfig(_Section):
         if self.weights == "none" and self.batch_norm in ("affine_frozen", "frozen"):
             raise ValueError(
                 f"model.batch_norm {self.batch_norm}: without pretrained weights there is nothing "
-                "to keep"
+                "to keep; give --weights, or --set model.batch_norm=trained"
             )
         return self
 

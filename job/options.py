@@ -65,7 +65,9 @@ ResumeAnyway = Annotated[
 Stack = Annotated[str | None, typer.Option("--stack", help="Its name. [$S4GAN_STACK or s4gan]")]
 Window = Annotated[
     str | None,
-    typer.Option(metavar="HxW", help="The network sees so much at a time, with overlaps."),
+    typer.Option(
+        metavar="HxW", help="The network sees so much at a time, with overlaps; its own pixels."
+    ),
 ]
 Stride = Annotated[
     str | None, typer.Option(metavar="HxW", help="From window to window. [2/3 of one]")

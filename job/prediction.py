@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from job.data.find import images_at
+from job.data.find import images_at, place_of
 from job.data.images import Array, read_rgb, scaled_image
 from job.errors import ConfigError, DataError
 from job.models.files import ModelCard, load_generator
 from job.models.generator import Generator
 from job.monitor.pictures import index_png, overlay
 from job.outlines import Outlines
-from job.storage import open_store
+from job.storage import ObjectStore, open_store
 from job.storage.progress import Silent, TransferProgress
 from job.training.evaluation import load_ahead, predict
 from job.training.protocols import PLAIN, Protocol
@@ -44,6 +44,8 @@ class Wish:
     batch: int = 1
     """Images of one size that pass through the network together."""
     with_overlay: bool = True
+    overwrites: bool = False
+    """What is there already under the names of predictions."""
 
 
 @dataclass
@@ -80,7 +82,8 @@ def predict_images(
         progress: told how far it is.
 
     Raises:
-        ConfigError: the weights cannot be used, or the output folder is the input folder.
+        ConfigError: the weights cannot be used, the output folder is the input folder, or holds
+            files already that predictions would replace.
         DataError: no image, or two of one name.
         StorageError: something cannot be fetched or written.
     """
@@ -88,19 +91,20 @@ def predict_images(
     outcome = Outcome()
     with images_at(images_uri, progress) as (root, paths):
         out = open_store(out_uri)
-        if out.local_path("") == root.resolve():
-            raise ConfigError(
-                f"--out {out_uri}: is the folder of the images", mend="choose another"
-            )
         own = out.local_path("")
         if own is not None and own.is_file():
             raise ConfigError(
                 f"--out {out_uri}: is a file", mend="give a folder; it is made if it is not there"
             )
-        if own is not None and own.is_relative_to(root.resolve()):
-            # What was predicted before is no image to predict.
-            paths = [path for path in paths if not path.resolve().is_relative_to(own)]
+        within = _within(out, open_store(place_of(images_uri)))
+        if within == "":
+            raise ConfigError(
+                f"--out {out_uri}: is the folder of the images", mend="choose another"
+            )
+        paths = _without_predictions(root, paths, within)
         keys = _keys(root, paths, with_overlay=wish.with_overlay)
+        if not wish.overwrites:
+            _refuse_existing(out, _names(keys.values(), with_overlay=wish.with_overlay))
         generator, card, _ = load_generator(weights, device)
         outcome.outlines = [make(card.classes) for make in outlines]
         with ThreadPoolExecutor(_WRITERS) as pool:
@@ -126,6 +130,56 @@ def predict_images(
 
 
 # ---------------------------------------------------------------- what they are called
+
+
+def _within(out: ObjectStore, images: ObjectStore) -> str | None:
+    """Where the one place lies in the other, "" if they are one; None if it does not."""
+    own, others = out.local_path(""), images.local_path("")
+    if own is None or others is None:
+        inner, outer = f"{out.uri}/", f"{images.uri}/"
+        return inner.removeprefix(outer).rstrip("/") if inner.startswith(outer) else None
+    own, others = own.resolve(), others.resolve()
+    if not own.is_relative_to(others):
+        return None
+    return "" if own == others else own.relative_to(others).as_posix()
+
+
+def _without_predictions(root: Path, paths: Sequence[Path], within: str | None) -> list[Path]:
+    """The images but for what was predicted of the others before: that is nothing to predict.
+
+    Args:
+        root: of the images.
+        paths: of them.
+        within: where predictions go below it; None: elsewhere.
+    """
+    if within is None:
+        return list(paths)
+    there = [path for path in paths if path.relative_to(root).is_relative_to(within)]
+    others = set(paths) - set(there)
+    keys = [path.relative_to(root).with_suffix("").as_posix() for path in others]
+    made = {root / within / name for name in _names(keys, with_overlay=True)}
+    return [path for path in paths if path not in made]
+
+
+def _names(keys: Iterable[str], *, with_overlay: bool) -> list[str]:
+    """Of all files that are written."""
+    endings = (".png", f"{_OVERLAY}.png") if with_overlay else (".png",)
+    return [f"{key}{ending}" for key in keys for ending in endings]
+
+
+def _refuse_existing(out: ObjectStore, names: Sequence[str]) -> None:
+    """Somebody's pictures may lie there, under the names of what is to be written."""
+    if out.local_path("") is None:
+        wanted = set(names)
+        there = [one.key for one in out.list("") if one.key in wanted]
+    else:
+        there = [name for name in names if (path := out.local_path(name)) and path.exists()]
+    if there:
+        others = f" and {len(there) - 1} others" if len(there) > 1 else ""
+        raise ConfigError(
+            f"--out {out.uri}: {there[0]}{others} would be replaced, of {len(names)} files",
+            mend="choose another folder; or --overwrite, if they are predictions of before",
+        )
 
 
 def _keys(root: Path, paths: Sequence[Path], *, with_overlay: bool) -> dict[Path, str]:

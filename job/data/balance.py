@@ -104,6 +104,13 @@ def balance_warnings(
     warnings = []
     if labeled.masks:
         absent = labeled.images == 0
+        if len(classes) == 2 and labeled.ignored and (absent & (val.images == 0))[1]:
+            warnings.append(
+                f"the masks hold {classes[0]} and ignored pixels, but no {classes[1]}; if it is "
+                "written as the value that is ignored (ignore_index of dataset.yaml, 255 without "
+                "one), write it as 1"
+            )
+            absent[1] = False
         if set_aside is not None:
             nowhere = absent & (set_aside.images == 0) & (val.images == 0)
             if nowhere.any():

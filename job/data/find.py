@@ -53,6 +53,16 @@ def images_at(uri: str, progress: TransferProgress) -> Iterator[tuple[Path, list
             yield root, _images_of(files_below(root), uri, "holds no image", progress)
 
 
+def place_of(uri: str) -> str:
+    """The folder or prefix that names of images are relative to."""
+    if any(sign in uri for sign in _WILD) and not Path(uri).exists():
+        return _fixed_part(uri) or "."
+    folder, _, name = uri.rpartition("/")
+    if PurePosixPath(name).suffix.lower() in IMAGE_ENDINGS and not Path(uri).is_dir():
+        return folder or ("/" if uri.startswith("/") else ".")
+    return uri
+
+
 def _fixed_part(uri: str) -> str:
     """The folder before the first part with a wildcard."""
     parts = uri.split("/")

@@ -201,7 +201,8 @@ def _of_view(generator: nn.Module, view: Tensor, size: Size, protocol: Protocol)
 def _of_windows(generator: nn.Module, view: Tensor, window: Size, protocol: Protocol) -> Tensor:
     """Probabilities at the view's own size."""
     height, width = view.shape[-2:]
-    padded = _padded(view[None], window)[0]
+    least = protocol.pad_to or window
+    padded = _padded(view[None], (max(window[0], least[0]), max(window[1], least[1])))[0]
     stride = protocol.stride or (max(1, window[0] * 2 // 3), max(1, window[1] * 2 // 3))
     places = [
         (top, left)

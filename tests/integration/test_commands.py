@@ -23,6 +23,7 @@ from tests.integration.conftest import command
 from tests.services import BUCKET
 
 VOK = ["--protocol", "vok"]
+PREDICT = ("predict", "--weights", "{run}/best_model.pth", "--images", "{data}/val/images")
 NO_CSV = ["--csv", "nowhere/x.csv"]
 
 
@@ -221,6 +222,10 @@ def test_predict_writes_index_and_overlay(finished, tmp_path, s4gan):
         (
             ["evaluate", *("--weights", "{run}/best_model.pth", "--data", "{data}"), *NO_CSV],
             "there is no folder",
+        ),
+        (
+            [*PREDICT, "--out", "o", "--coco", "a.json", "--polygons", "./a.json"],
+            "--coco and --polygons a.json: are one file",
         ),
         (["train", "--data", "{data}", "--run", "x", "--config", "giude"], "did you mean guide"),
     ],

@@ -13,6 +13,7 @@ from job.errors import ConfigError, DataError
 from job.models.files import ModelCard, model_file
 from job.models.generator import Architecture, Generator
 from job.prediction import Wish, predict_images, tiled
+from job.storage import open_store
 from job.training.protocols import PLAIN
 from tests.unit.training.tiny import CPU
 
@@ -153,8 +154,56 @@ def test_what_was_predicted_before_is_not_predicted_again(
 ) -> None:
     out = photos / "predicted"
     first = predict_images(weights, str(photos), str(out), CPU)
-    again = predict_images(weights, str(photos), str(out), CPU)
+    again = predict_images(weights, str(photos), str(out), CPU, Wish(overwrites=True))
     assert again.written == first.written
+
+
+def test_images_that_lie_where_predictions_go_are_predicted(photos: Path, weights: str) -> None:
+    found = predict_images(weights, f"{photos}/sub/*.png", str(photos / "sub" / "masks"), CPU)
+    assert found.written == 2
+    found = predict_images(weights, f"{photos}/**/d.png", str(photos / "sub"), CPU)
+    assert found.written == 2  # sub/d.png, and sub/masks/d.png, which is of another image
+    assert (photos / "sub" / "sub" / "d.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "out"), [("photos/sub/e.jpg", "photos"), ("photos/sub", "elsewhere")]
+)
+def test_a_picture_that_is_there_already_is_not_replaced(
+    images: str, out: str, photos: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    Image.new("RGB", (40, 40)).save(photos / "sub" / "e.jpg")
+    theirs = Path(out) / "e.png"
+    theirs.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(theirs)
+    before = theirs.read_bytes()
+    with pytest.raises(ConfigError, match=r"e\.png would be replaced, of") as caught:
+        predict_images(weights, images, out, CPU)
+    assert "--overwrite" in caught.value.mend
+    assert theirs.read_bytes() == before
+    assert [path.name for path in Path(out).glob("*_overlay.png")] == []
+    predict_images(weights, images, out, CPU, Wish(overwrites=True))
+    assert theirs.read_bytes() != before
+
+
+@pytest.mark.usefixtures("s3_env")
+def test_on_s3_nothing_is_replaced_or_predicted_twice(
+    photos: Path, weights: str, bucket: str
+) -> None:
+    place = f"s3://{bucket}/photos"
+    store = open_store(place)
+    for path in photos.rglob("*.png"):
+        store.write(path.relative_to(photos).as_posix(), path.read_bytes())
+    for images in (place, f"{place}/a.png", f"{place}/*.png"):
+        with pytest.raises(ConfigError, match="is the folder of the images"):
+            predict_images(weights, images, place, CPU, Wish(overwrites=True))
+        assert store.read("a.png") == (photos / "a.png").read_bytes()
+    masks = f"{place}/masks"
+    assert predict_images(weights, place, masks, CPU).written == 3
+    with pytest.raises(ConfigError, match="would be replaced"):
+        predict_images(weights, place, masks, CPU)
+    assert predict_images(weights, place, masks, CPU, Wish(overwrites=True)).written == 3
 
 
 def test_an_overlay_never_takes_the_place_of_another_prediction(

@@ -104,6 +104,18 @@ def test_a_class_that_no_mask_holds_is_named_as_one_of_dataset_yaml() -> None:
     ]
 
 
+def test_masks_of_0_and_255_get_the_word_that_helps() -> None:
+    two = ("background", "road")
+    (said,) = balance_warnings(two, balance((60, 0), (50, 0), ignored=40), balance((9, 0)))[:1]
+    assert "but no road" in said
+    assert "write it as 1" in said
+    assert not any(
+        "write it as 1" in one for one in balance_warnings(two, balance((60, 0)), balance())
+    )
+    held = balance_warnings(two, balance((60, 9), (50, 8), ignored=40), balance((9, 2)))
+    assert not any("write it as 1" in one for one in held)
+
+
 def test_a_rare_class_is_named_with_its_share_and_one_at_the_limit_is_not() -> None:
     whole = 2_000_000
     at_limit = round(whole * RARE_SHARE) // 2

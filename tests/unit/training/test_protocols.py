@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +91,19 @@ def test_an_image_that_is_large_enough_is_not_padded(generator: Generator) -> No
     with torch.no_grad():
         padded = logits_of(generator, given, Protocol(pad_to=(64, 64)))
         assert torch.equal(padded, generator(given))
+
+
+def test_windows_see_the_padding_of_the_protocol(generator: Generator) -> None:
+    given = image(40, 50)
+    canvas = torch.tensor(PADDING_RGB, dtype=torch.uint8).view(3, 1, 1).repeat(1, 64, 96)
+    canvas[..., :40, :50] = given
+    windows = Protocol(window=(32, 32), stride=(16, 16))
+    with torch.no_grad():
+        found = probabilities(generator, given, (40, 50), replace(windows, pad_to=(64, 96)))
+        wanted = probabilities(generator, canvas, (64, 96), windows)[..., :40, :50]
+        plain = probabilities(generator, given, (40, 50), windows)
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, plain)
 
 
 # ---------------------------------------------------------------------------- several looks
