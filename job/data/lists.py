@@ -58,7 +58,18 @@ class Catalogue:
 
     @cached_property
     def _by_path(self) -> dict[Path, Item]:
-        return {item.image: item for item in self.items.values()}
+        """With their ending and, as some lists name them, without."""
+        items = self.items.values()
+        without = {item.image.with_suffix(""): item for item in items}
+        return without | {item.image: item for item in items}
+
+    def _in_places(self, inside: str) -> Iterator[Path]:
+        """Where a path may lead: within a place, or beside it, beginning with its name."""
+        head, _, rest = inside.partition("/")
+        for place in self.places:
+            yield place / inside
+            if rest and head == place.name:
+                yield place / rest
 
     def find(self, name: str) -> Item | None:
         """The image of an id, a path or a file name; None if there is none."""
@@ -67,8 +78,8 @@ class Catalogue:
         if found is not None:
             return found
         inside = name.lstrip("/")
-        for place in self.places:
-            found = self._by_path.get(place / inside)
+        for path in self._in_places(inside):
+            found = self._by_path.get(path)
             if found is not None:
                 return found
         return self.items.get(inside) or (
@@ -81,7 +92,7 @@ class Catalogue:
         if self.mask_suffix:
             own = PurePosixPath(inside).name.startswith(f"{item.id}{self.mask_suffix}")
             return item.mask if own else None
-        candidates = [Path(name), *(place / inside for place in self.places)]
+        candidates = [Path(name), *self._in_places(inside)]
         if self.more_masks is not None:
             candidates.append(self.more_masks / PurePosixPath(inside).name)
         # Path.is_file raises for a name that is too long.

@@ -58,6 +58,8 @@ TRAIN, AUGMENTED, VAL, OTHERS = voc_ids(6), voc_ids(4, 2008), voc_ids(4, 2009), 
         "JPEGImages/{0}.jpg SegmentationClassAug/{0}.png",
         "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png",
         "JPEGImages/{0}.jpg\tSegmentationClassAug/{0}.png",
+        "JPEGImages/{}",
+        "voc/JPEGImages/{0}.jpg voc/SegmentationClassAug/{0}.png",
     ],
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
