@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor
 
 from job import run
-from job.config import TIMM
+from job.config import BASIC_BLOCKS, TIMM
 from job.errors import ConfigError, ObjectNotFound
 from job.models.backbones import RESNETS, TimmBackbone
 from job.models.files import UnreadableFile, read_torch_file
@@ -31,6 +31,13 @@ PREFIXES = ("module.", "Scale.", "model.", "encoder.", "backbone.", "body.")
 REFERENCE_HEAD = "layer5.conv2d_list."
 """DeepLabv2's branches in the S4GAN reference and its kin (resnet101COCO-41f33a49.pth)."""
 MAX_NAMED = 4
+_BLOCKS = {
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+}
+"""Of each stage, and whether they are bottlenecks. Source: He et al. 2016, arXiv:1512.03385."""
 
 Weights = dict[str, Tensor]
 
@@ -58,7 +65,9 @@ def load_weights(generator: Generator, source: str, *, mirror: ObjectStore | Non
         given, source = _imagenet(generator, mirror)
     else:
         given, trained = _from_file(source)
-        return _take(generator, given, source) + _other_kind(generator, trained)
+        return _take(generator, given, source) + (
+            _other_kind(generator, trained) if trained else _taken_for(generator, source)
+        )
     return _take(generator, given, source)
 
 
@@ -71,6 +80,18 @@ def _other_kind(generator: Generator, trained: Mapping[str, Any]) -> str:
         if key in trained and trained[key] != own[key]
     ]
     return f"; warning: it was trained with another {' and '.join(other)}" if other else ""
+
+
+def _taken_for(generator: Generator, source: str) -> str:
+    """What a file of other programs is taken for, as it does not say itself what it is."""
+    kind = generator.architecture
+    normalization = _called(asdict(kind)["normalization"])
+    stride = "" if kind.backbone in BASIC_BLOCKS else f"stride_in {kind.stride_in} and "
+    said = f"; taken for weights of {stride}normalization {normalization}"
+    if "caffe" in Path(source).name.lower() and normalization != "caffe":
+        said += "; warning: by its name it is of Caffe: --set model.normalization=caffe "
+        said += "--set model.stride_in=1x1"
+    return said
 
 
 def _called(value: Any) -> str:
@@ -91,12 +112,17 @@ def _take(generator: Generator, given: Mapping[str, Tensor], source: str) -> str
         and (name not in mine or mine[name].shape != value.shape)
     ]
     # A deeper net holds all of a shallower one.
-    wrong += [name for name in given if name not in own and name.startswith(_stages(own))]
-    if wrong:
+    more = [name for name in given if name not in own and name.startswith(_stages(own))]
+    if wrong or more:
+        looks = _resnet_of(given)
+        said = [f"{len(wrong)} of {len(own)} tensors are absent or of another shape"] * bool(wrong)
+        said += [f"{len(more)} are of more layers"] * bool(more)
         raise ConfigError(
-            f"model.weights {source}: does not fit {backbone}: {len(wrong)} of {len(own)} "
-            f"tensors are absent, of another shape or too many (first: {wrong[0]})",
-            mend="give the state dict of a torchvision ResNet of the same depth, or a "
+            f"model.weights {source}: does not fit {backbone}: {' and '.join(said)} "
+            f"(first: {[*wrong, *more][0]})",
+            mend=f"it is a {looks}: --set model.backbone={looks}"
+            if looks in RESNETS and looks != backbone
+            else "give the state dict of a torchvision ResNet of the same depth, or a "
             "best_model.pth with this backbone",
         )
     head, head_note = _head_of(generator, given)
@@ -114,6 +140,23 @@ def _take(generator: Generator, given: Mapping[str, Tensor], source: str) -> str
             head_note,
             *([f"left out of it: {_named(left)}"] if left else []),
         ]
+    )
+
+
+def _resnet_of(given: Mapping[str, Tensor]) -> str | None:
+    """Which of torchvision's a state dict is of, by its blocks; None if none of them."""
+    blocks = tuple(
+        len({name.split(".")[1] for name in given if name.startswith(f"layer{stage}.")})
+        for stage in (1, 2, 3, 4)
+    )
+    has_bottlenecks = "layer1.0.conv3.weight" in given
+    return next(
+        (
+            name
+            for name, (its_blocks, bottlenecks) in _BLOCKS.items()
+            if (its_blocks, bottlenecks) == (blocks, has_bottlenecks)
+        ),
+        None,
     )
 
 

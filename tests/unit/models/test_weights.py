@@ -222,7 +222,18 @@ def test_a_discriminator_is_no_start(tiny: Generator, tmp_path: Path) -> None:
 def test_what_is_left_of_a_file_is_named(tiny: Generator, tmp_path: Path) -> None:
     state = random_state(tiny) | {"fc.weight": torch.rand(1000, 96), "fc.bias": torch.rand(1000)}
     note = load_weights(tiny, saved(state, tmp_path / "w.pth"))
-    assert note.endswith("its head is random; left out of it: fc.bias, fc.weight")
+    assert "its head is random; left out of it: fc.bias, fc.weight" in note
+
+
+def test_what_a_file_of_others_is_taken_for_is_said(tiny: Generator, tmp_path: Path) -> None:
+    state = random_state(tiny)
+    note = load_weights(tiny, saved(state, tmp_path / "w.pth"))
+    assert note.endswith("; taken for weights of normalization imagenet")
+    note = load_weights(tiny, saved(state, tmp_path / "w_caffe.pth"))
+    assert "warning: by its name it is of Caffe: --set model.normalization=caffe" in note
+    caffe = Generator(Architecture("tiny", 3, normalization=NORMALIZATIONS["caffe"]))
+    note = load_weights(caffe, saved(state, tmp_path / "w_caffe.pth"))
+    assert note.endswith("; taken for weights of normalization caffe")
 
 
 # ---------------------------------------------------------------------------- what is refused
@@ -248,7 +259,7 @@ def test_weights_of_another_depth_are_refused(given: str, backbone: str, tmp_pat
     source = saved(shapes_of(given), tmp_path / f"{given}.pth")
     with pytest.raises(ConfigError, match=f"does not fit {backbone}") as caught:
         load_weights(generator, source)
-    assert "same depth" in caught.value.mend
+    assert f"--set model.backbone={given}" in caught.value.mend
     assert "first: layer" in caught.value.message
 
 
