@@ -522,7 +522,7 @@ def _prepare_data(
         "checking them"
     )
     warnings = check_data(items, dataset.info, stopped=lambda: stop.requested)
-    for warning in [*dataset.warnings, *warnings]:
+    for warning in [*config.without_effect(), *dataset.warnings, *warnings]:
         console.print(f"warning: {named_as(warning, folder, data_uri)}")
     return _Data(data_uri, dataset.info, splits, items)
 

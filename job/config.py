@@ -338,6 +338,21 @@ class Config(_Section):
             )
         return self
 
+    def without_effect(self) -> list[str]:
+        """What is set and does nothing because of something else that is set; for warnings."""
+        data, train, loss = self.data, self.train, self.loss
+        found = []
+        if not train.supervised_only and loss.st_start >= train.iterations:
+            found.append(
+                f"self-training never begins: loss.st_start is {loss.st_start}, and the run has "
+                f"{train.iterations} iterations"
+            )
+        if not train.supervised_only and data.cutmix and train.batch_size == 1:
+            found.append("data.cutmix mixes images of one batch, and train.batch_size is 1")
+        if not data.random_scale and data.scale_range != DataConfig().scale_range:
+            found.append("data.scale_range is not used without data.random_scale")
+        return found
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain nested dictionaries, lists and scalars: what YAML, JSON and checkpoints hold."""
         return self.model_dump(mode="json")

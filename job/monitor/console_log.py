@@ -27,8 +27,10 @@ _FINISHED = re.compile(r"Finished after \d+ iterations")
 _ERROR = re.compile(r"(?:^|\s)error: (.+)")
 """Of the program itself, or of Python, whose names of errors are capital letters and "Error"."""
 _RAISED = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)")
+_STOPPED = re.compile(r"Stopped by .+; saved after iteration \d+")
 _HALVED = re.compile(r"going on with batches of \d+")
 _SCORE = re.compile(rf"(Training|Validation) mIoU: {_NUMBER}( ?%)?")
+_CLASSES = re.compile(r"validation images, (\d+) classes\b")
 _SCORES = ("train_miou", "val_miou")
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
 """Of a terminal: colours, cursor, title. Source: ECMA-48, 5.3 to 5.6."""
@@ -100,6 +102,9 @@ def events_of_console(text: str) -> Iterator[dict[str, Any]]:
                 events.append({"event": BATCH_HALVED})
         elif _ROLLED_BACK.search(line):
             events.append({"event": ROLLED_BACK})
+        elif found := _STOPPED.search(line):
+            ended = {"exit_code": ExitCode.PREEMPTED, "reason": found[0]}
+            events.append({"event": "attempt_ended"} | ended)
         elif found := _RAISED.search(line) or _ERROR.search(line):
             # If training goes on after it, it was of a try before, or no end at all.
             ended = {"exit_code": ExitCode.SOFTWARE, "reason": found[1].strip()}
@@ -108,6 +113,12 @@ def events_of_console(text: str) -> Iterator[dict[str, Any]]:
             ended = {"exit_code": ExitCode.OK, "reason": "finished"}
             events.append({"event": "attempt_ended"} | ended)
     yield from events
+
+
+def classes_said(text: str) -> int | None:
+    """How many classes a run has said at its start that there are; None if it has not."""
+    found = _CLASSES.search(text)
+    return int(found[1]) if found else None
 
 
 def scores_as_shares(events: Sequence[dict[str, Any]], shown: str) -> bool:

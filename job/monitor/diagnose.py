@@ -12,15 +12,16 @@ from typing import Any
 
 from job import run
 from job.config import Config, config_from_yaml
-from job.errors import ConfigError, ObjectNotFound, StorageError
+from job.errors import ConfigError, ExitCode, ObjectNotFound, StorageError
 from job.monitor.console_log import (
+    classes_said,
     events_of_console,
     printed_text,
     scores_as_shares,
 )
 from job.monitor.divergence import MAX_ROLLBACKS, Remedies
 from job.monitor.guide import Fit
-from job.monitor.health import Finding, Standing, Watch, failure_of, is_healthy
+from job.monitor.health import OUT_OF_MEMORY, Finding, Standing, Watch, failure_of, is_healthy
 from job.monitor.ledger import parse_ledger
 from job.monitor.rules import Setting
 from job.storage import ObjectStore, open_store
@@ -55,6 +56,8 @@ class Diagnosis:
     """What the run has done about itself."""
     failed: str = ""
     """Why its last attempt ended with an error; empty if it did not."""
+    ended: str = ""
+    """How its last attempt ended otherwise; empty if it goes on, or nothing tells."""
     assumed: str = ""
     """Why it is judged as a run of the preset guide; empty if its configuration is known."""
     in_percent: bool = False
@@ -89,6 +92,7 @@ class Diagnosis:
             "val_miou": self.val_miou,
             "findings": [finding.to_dict() for finding in self.findings],
             "failed": self.failed or None,
+            "ended": self.ended or None,
             "rolled_back": self.remedies.rollbacks,
             "batch_halved": self.remedies.halvings,
             "assumed_preset": "guide" if self.assumed else None,
@@ -133,6 +137,8 @@ class Diagnosis:
         lines += ["", *(finding.line() for finding in self.findings)]
         if self.failed:
             lines.append(f"the last attempt ended with an error: {self.failed}")
+        elif self.ended:
+            lines.append(self.ended)
         if self.is_healthy:
             lines.append("healthy: nothing needs to be done")
         elif not self.failed and not any(finding.counts for finding in self.findings):
@@ -168,6 +174,8 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
     known = config or _config_of(given)
     chosen = _as_long_as_said(known or Config(), events)
     classes = next((len(e["class_iou"]) for e in events if e.get("class_iou")), None)
+    if classes is None and printed is not None:
+        classes = classes_said(printed)
     remedies = Remedies.of(events)
     watch = Watch(Setting(remedies.applied(chosen), classes))
     for event in events:
@@ -184,10 +192,24 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
         findings=tuple(watch.findings),
         remedies=remedies,
         failed=failure_of(events),
+        ended=_ended(events),
         assumed=_assumed(given) if known is None else "",
         in_percent=in_percent,
         has_losses=any(event["event"] == "train" for event in events),
     )
+
+
+def _ended(events: Sequence[Mapping[str, Any]]) -> str:
+    """What became of the last attempt, as long as it has not failed; "" if it goes on."""
+    kinds = ("attempt_started", "train", "attempt_ended")
+    last = next((event for event in reversed(events) if event["event"] in kinds), None)
+    if last is None or last["event"] != "attempt_ended" or OUT_OF_MEMORY in last["reason"]:
+        return ""  # of what it ran out of memory for, a finding tells
+    if last["exit_code"] == ExitCode.OK:
+        early = next((e["reason"] for e in reversed(events) if e["event"] == "stopped_early"), "")
+        return f"training is over: {'stopped, as ' * bool(early)}{early or last['reason']}"
+    said = last["reason"].partition(". ")[0]
+    return f"training was interrupted: {said}; the same s4gan train goes on where it was"
 
 
 @dataclass(frozen=True)

@@ -661,7 +661,7 @@ RULES: Sequence[Rule] = (
         "loss_ce",
         Spike(),
         "problem",
-        "Loss_CE has jumped to {value:.3f}: training is unstable",
+        "Loss_CE has jumped, and is {value:.3f} now: training is unstable",
         (*_HALF_BOTH, _BROKEN, Remedy("start again from a checkpoint before it")),
     ),
     Rule(

@@ -27,6 +27,19 @@ from job.config import (
 from job.errors import ConfigError
 
 
+def test_what_is_set_and_does_nothing_is_told() -> None:
+    assert load_config("guide").without_effect() == []
+    for changes, said in (
+        ({"train.iterations": 100}, "self-training never begins"),
+        ({"data.cutmix": 0.5, "train.batch_size": 1}, "data.cutmix"),
+        ({"data.scale_range": [0.5, 2.0]}, "data.random_scale"),
+    ):
+        (found,) = load_config("guide", changes).without_effect()
+        assert said in found
+    only = {"train.iterations": 100, "train.supervised_only": True}
+    assert load_config("guide", only).without_effect() == []
+
+
 def test_defaults_are_the_guides():
     config = Config()
     assert config.train.iterations == 50_000

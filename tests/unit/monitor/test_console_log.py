@@ -198,6 +198,33 @@ def test_a_log_that_ends_with_an_error_is_not_healthy(tmp_path: Path, last: str,
     assert diagnose(str(log), DEMO).is_healthy
 
 
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ("Stopped by SIGTERM; saved after iteration 900 of 1200", "was interrupted: Stopped by"),
+        ("Finished after 1200 iterations; best", "training is over: finished"),
+        ("", ""),
+    ],
+)
+def test_how_a_training_ended_is_said(tmp_path: Path, last: str, said: str) -> None:
+    log = tmp_path / "train.log"
+    log.write_text(console(lines(DEMO), 1_200) + last + "\n")
+    found = diagnose(str(log), DEMO)
+    assert said in found.ended
+    assert bool(said) == bool(found.ended)
+    assert found.ended in found.text()
+
+
+def test_the_number_of_classes_is_read_from_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    constant = console(lines(DEMO, loss_ce=lambda at: 1.8), 1_200)  # 5 classes: guessing costs 1.6
+    log.write_text(constant)
+    assert not any(one.rule == "ce_not_learning" for one in diagnose(str(log), DEMO).findings)
+    first = "data: 80 labeled, 560 unlabeled, 100 validation images, 5 classes; checking them\n"
+    log.write_text(first + constant)
+    assert any(one.rule == "ce_not_learning" for one in diagnose(str(log), DEMO).findings)
+
+
 def test_a_log_whose_losses_look_otherwise_is_said_to_have_none(tmp_path: Path) -> None:
     log = tmp_path / "train.log"
     log.write_text(LOG.replace(" | Loss", ", Loss"))
