@@ -100,10 +100,14 @@ def _picture(image: Image.Image | Array | str | Path) -> Image.Image:
     if isinstance(image, (str, Path)):
         return read_rgb(Path(image))
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise DataError(
                 f"an array of {image.dtype} {image.shape} is no RGB image",
                 mend="give uint8 of the shape (height, width, 3), or a PIL image",
             )
         return Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise DataError(
+            f"{type(image).__name__} is no image", mend="give a path, an array or a PIL image"
+        )
     return to_rgb(image)

@@ -281,8 +281,8 @@ def _from_file(source: str) -> tuple[Weights, dict[str, Any]]:
 def _read(path: Path, called: str) -> tuple[Weights, dict[str, Any]]:
     """The tensors, and of a file of ours the architecture they are of."""
     mend = (
-        "give a file of torch.save with a dict of tensors: torchvision's, or a model of this "
-        "program"
+        "give a file of torch.save with a dict of tensors: torchvision's, a model of this program, "
+        "or torch.save(network.state_dict(), ...) of a network that was saved as a whole"
     )
     try:
         content = read_torch_file(path)

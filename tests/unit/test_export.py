@@ -222,3 +222,12 @@ def test_a_model_keeps_the_mode_it_is_in(tmp_path: Path) -> None:
     loaded = job.load_model(model(tmp_path)).train()
     loaded.predict(np.zeros((40, 40, 3), np.uint8))
     assert loaded.generator.training
+
+
+@pytest.mark.parametrize(
+    "image", [b"x", None, np.zeros((0, 10, 3), np.uint8), np.zeros((4, 4), np.uint8)]
+)
+def test_what_is_no_image_is_said(image: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        job.load_model(model(tmp_path)).predict(image)
+    assert "PIL image" in caught.value.mend
