@@ -115,7 +115,10 @@ class Scores:
         )
 
     def csv(self) -> str:
-        """A line for each class, and one for all; empty where there is no number."""
+        """A line for each class, and some for all; empty where there is no number.
+
+        (pixels) is of all pixels alike: their accuracy, and the frequency weighted IoU.
+        """
         columns = self._columns()
         rows: list[list[Any]] = [["class", *columns]]
         rows += [[name, *("" if v is None else v for v in values)] for name, values in self._rows()]
@@ -124,7 +127,13 @@ class Scores:
             "accuracy": self.mean_class_accuracy,
             "boundary F": self.boundary_f,
         }
+        pixels = {
+            "IoU": self.frequency_weighted_iou,
+            "accuracy": self.pixel_accuracy,
+            "boundary F": "",
+        }
         rows.append(["(mean)", *(whole[name] for name in columns)])
+        rows.append(["(pixels)", *(pixels[name] for name in columns)])
         return _csv(rows)
 
     def per_image_csv(self) -> str:

@@ -81,7 +81,7 @@ def test_evaluate_writes_tables_for_people_and_programs(finished, tmp_path, s4ga
     assert "| mIoU |" in result.out
     assert "| class | IoU | accuracy | boundary F |" in result.out
     rows = list(csv.DictReader((tmp_path / "classes.csv").read_text().splitlines()))
-    assert [row["class"] for row in rows] == [*CLASSES, "(mean)"]
+    assert [row["class"] for row in rows] == [*CLASSES, "(mean)", "(pixels)"]
     assert f"{float(rows[-1]['IoU']):.4f}" in result.out
     images = list(csv.DictReader((tmp_path / "images.csv").read_text().splitlines()))
     assert sorted(row["image"] for row in images) == [f"val_{i:04d}" for i in range(4)]
