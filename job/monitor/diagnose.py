@@ -21,7 +21,15 @@ from job.monitor.console_log import (
 )
 from job.monitor.divergence import MAX_ROLLBACKS, Remedies
 from job.monitor.guide import Fit
-from job.monitor.health import OUT_OF_MEMORY, Finding, Standing, Watch, failure_of, is_healthy
+from job.monitor.health import (
+    OUT_OF_MEMORY,
+    Finding,
+    Standing,
+    Watch,
+    failure_of,
+    is_healthy,
+    what_healthy_means,
+)
 from job.monitor.ledger import parse_ledger
 from job.monitor.rules import Setting
 from job.storage import ObjectStore, open_store
@@ -56,6 +64,8 @@ class Diagnosis:
     """What the run has done about itself."""
     failed: str = ""
     """Why its last attempt ended with an error; empty if it did not."""
+    meaning: str = ""
+    """What it says that it is healthy, if it is."""
     ended: str = ""
     """How its last attempt ended otherwise; empty if it goes on, or nothing tells."""
     assumed: str = ""
@@ -140,7 +150,7 @@ class Diagnosis:
         elif self.ended:
             lines.append(self.ended)
         if self.is_healthy:
-            lines.append("healthy: nothing needs to be done")
+            lines.append(f"healthy: {self.meaning}")
         elif not self.failed and not any(finding.counts for finding in self.findings):
             lines.append(f"too few evaluations for a finding, but the last one says {self.fit}")
         return "\n".join(lines)
@@ -181,16 +191,18 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
     for event in events:
         watch.observe(event)
     scores = next((event for event in reversed(events) if event["event"] == "eval"), None)
+    standing = watch.standing()
     return Diagnosis(
         source=given.shown if source == STDIN else source,
         iteration=max((event.get("iteration", 0) for event in events), default=0),
         iterations=chosen.train.iterations,
-        standing=watch.standing(),
+        standing=standing,
         fit=watch.fit(),
         train_miou=_finite(scores["train_miou"]) if scores else None,
         val_miou=_finite(scores["val_miou"]) if scores else None,
         findings=tuple(watch.findings),
         remedies=remedies,
+        meaning=what_healthy_means(standing, events),
         failed=failure_of(events),
         ended=_ended(events),
         assumed=_assumed(given) if known is None else "",

@@ -145,6 +145,25 @@ def why_nothing(events: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
     return "nothing has been trained yet", f"{mend} again"
 
 
+ENOUGH = 5
+"""Lines of losses; with fewer no rule but those of NaN and the like can have told."""
+
+
+def what_healthy_means(standing: Standing | None, events: Iterable[Mapping[str, Any]]) -> str:
+    """How much it says that no rule has found anything.
+
+    Args:
+        standing: on the timeline, which asks for more than the rules do.
+        events: that were watched.
+    """
+    count = sum(event["event"] == "train" for event in events)
+    if count < ENOUGH:
+        return f"nothing is wrong yet, but it is too early to tell (lines of losses: {count})"
+    if standing is not None and not standing.on_track:
+        return "nothing is wrong by the rules, but it is off the guide's timeline"
+    return "nothing needs to be done"
+
+
 def is_healthy(findings: Iterable[Finding], fit: Fit | None, failed: str) -> bool:
     """Whether there is nothing that should be done now.
 

@@ -21,7 +21,14 @@ from job.errors import ConfigError, ObjectNotFound, StorageError
 from job.monitor.attempts import Attempt, attempts_of
 from job.monitor.charts import Chart, time_chart, training_charts
 from job.monitor.divergence import Remedies
-from job.monitor.health import Finding, Watch, failure_of, is_healthy, why_nothing
+from job.monitor.health import (
+    Finding,
+    Watch,
+    failure_of,
+    is_healthy,
+    what_healthy_means,
+    why_nothing,
+)
 from job.monitor.ledger import best_of, parse_ledger
 from job.monitor.rules import Setting
 from job.monitor.summary import Check, checklist
@@ -175,7 +182,8 @@ def _verdict(report: Report, watch: Watch) -> list[str]:
         )
     counting = [finding for finding in watch.findings if finding.counts]
     if is_healthy(watch.findings, fit, failed):
-        lines.append("<span class='yes'>Nothing needs to be done.</span>")
+        said = what_healthy_means(standing, report.events)
+        lines.append(f"<span class='yes'>{said[0].upper()}{said[1:]}.</span>")
     elif counting:
         what = "thing needs" if len(counting) == 1 else "things need"
         lines.append(f"<span class='no'>{len(counting)} {what} attention.</span>")

@@ -329,3 +329,20 @@ def test_beyond_the_end_of_the_run_no_phase_is_made_up(tmp_path: Path) -> None:
         assert found.to_dict()["beyond_end"]
         assert "that is beyond its end: no phase can be told" in found.text()
     assert not diagnose(str(tmp_path / "l.jsonl")).is_beyond_end
+
+
+def test_healthy_means_no_more_than_what_is_known(tmp_path: Path) -> None:
+    config = load_config("guide")
+    healthy = list(lines(config))
+    log = tmp_path / "metrics.jsonl"
+
+    def said(events: list[dict[str, Any]]) -> str:
+        log.write_text("".join(json.dumps(event) + "\n" for event in events))
+        found = diagnose(str(log), config)
+        assert found.is_healthy
+        return found.text().splitlines()[-1]
+
+    assert said(healthy) == "healthy: nothing needs to be done"
+    assert "too early to tell (lines of losses: 2)" in said(healthy[:2])
+    low = [event | {"loss_d": 0.6} if event["event"] == "train" else event for event in healthy]
+    assert said(low).endswith("nothing is wrong by the rules, but it is off the guide's timeline")
