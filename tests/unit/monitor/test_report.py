@@ -221,7 +221,7 @@ def test_the_page_has_all_its_parts(page: Page) -> None:
 def test_the_verdict_comes_first(page: Page) -> None:
     assert page.says("Finished after 10 iterations. Best validation mIoU 0.5000 at iteration 10.")
     assert page.says("Training mIoU 0.6000, validation mIoU 0.5000: good.")
-    assert page.says("Nothing is wrong yet, but it is too early to tell")
+    assert page.says("Nothing is wrong by the rules, but it is off the guide's timeline.")
 
 
 def test_a_run_that_goes_on_says_how_far_it_is() -> None:
