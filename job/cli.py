@@ -57,7 +57,7 @@ def main() -> None:
     # Pillow's about broken EXIF blocks, which name no file and harm nothing.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     # Before torch is imported: large tensors on a CPU then lie in pages of 2 MB, where Linux has
-    # them to give, with a quarter or less of the page faults (1 to 13% off an iteration).
+    # them to give, with less than a third of the page faults (1 to 14% off an iteration).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Until the run has its own handlers, seconds of imports away, nothing is there to be saved.
     signal.signal(signal.SIGTERM, _stopped_early)

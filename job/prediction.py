@@ -19,9 +19,9 @@ from job.models.files import ModelCard, load_generator
 from job.models.generator import Generator
 from job.monitor.pictures import index_png, overlay
 from job.outlines import Outlines
-from job.storage import ObjectStore, open_store
+from job.storage import ObjectStore, is_same_place, open_store
 from job.storage.progress import Silent, TransferProgress
-from job.training.evaluation import load_ahead, predict
+from job.training.evaluation import in_groups, load_ahead, predict
 from job.training.protocols import PLAIN, Protocol
 
 TILED_ABOVE = 4_000_000
@@ -96,12 +96,12 @@ def predict_images(
             raise ConfigError(
                 f"--out {out_uri}: is a file", mend="give a folder; it is made if it is not there"
             )
-        within = _within(out, open_store(place_of(images_uri)))
-        if within == "":
+        place = open_store(place_of(images_uri))
+        if is_same_place(out, place):
             raise ConfigError(
                 f"--out {out_uri}: is the folder of the images", mend="choose another"
             )
-        paths = _without_predictions(root, paths, within)
+        paths = _without_predictions(root, paths, _within(out, place))
         keys = _keys(root, paths, with_overlay=wish.with_overlay)
         if not wish.overwrites:
             _refuse_existing(out, _names(keys.values(), with_overlay=wish.with_overlay))
@@ -133,15 +133,13 @@ def predict_images(
 
 
 def _within(out: ObjectStore, images: ObjectStore) -> str | None:
-    """Where the one place lies in the other, "" if they are one; None if it does not."""
+    """Where the one place lies in the other; None if it does not."""
     own, others = out.local_path(""), images.local_path("")
     if own is None or others is None:
-        inner, outer = f"{out.uri}/", f"{images.uri}/"
-        return inner.removeprefix(outer).rstrip("/") if inner.startswith(outer) else None
+        outer = f"{images.uri}/"
+        return out.uri.removeprefix(outer) if out.uri.startswith(outer) else None
     own, others = own.resolve(), others.resolve()
-    if not own.is_relative_to(others):
-        return None
-    return "" if own == others else own.relative_to(others).as_posix()
+    return own.relative_to(others).as_posix() if own.is_relative_to(others) else None
 
 
 def _without_predictions(root: Path, paths: Sequence[Path], within: str | None) -> list[Path]:
@@ -234,26 +232,20 @@ def _predicted(
     wish: Wish,
 ) -> Iterator[_Predicted | _Unreadable]:
     """Each image with its prediction, in order; several of one size at once, if asked."""
-    waiting: list[_Read] = []
 
-    def flush() -> Iterator[_Predicted]:
-        found = _classes(generator, card, [one.image for one in waiting], device, wish)
-        for one, classes in zip(waiting, found, strict=True):
-            yield _Predicted(one.path, one.image, classes)
-        waiting.clear()
+    def belongs(group: Sequence[_Read | _Unreadable], one: _Read | _Unreadable) -> bool:
+        first = group[0]
+        if isinstance(first, _Unreadable) or isinstance(one, _Unreadable):
+            return False
+        return one.image.size == first.image.size and len(group) < wish.batch
 
-    for one in load_ahead(_read, paths):
-        is_other = isinstance(one, _Unreadable) or (
-            len(waiting) > 0 and one.image.size != waiting[0].image.size
-        )
-        if waiting and (is_other or len(waiting) == wish.batch):
-            yield from flush()
-        if isinstance(one, _Unreadable):
-            yield one
-        else:
-            waiting.append(one)
-    if waiting:
-        yield from flush()
+    for group in in_groups(load_ahead(_read, paths), belongs):
+        readable = [one for one in group if isinstance(one, _Read)]
+        yield from (one for one in group if isinstance(one, _Unreadable))  # alone in its group
+        if readable:
+            found = _classes(generator, card, [one.image for one in readable], device, wish)
+            for one, classes in zip(readable, found, strict=True):
+                yield _Predicted(one.path, one.image, classes)
 
 
 def _read(path: Path) -> _Read | _Unreadable:

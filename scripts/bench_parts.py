@@ -23,9 +23,6 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from job.checkpoint.lease import acquire
-from job.checkpoint.manager import CheckpointManager
-from job.checkpoint.publisher import Publisher
 from job.data.dataset import IGNORE, DatasetInfo, default_palette
 from job.data.images import cut_image, cut_mask, random_crop
 from job.events import TrainEvent
@@ -35,6 +32,7 @@ from job.monitor.ledger import Ledger
 from job.storage.local import LocalStore
 from job.training import losses
 from scripts.bench import CLASSES, Case, machine, random_batch, seconds_of, spread, state_of
+from scripts.bench_save import publishing
 from scripts.plain_step import (
     class_maps_on_cpu,
     picked_cross_entropy,
@@ -226,26 +224,16 @@ def checkpoint_of_resnet101() -> Iterator[tuple[Work, Work, Work]]:
         optimizer.step()  # gives it its state
     with tempfile.TemporaryDirectory(prefix="s4gan-") as folder:
         store = LocalStore(Path(folder) / "run")
-        lease = acquire(store, on_lost=lambda: None)
-        publisher = Publisher(
-            CheckpointManager(store, lease, Path(folder) / "scratch"),
-            tell=lambda _notice: None,
-            before_pointer=lambda: None,
-            on_fenced=lambda: None,
-        )
+        with publishing(store, Path(folder) / "scratch") as publisher:
 
-        def plain() -> None:
-            torch.save(state.state_dict(), Path(folder) / "plain.pth")
+            def plain() -> None:
+                torch.save(state.state_dict(), Path(folder) / "plain.pth")
 
-        def ours() -> None:
-            state.iteration += 1
-            publisher.save(state.state_dict(), best=None, numbered=False)
+            def ours() -> None:
+                state.iteration += 1
+                publisher.save(state.state_dict(), best=None, numbered=False)
 
-        try:
             yield plain, ours, publisher.finish
-        finally:
-            publisher.close()
-            lease.release()
 
 
 if __name__ == "__main__":

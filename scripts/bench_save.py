@@ -12,6 +12,8 @@ import argparse
 import shutil
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from job.checkpoint.manager import CheckpointManager
 from job.checkpoint.publisher import Publisher
 from job.drill.environment import empty_folder, in_environment
 from job.drill.seaweed import SeaweedServer
+from job.storage import ObjectStore
 from job.storage.s3 import S3Store
 
 TENSOR_BYTES = 5_000_000
@@ -45,26 +48,18 @@ def main() -> None:
         in_environment(server.environment()),
     ):
         store = S3Store("s3://runs/bench")
-        lease = acquire(store, on_lost=lambda: None)
-        publisher = Publisher(
-            CheckpointManager(store, lease, folder / "scratch"),
-            tell=lambda _notice: None,
-            before_pointer=lambda: None,
-            on_fenced=lambda: None,
-        )
-        for round_ in range(arguments.rounds):
-            began_s = time.monotonic()
-            torch.save({"iteration": round_, **weights}, folder / "plain.pth")
-            store.upload(folder / "plain.pth", "plain.pth")
-            plain_s.append(time.monotonic() - began_s)
+        with publishing(store, folder / "scratch") as publisher:
+            for round_ in range(arguments.rounds):
+                began_s = time.monotonic()
+                torch.save({"iteration": round_, **weights}, folder / "plain.pth")
+                store.upload(folder / "plain.pth", "plain.pth")
+                plain_s.append(time.monotonic() - began_s)
 
-            state = {"iteration": round_ + 1, **weights}
-            pause_s.append(publisher.save(state, best=None, numbered=False))
-            publisher.finish()  # its plain name and the deletion of older ones too
-            assert publisher.cost is not None
-            durable_s.append(pause_s[-1] + publisher.cost.seconds)
-        publisher.close()
-        lease.release()
+                state = {"iteration": round_ + 1, **weights}
+                pause_s.append(publisher.save(state, best=None, numbered=False))
+                publisher.finish()  # its plain name and the deletion of older ones too
+                assert publisher.cost is not None
+                durable_s.append(pause_s[-1] + publisher.cost.seconds)
     shutil.rmtree(folder)
     print(f"| {arguments.megabytes} MB, {arguments.rounds} rounds | median | least | most |")
     print("|---|---|---|---|")
@@ -79,6 +74,23 @@ def main() -> None:
         )
     ratio = statistics.median(p / q for p, q in zip(pause_s, plain_s, strict=True))
     print(f"\nmedian ratio of the pauses, round by round: {ratio:.3f}")
+
+
+@contextmanager
+def publishing(store: ObjectStore, scratch: Path) -> Iterator[Publisher]:
+    """A publisher of checkpoints to an empty place, for as long as the block lasts."""
+    lease = acquire(store, on_lost=lambda: None)
+    publisher = Publisher(
+        CheckpointManager(store, lease, scratch),
+        tell=lambda _notice: None,
+        before_pointer=lambda: None,
+        on_fenced=lambda: None,
+    )
+    try:
+        yield publisher
+    finally:
+        publisher.close()
+        lease.release()
 
 
 if __name__ == "__main__":

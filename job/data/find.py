@@ -33,18 +33,17 @@ def images_at(uri: str, progress: TransferProgress) -> Iterator[tuple[Path, list
     name = uri.rpartition("/")[2]
     if Path(uri).is_file() and PurePosixPath(name).suffix.lower() not in IMAGE_ENDINGS:
         raise DataError(f"--images {uri}: its name does not end as one of an image", mend=_ENDINGS)
-    if any(sign in uri for sign in _WILD) and not Path(uri).exists():
-        fixed = _fixed_part(uri)
-        pattern = uri[len(fixed) :].lstrip("/")
-        with data_folder(fixed or ".", progress=progress) as root:
-            _require_folder(root, fixed or ".")
+    if _is_pattern(uri):
+        pattern = uri[len(_fixed_part(uri)) :].lstrip("/")
+        with data_folder(place_of(uri), progress=progress) as root:
+            _require_folder(root, place_of(uri))
             files = [
                 path
                 for path in files_below(root)
                 if _matches(path.relative_to(root).as_posix(), pattern)
             ]
             yield root, _images_of(files, uri, "no image has such a name", progress)
-    elif PurePosixPath(name).suffix.lower() in IMAGE_ENDINGS and not Path(uri).is_dir():
+    elif _is_single(uri):
         with local_copy(uri, name="--images", mend="give an image, a folder or a prefix") as path:
             yield path.parent, [path]
     else:
@@ -55,12 +54,21 @@ def images_at(uri: str, progress: TransferProgress) -> Iterator[tuple[Path, list
 
 def place_of(uri: str) -> str:
     """The folder or prefix that names of images are relative to."""
-    if any(sign in uri for sign in _WILD) and not Path(uri).exists():
+    if _is_pattern(uri):
         return _fixed_part(uri) or "."
-    folder, _, name = uri.rpartition("/")
-    if PurePosixPath(name).suffix.lower() in IMAGE_ENDINGS and not Path(uri).is_dir():
-        return folder or ("/" if uri.startswith("/") else ".")
+    if _is_single(uri):
+        return uri.rpartition("/")[0] or ("/" if uri.startswith("/") else ".")
     return uri
+
+
+def _is_pattern(uri: str) -> bool:
+    return any(sign in uri for sign in _WILD) and not Path(uri).exists()
+
+
+def _is_single(uri: str) -> bool:
+    """Whether it is one image, by its name."""
+    name = uri.rpartition("/")[2]  # "a.png/" is a folder
+    return PurePosixPath(name).suffix.lower() in IMAGE_ENDINGS and not Path(uri).is_dir()
 
 
 def _fixed_part(uri: str) -> str:

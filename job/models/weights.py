@@ -31,13 +31,15 @@ PREFIXES = ("module.", "Scale.", "model.", "encoder.", "backbone.", "body.")
 REFERENCE_HEAD = "layer5.conv2d_list."
 """DeepLabv2's branches in the S4GAN reference and its kin (resnet101COCO-41f33a49.pth)."""
 MAX_NAMED = 4
-_BLOCKS = {
-    "resnet18": ((2, 2, 2, 2), False),
-    "resnet34": ((3, 4, 6, 3), False),
-    "resnet50": ((3, 4, 6, 3), True),
-    "resnet101": ((3, 4, 23, 3), True),
+_BY_BLOCKS: dict[tuple[tuple[int, ...], bool], str] = {
+    ((2, 2, 2, 2), False): "resnet18",
+    ((3, 4, 6, 3), False): "resnet34",
+    ((3, 4, 6, 3), True): "resnet50",
+    ((3, 4, 23, 3), True): "resnet101",
 }
-"""Of each stage, and whether they are bottlenecks. Source: He et al. 2016, arXiv:1512.03385."""
+"""By the blocks of each stage, and whether they are bottlenecks.
+
+Source: He et al. 2016, arXiv:1512.03385."""
 
 Weights = dict[str, Tensor]
 
@@ -121,7 +123,7 @@ def _take(generator: Generator, given: Mapping[str, Tensor], source: str) -> str
             f"model.weights {source}: does not fit {backbone}: {' and '.join(said)} "
             f"(first: {[*wrong, *more][0]})",
             mend=f"it is a {looks}: --set model.backbone={looks}"
-            if looks in RESNETS and looks != backbone
+            if looks not in (None, backbone)
             else "give the state dict of a torchvision ResNet of the same depth, or a "
             "best_model.pth with this backbone",
         )
@@ -149,15 +151,7 @@ def _resnet_of(given: Mapping[str, Tensor]) -> str | None:
         len({name.split(".")[1] for name in given if name.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)
     )
-    has_bottlenecks = "layer1.0.conv3.weight" in given
-    return next(
-        (
-            name
-            for name, (its_blocks, bottlenecks) in _BLOCKS.items()
-            if (its_blocks, bottlenecks) == (blocks, has_bottlenecks)
-        ),
-        None,
-    )
+    return _BY_BLOCKS.get((blocks, "layer1.0.conv3.weight" in given))
 
 
 def _head_of(generator: Generator, given: Mapping[str, Tensor]) -> tuple[Weights, str]:

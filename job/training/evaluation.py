@@ -143,11 +143,24 @@ def alike(
         loaded: each item with its image and mask.
         at_once: pixels that a group may have, but it has at least one image.
     """
-    group: list[tuple[Item, tuple[Array, Array]]] = []
-    for one in loaded:
+
+    def belongs(
+        group: Sequence[tuple[Item, tuple[Array, Array]]], one: tuple[Item, tuple[Array, Array]]
+    ) -> bool:
         sizes = [array.shape for array in one[1]]
         pixels = (len(group) + 1) * sizes[0][0] * sizes[0][1]
-        if group and (pixels > at_once or sizes != [array.shape for array in group[0][1]]):
+        return pixels <= at_once and sizes == [array.shape for array in group[0][1]]
+
+    return in_groups(loaded, belongs)
+
+
+def in_groups(
+    source: Iterable[Source], belongs: Callable[[Sequence[Source], Source], bool]
+) -> Iterator[list[Source]]:
+    """Neighbours together, in the order given; `belongs` says whether one joins those before it."""
+    group: list[Source] = []
+    for one in source:
+        if group and not belongs(group, one):
             yield group
             group = []
         group.append(one)
