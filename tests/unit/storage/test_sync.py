@@ -199,7 +199,8 @@ def test_a_killed_process_has_not_worked_in_vain(
     remote.proxy.forget()
 
     assert bring(remote) == objects
-    assert 0 < len(remote.keys_read) <= count - count // 2
+    # Less, even none, where the workers were ahead of the records: they verify without one.
+    assert len(remote.keys_read) <= count - count // 2
 
 
 def test_what_an_interrupted_transfer_has_brought_needs_no_room_again(
