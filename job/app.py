@@ -77,7 +77,7 @@ from job.monitor.report import (
     report_html,
     shown_of,
 )
-from job.monitor.rules import Setting
+from job.monitor.setting import Setting
 from job.monitor.stall import stall_minutes, watch_stall
 from job.monitor.start import StartClock, StartTracker
 from job.monitor.stopping import StopRules

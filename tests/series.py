@@ -12,7 +12,7 @@ from job.events import EvalEvent, TrainEvent
 from job.monitor.console import evaluation_head, evaluation_lines, train_line
 from job.monitor.guide import ITERATIONS, miou_band
 from job.monitor.health import Finding, Watch
-from job.monitor.rules import Setting
+from job.monitor.setting import Setting
 
 Curve = Callable[[int], float | None]
 """A metric at an iteration of the guide's; None: as in a healthy run."""

@@ -26,7 +26,8 @@ from job.monitor.guide import (
     miou_band,
 )
 from job.monitor.health import LABELS, Finding
-from job.monitor.rules import Setting, rules_by_id
+from job.monitor.rules import rules_by_id
+from job.monitor.setting import Setting
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#777777"
 """Okabe and Ito's, which those who see few colours can tell apart."""

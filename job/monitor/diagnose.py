@@ -31,7 +31,7 @@ from job.monitor.health import (
     what_healthy_means,
 )
 from job.monitor.ledger import parse_ledger
-from job.monitor.rules import Setting
+from job.monitor.setting import Setting
 from job.storage import ObjectStore, open_store
 from job.storage.files import text_of
 

@@ -18,7 +18,7 @@ from typing import Any
 from job.config import Config
 from job.errors import Diverged
 from job.events import TrainEvent
-from job.monitor.rules import RUINED, Spike
+from job.monitor.conditions import RUINED, Spike
 
 MAX_ROLLBACKS = 3
 ROLLED_BACK = "rolled_back"

@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from job.errors import ExitCode
+from job.monitor.conditions import Points
 from job.monitor.guide import LOW_FROM, PHASES, Band, Fit, Phase, fit_of, miou_band, phase_at
-from job.monitor.rules import RULES, Points, Rule, Setting, Severity
+from job.monitor.rules import RULES, Rule, Severity
+from job.monitor.setting import Setting
 
 LOSSES = ("loss_ce", "loss_fm", "loss_st", "loss_d")
 _TRAIN = (*LOSSES, "st_count", "lr_g", "lr_d")
@@ -354,7 +356,10 @@ class Watch:
         points: Points = self._counting[rule.metric, self._firsts[rule.id]]
         episode = self._open.get(rule.id)
         seen = rule.condition(
-            points, self._series.__getitem__, self.setting, is_open=episode is not None
+            points,
+            self._series.__getitem__,
+            self.setting,
+            open_since=episode.finding.since if episode is not None else None,
         )
         if episode is not None:
             if seen is None:

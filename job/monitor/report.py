@@ -30,7 +30,7 @@ from job.monitor.health import (
     why_nothing,
 )
 from job.monitor.ledger import best_of, parse_ledger
-from job.monitor.rules import Setting
+from job.monitor.setting import Setting
 from job.monitor.summary import Check, checklist
 from job.storage import ObjectStore
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from job.config import Config
 from job.events import EvalEvent
-from job.monitor.rules import FallsFromBest, Setting
+from job.monitor.conditions import FallsFromBest
+from job.monitor.setting import Setting
 
 _DEGRADING = FallsFromBest()
 
@@ -54,7 +55,7 @@ class StopRules:
             return f"validation mIoU {now:.4f} has reached the target of {stop.target_miou:g}"
         if stop.patience and iteration - best_at >= stop.patience:
             return f"validation mIoU has not improved for {iteration - best_at} iterations ({told})"
-        seen = _DEGRADING(self._scores, lambda metric: (), Setting(self._config), is_open=False)
+        seen = _DEGRADING(self._scores, lambda metric: (), Setting(self._config), open_since=None)
         if stop.degrading and seen is not None:
             return f"validation mIoU has been falling since iteration {seen[0]} ({told})"
         return ""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from job.monitor.guide import ITERATIONS, MIOU_TARGETS, TARGETS
 from job.monitor.health import Finding, Standing, Watch
-from job.monitor.rules import Setting
+from job.monitor.setting import Setting
 
 Kind = Literal["train", "eval", "health", "end"]
 KINDS: Sequence[Kind] = ("train", "eval", "health", "end")

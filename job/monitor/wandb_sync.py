@@ -23,7 +23,7 @@ from job.errors import ConfigError, ExitCode, ObjectNotFound, StorageError, reas
 from job.monitor import wandb_run
 from job.monitor.health import why_nothing
 from job.monitor.ledger import best_of, open_run, parse_ledger
-from job.monitor.rules import Setting
+from job.monitor.setting import Setting
 from job.monitor.wandb_rows import (
     NOTHING,
     PREDICTIONS,

@@ -23,7 +23,7 @@ from job.monitor import wandb_run
 from job.monitor.health import Finding, Standing
 from job.monitor.ledger import best_of
 from job.monitor.pictures import Example
-from job.monitor.rules import Setting
+from job.monitor.setting import Setting
 from job.monitor.wandb_rows import (
     NOTHING,
     Kind,

@@ -11,7 +11,7 @@ import pytest
 from job.config import Config, load_config
 from job.monitor.guide import PHASES, Scale, fit_of, miou_band, phase_at
 from job.monitor.health import Finding, Watch
-from job.monitor.rules import Setting
+from job.monitor.setting import Setting
 from tests.series import CLASSES, findings, lines
 
 

@@ -10,7 +10,7 @@ from job.config import Config
 from job.events import EvalEvent, Notice, TrainEvent
 from job.monitor.health import Finding, Standing, Watch
 from job.monitor.health_tracker import HealthTracker
-from job.monitor.rules import Setting
+from job.monitor.setting import Setting
 from tests.series import CLASSES, lines
 
 UNSTABLE: Any = {"loss_d": lambda at: 1.5 if at > 1_000 else None}

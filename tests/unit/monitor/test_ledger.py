@@ -28,7 +28,7 @@ from job.monitor import ledger as ledger_module
 from job.monitor.attempts import crash_loop
 from job.monitor.health import Watch
 from job.monitor.ledger import Ledger, LedgerMirror, best_of, open_run, parse_ledger, read_ledger
-from job.monitor.rules import Setting
+from job.monitor.setting import Setting
 from job.storage import LocalStore, ObjectStore
 from job.storage.s3 import S3Store
 from tests.services import wait_until

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.config import Config, config_from_dict, config_from_yaml, load_config, preset_names
-from job.monitor.rules import RULES, Setting, rules_by_id
+from job.monitor.rules import RULES, rules_by_id
+from job.monitor.setting import Setting
 from tests.series import CLASSES, Curve, findings
 
 # ---------------------------------------------------------------- the guide's rows

@@ -8,7 +8,7 @@ import pytest
 
 from job.config import config_from_dict
 from job.monitor.ledger import best_of
-from job.monitor.rules import Setting
+from job.monitor.setting import Setting
 from job.monitor.wandb_rows import (
     KINDS,
     NOTHING,

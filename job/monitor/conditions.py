@@ -1,0 +1,502 @@
+"""What a series of numbers may show: that it is high, stays, rises, falls, drops, is stuck.
+
+Robust to noise, and with a smaller limit for what is told of already, so that it does not flicker.
+Where the guide gives a sign without a number ("increases continuously"), the number is ours and
+its reason stands beside it.
+
+Source: S4GAN Training Monitoring Guide.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from job.monitor.guide import chance_ce
+from job.monitor.setting import Setting
+
+Points = Sequence[tuple[int, float]]
+"""(iteration, value), oldest first."""
+Series = Callable[[str], Points]
+"""The points of a metric by its name."""
+Seen = tuple[int, float] | None
+"""Since which iteration, and the value that shows it."""
+
+
+class Condition(Protocol):
+    """Something that a series of numbers may show."""
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """Since which iteration it holds, and the value that shows it; None if it does not.
+
+        Args:
+            points: of the rule's metric, within the rule's iterations.
+            series: gives the points of other metrics.
+            setting: of the run.
+            open_since: it held a moment ago, and began there; what swings around a limit should not
+                flicker. None if it did not hold.
+        """
+
+
+RUINED = 20.0
+"""Loss_CE of networks that nothing is to be hoped of: guessing among 1,000 classes costs 6.9."""
+GAP_SLACK = 0.03
+"""By which a gap has to come back before its sign ends: twice the standard deviation of the median
+of three gaps, where an evaluation swings by 0.015."""
+
+
+def _values(points: Points) -> list[float]:
+    return [value for _, value in points]
+
+
+@dataclass(frozen=True)
+class Median:
+    """The median of the last points is above or below a limit."""
+
+    above: float | None = None
+    below: float | None = None
+    points: int = 5
+    slack: float = 0.1
+    """Share of the limit by which it has to come back before the sign ends."""
+    lasts: int = 1
+    """Times as many points tell whether it has: losses of one batch are noisy."""
+    no_more_than_chance: bool = False
+    """Of a cross-entropy: the limit is no higher than what guessing costs."""
+    not_rising_by: float | None = None
+    """It is no sign in a series that has risen by as much within the points before."""
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        del series
+        is_open = open_since is not None
+        last = points[-self.points * (self.lasts if is_open else 1) :]
+        if len(last) < self.points:
+            return None
+        median = statistics.median(_values(last))
+        slack = self.slack if is_open else 0.0
+        if self.above is not None:
+            limit = self.above
+            if self.no_more_than_chance and setting.num_classes is not None:
+                limit = min(limit, chance_ce(setting.num_classes))
+            holds = median > limit * (1 - slack)
+        else:
+            assert self.below is not None
+            holds = median < self.below * (1 + slack)
+        if holds and self.not_rising_by is not None:
+            before = points[-2 * self.points : -self.points]
+            risen = (
+                median - statistics.median(_values(before)) if before else last[-1][1] - last[0][1]
+            )
+            holds = risen < self.not_rising_by * (2 if is_open else 1)
+        return (last[0][0], median) if holds else None
+
+
+@dataclass(frozen=True)
+class Stays:
+    """The last points are at a value: their median, and none is far from it.
+
+    Once told, the median alone decides, or one line of noise would end it.
+    """
+
+    at: float
+    within: float
+    points: int = 10
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        del series, setting
+        is_open = open_since is not None
+        last = points[-self.points :]
+        if len(last) < self.points:
+            return None
+        distances = [abs(value - self.at) for _, value in last]
+        if not is_open and max(distances) > 2 * self.within:
+            return None
+        if statistics.median(distances) > self.within * (2 if is_open else 1):
+            return None
+        return last[0][0], statistics.median(_values(last))
+
+
+@dataclass(frozen=True)
+class Spike:
+    """The last point is several times what the ones before it were."""
+
+    ratio: float = 5.0
+    """The guide's examples are 10 and 20 times; half of the smaller one."""
+    rise: float = 1.0
+    """And by as much, so that a small loss may double and double again."""
+    noise: float = 6.0
+    """And by so many standard deviations of the logarithm of those before."""
+    points: int = 10
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        del series, setting
+        if not points:
+            return None
+        if open_since is not None:
+            # What came before a jump is no measure where it was ruined already.
+            is_up = points[-1][1] > RUINED or self._is_up(points, open_since)
+            return points[-1] if is_up else None
+        before = _values(points[-1 - self.points : -1])
+        return points[-1] if self.is_above(points[-1][1], before) else None
+
+    def _is_up(self, points: Points, jumped_at: int) -> bool:
+        """Whether it has not come back to what it was before that jump."""
+        index = bisect.bisect_left(points, (jumped_at, -math.inf))
+        usual = statistics.median(_values(points[max(0, index - self.points) : index]))
+        now = statistics.median(_values(points[max(index, len(points) - 3) :]))
+        return now > usual * self.ratio / 2 and now > usual + self.rise / 2
+
+    def is_above(self, value: float, before: Sequence[float]) -> bool:
+        """Whether a value is far above those before it, of which there are enough to say so."""
+        if len(before) < 3:
+            return False
+        usual = statistics.median(before)
+        ratio = self.ratio
+        if len(before) >= self.points:  # enough to tell how much it swings
+            ratio = max(ratio, math.exp(self.noise * _swing(_logs(before))))
+        return value > usual * ratio and value > usual + self.rise
+
+
+@dataclass(frozen=True)
+class Rises:
+    """Block after block of the last points is higher than the one before, and all is high."""
+
+    above: float
+    """The last block is."""
+    blocks: int = 4
+    points: Sequence[int] = (5, 10, 20, 40, 100)
+    """Of each block; what rises slowly, or in noise, shows in the longer ones."""
+    ratio: float = 1.2
+    """Of a block to the one before."""
+    noise: float = 5.0
+    """The last block is above the first by so many standard errors of the logarithm of that ratio:
+    what only swings may rise four times in a row."""
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        del series, setting
+        is_open = open_since is not None
+        sizes = (self._seen(points, size, is_open=is_open) for size in self.points)
+        return next((seen for seen in sizes if seen is not None), None)
+
+    def _seen(self, points: Points, size: int, *, is_open: bool) -> Seen:
+        last = points[-self.blocks * size :]
+        if len(last) < self.blocks * size:
+            return None
+        medians = [
+            statistics.median(_values(last[first : first + size]))
+            for first in range(0, len(last), size)
+        ]
+        ratio = 1.0 if is_open else self.ratio
+        rising = all(b > a * ratio for a, b in itertools.pairwise(medians))
+        if rising and not is_open:
+            error = math.sqrt(math.pi / size) * _swing(_logs(_values(last)))
+            rising = math.log(medians[-1] / max(medians[0], _TINY)) > self.noise * error
+        return (last[0][0], medians[-1]) if rising and medians[-1] > self.above else None
+
+
+_MANY = 500
+
+
+@dataclass(frozen=True)
+class DropsToZero:
+    """Nothing in the last points, where there was mostly something: too many zeros for chance."""
+
+    points: int = 6
+    """At least."""
+    before: int = 40
+    """Points before the zeros that tell how often there is something; a quarter is enough."""
+    share: float = 0.5
+    """Of them, that were not 0."""
+    chance: float = 1e-6
+    """Probability of as many zeros in a row, from which on they are none. With one unlabeled
+    image in an iteration, of which the gate lets two thirds pass, that takes 17 lines."""
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        del series, setting
+        is_open = open_since is not None
+        # More than enough; in a run that has nothing else they need not all be counted each time.
+        last = itertools.islice(reversed(points), _MANY)
+        zeros = sum(1 for _ in itertools.takewhile(lambda one: one[1] == 0, last))
+        if zeros == 0 or (zeros < self.points and not is_open):
+            return None
+        first = len(points) - zeros
+        if is_open:
+            return points[first][0], 0.0
+        before = points[max(0, first - self.before) : first]
+        active = sum(value > 0 for _, value in before)
+        if 4 * len(before) < self.before or active < self.share * len(before):
+            return None
+        # Rule of succession, for each zero after those before it: how often there is something
+        # is only known as well as so many points tell.
+        chance = math.prod(
+            (len(before) - active + 1 + k) / (len(before) + 2 + k) for k in range(zeros)
+        )
+        return (points[first][0], 0.0) if chance < self.chance else None
+
+
+@dataclass(frozen=True)
+class NeverActive:
+    """Not one point so far is above 0, and there are enough to say so."""
+
+    points: int = 10
+    images: int = 60
+    """Unlabeled images of those points together, at least: where an iteration has one or two, ten
+    of them may all fail the gate by chance."""
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        del series
+        is_open = open_since is not None
+        enough = max(self.points, math.ceil(self.images / setting.scale.max_st_count))
+        if is_open:  # the first that is not 0 ends it
+            return (points[0][0], 0.0) if not points[-1][1] else None
+        if len(points) < enough:
+            return None
+        return (points[0][0], 0.0) if not any(value for _, value in points) else None
+
+
+@dataclass(frozen=True)
+class FallsFromBest:
+    """The median of the last scores is well below the best that scores have been."""
+
+    by: float = 0.05
+    """Evaluations of a healthy run swing by 0.01 to 0.03."""
+    noise: float = 5.0
+    """Or by so many times the standard deviation of one evaluation, if that is more: the best of
+    many that only swing is far above the last, too."""
+    points: int = 3
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        del series, setting
+        is_open = open_since is not None
+        if len(points) < 2 * self.points:
+            return None
+        values = _values(points)
+        # Of neighbours the middle one, so that one lucky evaluation is no best.
+        smooth = [
+            statistics.median(values[first : first + self.points])
+            for first in range(len(values) - self.points + 1)
+        ]
+        fall = max(self.by, self.noise * _swing(values))
+        by = fall / 2 if is_open else fall
+        best = max(smooth)
+        holds = smooth[-1] < best - by and max(values[-self.points :]) < best - by / 2
+        if not holds:
+            return None
+        # It began where it was last near the best, not where the best was.
+        near = max(index for index, value in enumerate(smooth) if value >= best - fall / 4)
+        return points[near + self.points // 2][0], smooth[-1]
+
+
+_TINY = 1e-12
+
+
+def _logs(values: Sequence[float]) -> list[float]:
+    return [math.log(max(value, _TINY)) for value in values]
+
+
+def _swing(values: Sequence[float]) -> float:
+    """Standard deviation of a point about a curve that rises or falls, by its second differences.
+
+    Robust: of a normal distribution the median distance is 0.6745 deviations, and a second
+    difference has the square root of 6 times that of a point.
+    """
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    return statistics.median(bends) / (0.6745 * math.sqrt(6))
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """A low score that has not improved for some time."""
+
+    below: float
+    span: int
+    """Of the guide's iterations without improvement."""
+    improvement: float = 0.01
+    points: int = 4
+    """Evaluations within that time, at least."""
+    slack: float = 0.1
+    """Share of the limit above which the best has to be before the sign ends."""
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        is_open = open_since is not None
+        everything = series("val_miou")
+        if not points:
+            return None
+        now = points[-1][0]
+        begin = now - setting.scale.at(self.span)
+        before = [value for at, value in everything if at <= begin]
+        span = [(at, value) for at, value in everything if at > begin]
+        if len(span) < self.points or not before:
+            return None
+        best = max(_values(span))
+        below = self.below * (1 + self.slack) if is_open else self.below
+        improvement = self.improvement * (2 if is_open else 1)
+        holds = best < below and best < max(before) + improvement
+        return (span[0][0], span[-1][1]) if holds else None
+
+
+@dataclass(frozen=True)
+class Stagnant:
+    """A training score that rises while the validation score does not."""
+
+    span: int
+    """Of the guide's iterations."""
+    rise: float = 0.03
+    """Of the training score from the first third of that time to the last, at least."""
+    improvement: float = 0.01
+    """Of the validation score likewise, at most."""
+    noise: float = 5.0
+    """One must rise above the other by so many standard errors of that difference, too: of few
+    evaluations on a plateau one score may rise by chance."""
+    points: int = 8
+    """Evaluations within that time, at least."""
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        is_open = open_since is not None
+        if not points:
+            return None
+        begin = points[-1][0] - setting.scale.at(self.span)
+        if points[0][0] > begin:
+            return None
+        everything = {name: series(name) for name in ("train_miou", "val_miou")}
+        train, val = ([value for at, value in all_ if at > begin] for all_ in everything.values())
+        if min(len(val), len(train)) < self.points:
+            return None
+        # Of a whole run the noise is known better than of the last few evaluations.
+        swing = math.hypot(*(_swing(_values(all_)) for all_ in everything.values()))
+        risen, risen_val = _risen(train), _risen(val)
+        sure = max(self.rise, self.noise * _error_of_rise(len(val)) * swing)
+        share = 0.5 if is_open else 1.0
+        holds = risen > share * self.rise and risen - risen_val > share * sure
+        if not holds or risen_val > self.improvement * (2 if is_open else 1):
+            return None
+        return next(at for at, _ in points if at > begin), statistics.median(val[-3:])
+
+
+def _risen(values: Sequence[float]) -> float:
+    """From the first third of them to the last, without their noise."""
+    third = _third(len(values))
+    return statistics.median(values[-third:]) - statistics.median(values[:third])
+
+
+def _error_of_rise(count: int) -> float:
+    """Standard error of `_risen` of so many values with a standard deviation of 1.
+
+    The median of n normally distributed values has one of sqrt(pi / 2n).
+    """
+    return math.sqrt(math.pi / _third(count))
+
+
+def _third(count: int) -> int:
+    return max(3, count // 3)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A learning rate that does not fall."""
+
+    points: int = 10
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        del series, setting, open_since
+        if len(points) >= 2 and points[-1][1] > points[-2][1] * (1 + 1e-9):
+            return points[-1]
+        last = points[-self.points :]
+        if len(last) < self.points or last[0][1] == 0 or last[-1][1] < last[0][1]:
+            return None
+        return last[0][0], last[-1][1]
+
+
+@dataclass(frozen=True)
+class Within:
+    """The median of the last points is above one limit, and not above another."""
+
+    above: float
+    upto: float
+    points: int = 3
+    slack: float = GAP_SLACK
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        del series, setting
+        is_open = open_since is not None
+        last = points[-self.points :]
+        if len(last) < self.points:
+            return None
+        median = statistics.median(_values(last))
+        above = self.above - self.slack if is_open else self.above
+        return (last[0][0], median) if above < median <= self.upto else None
+
+
+@dataclass(frozen=True)
+class BothLow:
+    """Training and validation scores are both low, and close to each other."""
+
+    below: float
+    gap: float
+    points: int = 3
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        del setting
+        is_open = open_since is not None
+        last = points[-self.points :]
+        if len(last) < self.points:
+            return None
+        below = self.below * 1.05 if is_open else self.below
+        gap = self.gap + GAP_SLACK if is_open else self.gap
+        train = statistics.median(_values(series("train_miou")[-self.points :]))
+        val = statistics.median(_values(last))
+        return (last[0][0], val) if max(train, val) < below and train - val <= gap else None
+
+
+@dataclass(frozen=True)
+class Happened:
+    """It was told of; one word is enough."""
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        del series, setting, open_since
+        return points[-1] if points else None
