@@ -82,6 +82,7 @@ from job.monitor.stall import stall_minutes, watch_stall
 from job.monitor.start import StartClock, StartTracker
 from job.monitor.stopping import StopRules
 from job.monitor.summary import Check, checklist, provenance, summary, summary_json
+from job.monitor.verdict import Verdict, verdict
 from job.monitor.wandb_run import ModelFile, RunFacts
 from job.monitor.wandb_tracker import WandbTracker
 from job.nodes import Node
@@ -995,6 +996,7 @@ def _finish(
         wandb_finished=tracking.wandb.finished_online,
         wandb_outcome=tracking.wandb.outcome,
     )
+    health = verdict(events, attempt.config, len(data.info.classes))
     content = summary(
         run_uri=store.uri,
         data_uri=data.uri,
@@ -1006,6 +1008,7 @@ def _finish(
         | {run.FINAL_MODEL: asdict(final)},
         events=events,
         checks=checks,
+        health=health,
         iterations=state.iteration,
         stopped=stopped,
         wandb_url=tracking.wandb.url,
@@ -1024,7 +1027,7 @@ def _finish(
         facts=facts_of(content),
     )
     store.write(run.REPORT, report_html(report).encode())
-    _print_end(attempt, state, checks, stopped)
+    _print_end(attempt, state, checks, health, stopped)
 
 
 def _examples(attempt: _Attempt, generator: Generator, image_scale: float) -> list[Example]:
@@ -1081,7 +1084,9 @@ def _prediction_sheet(attempt: _Attempt, shown: Sequence[Predicted]) -> bytes:
     return sheet.getvalue()
 
 
-def _print_end(attempt: _Attempt, state: TrainState, checks: list[Check], stopped: str) -> None:
+def _print_end(
+    attempt: _Attempt, state: TrainState, checks: list[Check], health: Verdict, stopped: str
+) -> None:
     uri, best = attempt.store.uri, state.best
     assert best is not None
     # As it was called, so that the lines below can be pasted: it may not be on the PATH.
@@ -1098,6 +1103,9 @@ def _print_end(attempt: _Attempt, state: TrainState, checks: list[Check], stoppe
             + (f": {check.detail}" if check.detail else "")
             for check in checks
         ),
+        "",
+        *(finding.line() for finding in health.counting),
+        health.conclusion(),
         "",
         f"Model:     {uri}/{run.BEST_MODEL}",
         f"Pictures:  {uri}/{run.PREDICTIONS}",

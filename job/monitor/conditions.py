@@ -71,6 +71,9 @@ class Median:
     """Of a cross-entropy: the limit is no higher than what guessing costs."""
     not_rising_by: float | None = None
     """It is no sign in a series that has risen by as much within the points before."""
+    from_the_first: bool = False
+    """It is no sign in a series that has been on the other side of the limit: that is a fall or a
+    rise, of which other rules tell."""
 
     def __call__(
         self, points: Points, series: Series, setting: Setting, *, open_since: int | None
@@ -87,17 +90,32 @@ class Median:
             limit = self.above
             if self.no_more_than_chance and setting.num_classes is not None:
                 limit = min(limit, chance_ce(setting.num_classes))
-            holds = median > limit * (1 - slack)
+            sign = 1.0
         else:
             assert self.below is not None
-            holds = median < self.below * (1 + slack)
+            limit, sign = self.below, -1.0
+        holds = sign * median > sign * limit * (1 - sign * slack)
+        if holds and self.from_the_first and not is_open:
+            holds = not self._was_beyond(points, sign, limit)
         if holds and self.not_rising_by is not None:
             before = points[-2 * self.points : -self.points]
             risen = (
                 median - statistics.median(_values(before)) if before else last[-1][1] - last[0][1]
             )
             holds = risen < self.not_rising_by * (2 if is_open else 1)
-        return (last[0][0], median) if holds else None
+        if not holds:
+            return None
+        first = next((at for at, value in last if sign * value > sign * limit), last[0][0])
+        return first, median
+
+    def _was_beyond(self, points: Points, sign: float, limit: float) -> bool:
+        """Whether the median has ever been on the good side, and clearly."""
+        values = _values(points)
+        clearly = sign * limit * (1 - sign * self.slack)
+        return any(
+            sign * statistics.median(values[end - self.points : end]) < clearly
+            for end in range(self.points, len(values))
+        )
 
 
 @dataclass(frozen=True)
@@ -276,6 +294,33 @@ class NeverActive:
         if len(points) < enough:
             return None
         return (points[0][0], 0.0) if not any(value for _, value in points) else None
+
+
+@dataclass(frozen=True)
+class Seldom:
+    """So small a share of the unlabeled images passes the gate that they hardly teach anything."""
+
+    share: float = 1 / 16
+    """Half of the guide's lowest target, 2 of 16 images."""
+    points: int = 30
+    images: int = 160
+    """Unlabeled images of those points together, at least. Of as many, where the guide's lowest
+    target is met, less than half of it passes by chance in 1 of 100 such stretches."""
+    slack: float = 0.5
+    """Share of the limit by which it has to come back before the sign ends."""
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        del series
+        most = setting.scale.max_st_count
+        last = points[-max(self.points, math.ceil(self.images / most)) :]
+        if len(last) * most < self.images or len(last) < self.points:
+            return None
+        share = statistics.fmean(_values(last)) / most
+        limit = self.share * (1 + (self.slack if open_since is not None else 0))
+        return (last[0][0], share) if share < limit else None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,10 @@ from job.monitor.console_log import (
     printed_text,
     scores_as_shares,
 )
-from job.monitor.divergence import MAX_ROLLBACKS, Remedies
-from job.monitor.guide import Fit
-from job.monitor.health import (
-    OUT_OF_MEMORY,
-    Finding,
-    Standing,
-    Watch,
-    failure_of,
-    is_healthy,
-    what_healthy_means,
-)
+from job.monitor.divergence import MAX_ROLLBACKS
+from job.monitor.health import OUT_OF_MEMORY
 from job.monitor.ledger import parse_ledger
-from job.monitor.setting import Setting
+from job.monitor.verdict import Verdict, verdict
 from job.storage import ObjectStore, open_store
 from job.storage.files import text_of
 
@@ -51,21 +42,10 @@ class Diagnosis:
     """Last one that is told of; 0 if none is."""
     iterations: int
     """Of the whole run."""
-    standing: Standing | None
-    """None before the first line, and beyond the last."""
-    fit: Fit | None
-    """None before the first evaluation."""
+    verdict: Verdict
     train_miou: float | None
     """Of the last evaluation; None if it is no number, as the other one."""
     val_miou: float | None
-    findings: Sequence[Finding]
-    """Oldest first; those that are over, too."""
-    remedies: Remedies = field(default_factory=Remedies)
-    """What the run has done about itself."""
-    failed: str = ""
-    """Why its last attempt ended with an error; empty if it did not."""
-    meaning: str = ""
-    """What it says that it is healthy, if it is."""
     ended: str = ""
     """How its last attempt ended otherwise; empty if it goes on, or nothing tells."""
     assumed: str = ""
@@ -83,28 +63,19 @@ class Diagnosis:
     @property
     def is_healthy(self) -> bool:
         """Whether there is nothing that should be done now."""
-        return is_healthy(self.findings, self.fit, self.failed)
+        return self.verdict.is_healthy
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        standing = self.standing
         return {
             "source": self.source,
-            "healthy": self.is_healthy,
             "iteration": self.iteration,
             "iterations": self.iterations,
             "beyond_end": self.is_beyond_end,
-            "phase": standing.phase.name if standing else None,
-            "on_track": standing.on_track if standing else None,
-            "off_track": list(standing.off) if standing else [],
-            "fit": self.fit,
+            **self.verdict.to_dict(),
             "train_miou": self.train_miou,
             "val_miou": self.val_miou,
-            "findings": [finding.to_dict() for finding in self.findings],
-            "failed": self.failed or None,
             "ended": self.ended or None,
-            "rolled_back": self.remedies.rollbacks,
-            "batch_halved": self.remedies.halvings,
             "assumed_preset": "guide" if self.assumed else None,
             "scores_in_percent": self.in_percent,
             "has_losses": self.has_losses,
@@ -127,32 +98,28 @@ class Diagnosis:
             lines.append("the scores are percent, and judged as shares of 1")
         if not self.has_losses:
             lines.append("there is no line of losses as s4gan prints them: only scores are judged")
-        if self.standing is not None:
-            lines.append(self.standing.line())
-        if self.fit is not None:
+        found = self.verdict
+        if found.standing is not None:
+            lines.append(found.standing.line())
+        if found.fit is not None:
             lines.append(
                 f"training mIoU {self.train_miou:.4f}, validation mIoU {self.val_miou:.4f}: "
-                f"{self.fit}"
+                f"{found.fit}"
             )
-        if self.remedies.rollbacks:
+        if found.remedies.rollbacks:
             lines.append(
-                f"diverged and rolled back by itself, {self.remedies.rollbacks} of "
+                f"diverged and rolled back by itself, {found.remedies.rollbacks} of "
                 f"{MAX_ROLLBACKS} times; each has halved both learning rates"
             )
-        if self.remedies.halvings:
+        if found.remedies.halvings:
             lines.append(
-                f"ran out of memory and halved its batches, {self.remedies.halvings} times; the "
+                f"ran out of memory and halved its batches, {found.remedies.halvings} times; the "
                 "images of an iteration are the same"
             )
-        lines += ["", *(finding.line() for finding in self.findings)]
-        if self.failed:
-            lines.append(f"the last attempt ended with an error: {self.failed}")
-        elif self.ended:
+        lines += ["", *(finding.line() for finding in found.findings)]
+        if self.ended and not found.failed:
             lines.append(self.ended)
-        if self.is_healthy:
-            lines.append(f"healthy: {self.meaning}")
-        elif not self.failed and not any(finding.counts for finding in self.findings):
-            lines.append(f"too few evaluations for a finding, but the last one says {self.fit}")
+        lines.append(found.conclusion())
         return "\n".join(lines)
 
 
@@ -186,24 +153,14 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
     classes = next((len(e["class_iou"]) for e in events if e.get("class_iou")), None)
     if classes is None and printed is not None:
         classes = classes_said(printed)
-    remedies = Remedies.of(events)
-    watch = Watch(Setting(remedies.applied(chosen), classes))
-    for event in events:
-        watch.observe(event)
     scores = next((event for event in reversed(events) if event["event"] == "eval"), None)
-    standing = watch.standing()
     return Diagnosis(
         source=given.shown if source == STDIN else source,
         iteration=max((event.get("iteration", 0) for event in events), default=0),
         iterations=chosen.train.iterations,
-        standing=standing,
-        fit=watch.fit(),
+        verdict=verdict(events, chosen, classes),
         train_miou=_finite(scores["train_miou"]) if scores else None,
         val_miou=_finite(scores["val_miou"]) if scores else None,
-        findings=tuple(watch.findings),
-        remedies=remedies,
-        meaning=what_healthy_means(standing, events),
-        failed=failure_of(events),
         ended=_ended(events),
         assumed=_assumed(given) if known is None else "",
         in_percent=in_percent,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,81 +100,6 @@ class Standing:
         """For the console."""
         said = "on track" if self.on_track else "off the guide's timeline: " + ", ".join(self.off)
         return f"Phase {self.number} of {len(PHASES)}, {self.phase.name}: {said}"
-
-
-_BAD_FITS: Sequence[Fit] = ("overfitting", "underfitting")
-ERRORS = (
-    ExitCode.SOFTWARE,
-    ExitCode.DIVERGED,
-    ExitCode.IO_ERROR,
-    ExitCode.BAD_CONFIG,
-    ExitCode.NO_PROGRESS,
-)
-
-
-def failure_of(events: Iterable[Mapping[str, Any]]) -> str:
-    """Why a run's last attempt ended with an error that another one will not mend; "" if not.
-
-    Args:
-        events: lines of its ledger.
-    """
-    why = ""
-    for event in events:
-        if event["event"] in ("attempt_started", "train"):
-            why = ""
-        elif event["event"] == "attempt_ended":
-            failed = event["exit_code"] in ERRORS
-            why = f"{event.get('reason')} (exit code {event['exit_code']})" if failed else ""
-    return why
-
-
-def why_nothing(events: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
-    """Why a run has no line of losses, and the mend.
-
-    Args:
-        events: its ledger.
-    """
-    events = list(events)
-    failed = failure_of(events)
-    if failed:
-        said = f"nothing was trained: the last attempt ended with an error: {failed}"
-        return said, "mend that, and run the same s4gan train again"
-    last = next((e for e in reversed(events) if e["event"].startswith("attempt_")), None)
-    if last is not None and last["event"] == "attempt_ended":
-        said = f"nothing was trained before the last attempt ended: {last['reason']}"
-        return said, "run the same s4gan train again"
-    mend = "wait for its first line of losses; if its process is gone, run the same s4gan train"
-    return "nothing has been trained yet", f"{mend} again"
-
-
-ENOUGH = 5
-"""Lines of losses; with fewer no rule but those of NaN and the like can have told."""
-
-
-def what_healthy_means(standing: Standing | None, events: Iterable[Mapping[str, Any]]) -> str:
-    """How much it says that no rule has found anything.
-
-    Args:
-        standing: on the timeline, which asks for more than the rules do.
-        events: that were watched.
-    """
-    count = sum(event["event"] == "train" for event in events)
-    if count < ENOUGH:
-        return f"nothing is wrong yet, but it is too early to tell (lines of losses: {count})"
-    if standing is not None and not standing.on_track:
-        return "nothing is wrong by the rules, but it is off the guide's timeline"
-    return "nothing needs to be done"
-
-
-def is_healthy(findings: Iterable[Finding], fit: Fit | None, failed: str) -> bool:
-    """Whether there is nothing that should be done now.
-
-    Args:
-        findings: of a run.
-        fit: of its last scores.
-        failed: what `failure_of` says of it.
-    """
-    return not failed and fit not in _BAD_FITS and not any(one.counts for one in findings)
 
 
 @dataclass

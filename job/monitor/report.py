@@ -10,7 +10,7 @@ import html
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, model_validator
@@ -20,18 +20,11 @@ from job.config import Config, config_from_yaml
 from job.errors import ConfigError, ObjectNotFound, StorageError
 from job.monitor.attempts import Attempt, attempts_of
 from job.monitor.charts import Chart, time_chart, training_charts
-from job.monitor.divergence import Remedies
-from job.monitor.health import (
-    Finding,
-    Watch,
-    failure_of,
-    is_healthy,
-    what_healthy_means,
-    why_nothing,
-)
+from job.monitor.health import Finding
 from job.monitor.ledger import best_of, parse_ledger
 from job.monitor.setting import Setting
-from job.monitor.summary import Check, checklist
+from job.monitor.summary import BEST_VERIFIES, Check, checklist
+from job.monitor.verdict import Verdict, verdict, why_nothing
 from job.storage import ObjectStore
 
 MAX_CLASSES_SHOWN = 30
@@ -111,21 +104,19 @@ def report_html(report: Report) -> str:
     Args:
         report: what it is made from.
     """
-    trained_with = Remedies.of(report.events).applied(report.config)
-    setting = Setting(trained_with, len(report.classes) or None)
-    watch = Watch(setting)
-    for event in report.events:
-        watch.observe(event)
+    num_classes = len(report.classes) or None
+    found = verdict(report.events, report.config, num_classes)
+    setting = Setting(found.remedies.applied(report.config), num_classes)
     attempts = attempts_of(event for event in report.events if "time" in event)
-    charts = training_charts(report.events, setting, watch.findings)
+    charts = training_charts(report.events, setting, found.findings)
     parts = [
         f"<h1>{_text(report.run_uri)}</h1>",
-        *_verdict(report, watch),
+        *_verdict(report, found),
         "<h2>Checklist</h2>" + ("" if report.finished else "<p class='muted'>So far.</p>"),
         _checklist(report.checks),
-        *_findings(watch.findings),
+        *_findings(found.findings),
         "<h2>Training</h2>",
-        _legend(watch.findings) + _figures(charts) if charts else "<p>Nothing was logged yet.</p>",
+        _legend(found.findings) + _figures(charts) if charts else "<p>Nothing was logged yet.</p>",
         *_classes(report),
         *_pictures(report),
         *_attempts(attempts, report),
@@ -147,7 +138,7 @@ def report_html(report: Report) -> str:
 # ---------------------------------------------------------------- the parts, from the top
 
 
-def _verdict(report: Report, watch: Watch) -> list[str]:
+def _verdict(report: Report, found: Verdict) -> list[str]:
     scores = [event for event in report.events if event["event"] == "eval"]
     best = best_of(report.events)
     reached = max((event.get("iteration", 0) for event in report.events), default=0)
@@ -166,27 +157,17 @@ def _verdict(report: Report, watch: Watch) -> list[str]:
             f" Best validation mIoU <b>{best['val_miou']:.4f}</b> at iteration {best['iteration']}."
         )
     lines = [said]
-    fit, standing = watch.fit(), watch.standing()
-    if fit is not None:
+    if found.fit is not None:
         last = scores[-1]
         lines.append(
             f"Training mIoU {last['train_miou']:.4f}, validation mIoU {last['val_miou']:.4f}: "
-            f"{fit}."
+            f"{found.fit}."
         )
-    if standing is not None:
-        lines.append(_text(standing.line()) + ".")
-    failed = failure_of(report.events)
-    if failed:
-        lines.append(
-            f"<span class='no'>The last attempt ended with an error: {_text(failed)}</span>"
-        )
-    counting = [finding for finding in watch.findings if finding.counts]
-    if is_healthy(watch.findings, fit, failed):
-        said = what_healthy_means(standing, report.events)
-        lines.append(f"<span class='yes'>{said[0].upper()}{said[1:]}.</span>")
-    elif counting:
-        what = "thing needs" if len(counting) == 1 else "things need"
-        lines.append(f"<span class='no'>{len(counting)} {what} attention.</span>")
+    if found.standing is not None:
+        lines.append(_text(found.standing.line()) + ".")
+    said = found.conclusion()
+    colour = "yes" if found.is_healthy else "no"
+    lines.append(f"<span class='{colour}'>{_text(said[0].upper() + said[1:])}.</span>")
     return [f'<p class="verdict">{line}</p>' for line in lines]
 
 
@@ -415,6 +396,12 @@ def report_of(store: ObjectStore, costs: Sequence[str] = ()) -> Report:
     summary = _summary_of(store)
     if summary is not None:
         checks = [Check(**line) for line in summary["checklist"]]
+        if store.stat(run.BEST_MODEL) is None:
+            lost = f"{store.uri}/{run.BEST_MODEL} is not there any more"
+            checks = [
+                replace(one, passed=False, detail=lost) if one.name == BEST_VERIFIES else one
+                for one in checks
+            ]
         stopped = summary["run"].get("stopped_early") or ""
     else:
         checks = open_checklist(events)

@@ -25,6 +25,7 @@ from job.monitor.conditions import (
     Median,
     NeverActive,
     Rises,
+    Seldom,
     Spike,
     Stagnant,
     Stays,
@@ -135,6 +136,11 @@ _LEARNING_AT_ALL = Remedy("check that the validation mIoU rises at all")
 _USE_BEST = Remedy("use best_model.pth, not final_model.pth, and stop earlier")
 _BROKEN = Remedy("look for broken images and empty masks: s4gan data check")
 
+_ROLLBACK = Remedy(
+    "--set monitor.on_divergence=rollback, which goes back and halves both by itself",
+    lambda config: config.monitor.on_divergence != "rollback",
+)
+
 # ---------------------------------------------------------------- the rules
 
 RULES: Sequence[Rule] = (
@@ -166,7 +172,17 @@ RULES: Sequence[Rule] = (
         Spike(),
         "problem",
         "Loss_CE has jumped, and is {value:.3f} now: training is unstable",
-        (*_HALF_BOTH, _BROKEN, Remedy("start again from a checkpoint before it")),
+        (*_HALF_BOTH, _ROLLBACK, _BROKEN, Remedy("start again from a checkpoint before it")),
+    ),
+    Rule(
+        "ce_rising",
+        "Cross Entropy: should decrease steadily",
+        "loss_ce",
+        Rises(above=0.5),  # what the guide has at the end of training
+        "warning",
+        "Loss_CE keeps rising and is at {value:.3f}: the model is degrading",
+        (*_HALF_BOTH, _BROKEN),
+        unless=("ce_spike", "ce_exploded"),
     ),
     Rule(
         "non_finite",
@@ -175,7 +191,7 @@ RULES: Sequence[Rule] = (
         Happened(),
         "problem",
         "a loss or a weight is NaN or infinite: training has crashed",
-        (*_HALF_BOTH, _BROKEN),
+        (*_HALF_BOTH, _ROLLBACK, _BROKEN),
         calm=50,  # a log may go on, and have one in every few lines
     ),
     # -- feature matching
@@ -242,6 +258,19 @@ RULES: Sequence[Rule] = (
         needs="self-training",
     ),
     Rule(
+        "st_seldom",
+        "ST_Count after 5000 iterations: 2-8 of 16",
+        "st_count",
+        Seldom(),
+        "warning",
+        "only {value:.1%} of the unlabeled images pass the threshold: they hardly teach anything",
+        (_LOWER_THRESHOLD, _SHARE, _LEARNING_AT_ALL),
+        begins=5_000,
+        needs="self-training",
+        only_self_training=True,
+        unless=("st_count_zero", "st_never_active", "st_count_dropped"),
+    ),
+    Rule(
         "st_high",
         "Loss_ST > 5.0",
         "loss_st",
@@ -298,7 +327,7 @@ RULES: Sequence[Rule] = (
         "train_not_learning",
         "Training mIoU < 0.20 after 5000 iterations",
         "train_miou",
-        Median(below=0.20, slack=0.25, points=3, not_rising_by=0.02),
+        Median(below=0.20, slack=0.25, points=3, not_rising_by=0.02, from_the_first=True),
         "problem",
         "training mIoU is {value:.4f}: the model is not learning",
         (_LABELS, _HALF_LR, _MORE_LR),
@@ -317,7 +346,7 @@ RULES: Sequence[Rule] = (
         "val_not_learning",
         "Validation mIoU < 0.20 where 0.40 is expected (iteration 5000)",
         "val_miou",
-        Median(below=0.20, slack=0.25, points=3, not_rising_by=0.02),
+        Median(below=0.20, slack=0.25, points=3, not_rising_by=0.02, from_the_first=True),
         "problem",
         "validation mIoU is {value:.4f}: nothing that is learned holds for new images",
         (_LABELS, _MIRROR, _SCALE, _HALF_LR, _MORE_LR, Remedy("check the balance of the classes")),

@@ -15,10 +15,13 @@ import torchvision
 import job
 from job.monitor.divergence import ROLLED_BACK
 from job.monitor.guide import MAX_GAP
-from job.monitor.health import ERRORS
 from job.monitor.ledger import best_of
+from job.monitor.verdict import ERRORS, Verdict
 from job.revision import git
 from job.run import RunIdentity
+
+BEST_VERIFIES = "best_model.pth exists and verifies"
+"""Name of a line of the checklist."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def checklist(
             best is not None,
             f"{best['val_miou']:.4f} at iteration {best['iteration']}" if best else "no evaluation",
         ),
-        Check("best_model.pth exists and verifies", best_verified, best_path),
+        Check(BEST_VERIFIES, best_verified, best_path),
         Check(
             "Training completed without errors",
             not errors,
@@ -103,6 +106,7 @@ def summary(
     files: Mapping[str, Mapping[str, Any]],
     events: Sequence[Mapping[str, Any]],
     checks: Sequence[Check],
+    health: Verdict,
     iterations: int,
     stopped: str,
     wandb_url: str | None,
@@ -134,6 +138,7 @@ def summary(
         else None,
         "files": dict(files),
         "checklist": [asdict(check) for check in checks],
+        "health": health.to_dict(),
         "data": {"uri": data_uri, "images": dict(num_images)},
         "provenance": provenance(),
         "config": dict(config),

@@ -21,9 +21,9 @@ from job import run
 from job.config import Config, config_from_yaml
 from job.errors import ConfigError, ExitCode, ObjectNotFound, StorageError, reason
 from job.monitor import wandb_run
-from job.monitor.health import why_nothing
 from job.monitor.ledger import best_of, open_run, parse_ledger
 from job.monitor.setting import Setting
+from job.monitor.verdict import why_nothing
 from job.monitor.wandb_rows import (
     NOTHING,
     PREDICTIONS,

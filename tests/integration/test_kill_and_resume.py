@@ -97,6 +97,10 @@ def test_a_finished_run_can_be_finished_again(twin, start, tmp_path):
     assert training.finish() == 0, training.output
     assert_same_result(run, uninterrupted, ITERATIONS)
     assert "Finished after 40 iterations" in training.output
+    health = json.loads((run / "summary.json").read_text())["health"]
+    last = training.output.partition("Finished after")[2]
+    assert last.count("try: ") == sum(one["ended"] is None for one in health["findings"])
+    assert ("\nhealthy: " in last) == health["healthy"]
 
 
 def test_a_finished_run_that_goes_on_is_not_finished(twin, start, tmp_path):

@@ -115,7 +115,7 @@ def judged(tmp_path: Path, text: str) -> Diagnosis:
 
 def test_scores_in_percent_are_shares_of_one_and_it_is_said(tmp_path: Path) -> None:
     found = judged(tmp_path, scored(0.9, 12.5, 38.1, 43.2))
-    assert (found.val_miou, found.fit) == (pytest.approx(0.432), "excellent")
+    assert (found.val_miou, found.verdict.fit) == (pytest.approx(0.432), "excellent")
     assert "the scores are percent" in found.text()
     assert found.to_dict()["scores_in_percent"]
 
@@ -162,7 +162,7 @@ def test_a_pipe_is_read(tmp_path: Path, content: str) -> None:
     """As of `s4gan diagnose <(zcat log.gz)`."""
 
     def use(path: str) -> None:
-        assert [one.rule for one in diagnose(path, DEMO).findings] == ["d_stuck"]
+        assert [one.rule for one in diagnose(path, DEMO).verdict.findings] == ["d_stuck"]
 
     through_a_fifo(tmp_path, content.encode(), use)
 
@@ -172,7 +172,7 @@ def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch, content: str) -
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
     found = diagnose("-", DEMO)
     assert found.source == "standard input"
-    assert [one.rule for one in found.findings] == ["d_stuck"]
+    assert [one.rule for one in found.verdict.findings] == ["d_stuck"]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_log_that_ends_with_an_error_is_not_healthy(tmp_path: Path, last: str,
     log = tmp_path / "train.log"
     log.write_text("\n".join([*healthy[:-20], last, ""]))
     found = diagnose(str(log), DEMO)
-    assert said in found.failed
+    assert said in found.verdict.failed
     assert not found.is_healthy
     log.write_text("\n".join([*healthy[:-20], last, *healthy[-20:]]))  # and went on
     assert diagnose(str(log), DEMO).is_healthy
@@ -219,10 +219,12 @@ def test_the_number_of_classes_is_read_from_the_log(tmp_path: Path) -> None:
     log = tmp_path / "train.log"
     constant = console(lines(DEMO, loss_ce=lambda at: 1.8), 1_200)  # 5 classes: guessing costs 1.6
     log.write_text(constant)
-    assert not any(one.rule == "ce_not_learning" for one in diagnose(str(log), DEMO).findings)
+    findings = diagnose(str(log), DEMO).verdict.findings
+    assert not any(one.rule == "ce_not_learning" for one in findings)
     first = "data: 80 labeled, 560 unlabeled, 100 validation images, 5 classes; checking them\n"
     log.write_text(first + constant)
-    assert any(one.rule == "ce_not_learning" for one in diagnose(str(log), DEMO).findings)
+    findings = diagnose(str(log), DEMO).verdict.findings
+    assert any(one.rule == "ce_not_learning" for one in findings)
 
 
 def test_a_log_whose_losses_look_otherwise_is_said_to_have_none(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_the_page_has_all_its_parts(page: Page) -> None:
 def test_the_verdict_comes_first(page: Page) -> None:
     assert page.says("Finished after 10 iterations. Best validation mIoU 0.5000 at iteration 10.")
     assert page.says("Training mIoU 0.6000, validation mIoU 0.5000: good.")
-    assert page.says("Nothing is wrong by the rules, but it is off the guide's timeline.")
+    assert page.says("Healthy: nothing is wrong by the rules, but it is off the guide's timeline.")
 
 
 def test_a_run_that_goes_on_says_how_far_it_is() -> None:
@@ -443,12 +443,29 @@ def test_a_finished_run(tmp_path: Path) -> None:
         "data": {"uri": "data/b", "images": {"labeled": 12}},
         "provenance": {"torch": "2"},
     }
-    lay(store, **{run.SUMMARY: json.dumps(content).encode()})
+    lay(store, **{run.SUMMARY: json.dumps(content).encode(), run.BEST_MODEL: b"m"})
     found = report_of(store)
     assert found.finished
     assert found.stopped == "it is good enough"
     assert found.checks == [Check("n", True, "d")]
     assert found.facts == {"data": "data/b", "labeled images": 12, "torch": "2"}
+
+
+def test_a_best_model_that_was_deleted_since_does_not_verify(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    content = {
+        "run": {},
+        "best": None,
+        "checklist": [{"name": "best_model.pth exists and verifies", "passed": True, "detail": ""}],
+        "data": {"uri": "data/b", "images": {}},
+        "provenance": {},
+    }
+    lay(store, **{run.SUMMARY: json.dumps(content).encode(), run.BEST_MODEL: b"m"})
+    assert [check.passed for check in report_of(store).checks] == [True]
+    store.delete(run.BEST_MODEL)
+    (check,) = report_of(store).checks
+    assert not check.passed
+    assert check.detail == f"{store.uri}/best_model.pth is not there any more"
 
 
 def test_scores_of_nan_are_not_the_best_of_the_page() -> None:

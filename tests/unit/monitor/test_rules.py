@@ -22,6 +22,7 @@ GUIDE = {
     "Loss_CE > 4.0 after 5000": "ce_not_learning",
     "Loss_CE spike": "ce_spike",
     "Loss_CE NaN or inf": "non_finite",
+    "Loss_CE decreases steadily": "ce_rising",
     "Loss_FM at 0.000": "fm_zero",
     "Loss_FM increases": "fm_rising",
     "Loss_ST 0.000 after 1000": "st_never_active",
@@ -31,6 +32,7 @@ GUIDE = {
     "Loss_D > 1.0": "d_unstable",
     "ST_Count always 0": "st_count_zero",
     "ST_Count drops to 0": "st_count_dropped",
+    "ST_Count far below its targets": "st_seldom",
     "training mIoU < 0.20 after 5000": "train_not_learning",
     "training mIoU decreases": "train_degrading",
     "validation mIoU far below its targets": "val_not_learning",
@@ -107,6 +109,11 @@ CASES: Mapping[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
         (20_000, 20_000),
         {"loss_ce": at_once(20_000, 1.4)},  # three times as much is noise
     ),
+    "ce_rising": (
+        {"loss_ce": ramp(10_000, 30_000, 0.5, 2.5)},
+        (11_500, 17_500),
+        {"loss_ce": ramp(10_000, 30_000, 0.5, 0.6)},
+    ),
     "fm_zero": (
         {"loss_fm": always(0.0)},
         (1_900, 2_100),
@@ -126,6 +133,11 @@ CASES: Mapping[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
         {"st_count": always(0)},
         (5_900, 6_000),
         {"st_count": lambda at: 0 if at < 5_200 else None},
+    ),
+    "st_seldom": (
+        {"st_count": lambda at: int(at % 700 == 0)},  # 1 of 16 in every seventh line
+        (7_900, 8_100),
+        {"st_count": lambda at: 2 if at > 5_000 else 0},
     ),
     "st_high": (
         {"loss_st": after(8_000, 6.0), "st_count": always(8)},
@@ -391,6 +403,18 @@ def test_a_short_series_that_rises_is_learning() -> None:
     assert not findings(
         config, until=15_000, train_miou=scores.get, val_miou=lambda at: scores[at] - 0.01
     )
+
+
+def test_what_has_been_learned_and_lost_is_not_called_never_learned() -> None:
+    scores = {name: ramp(30_000, 31_000, 0.6, 0.05) for name in ("train_miou", "val_miou")}
+    told = {one.rule for one in findings(**scores)}
+    assert {"train_degrading", "val_degrading"} <= told
+    assert not {"train_not_learning", "val_not_learning"} & told
+
+
+def test_since_is_where_it_began_not_where_its_window_does() -> None:
+    (found,) = (one for one in findings(loss_d=after(9_000, 1.2)) if one.rule == "d_unstable")
+    assert found.since == 9_000
 
 
 @pytest.mark.parametrize("kind", ["three per cent a line", "in noise", "all the run"])

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import job
+from job.config import Config
 from job.monitor.guide import MAX_GAP
 from job.monitor.summary import Check, checklist, provenance, summary, summary_json
+from job.monitor.verdict import verdict
 from job.run import RunIdentity
 
 IDENTITY = RunIdentity("0123", "s4gan-0123", "2024-01-01T00:00:00+00:00")
@@ -59,6 +61,7 @@ def summed_up(events: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
         "files": {"best_model.pth": {"sha256": "ab", "size": 5}},
         "events": events,
         "checks": [Check("a", True, "b")],
+        "health": verdict(events, Config(), 2),
         "iterations": 500,
         "stopped": "",
         "wandb_url": "https://wandb.example/r",
@@ -215,6 +218,18 @@ def test_without_an_evaluation_best_and_final_are_empty() -> None:
 def test_classes_of_another_number_than_measured_are_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
         summed_up([evaluated(500)], classes=("sky", "road", "car"))
+
+
+def test_the_verdict_is_in_it() -> None:
+    losses = {"loss_ce": 1.0, "loss_fm": 0.01, "loss_st": 0.0, "st_count": 0}
+    stuck = [
+        {"event": "train", "attempt": 1, "iteration": iteration, "loss_d": 0.693, **losses}
+        for iteration in range(100, 3_000, 100)
+    ]
+    health = summed_up([*stuck, evaluated(3_000)])["health"]
+    assert not health["healthy"]
+    assert "d_stuck" in {finding["rule"] for finding in health["findings"]}
+    assert summed_up([evaluated(500)])["health"]["healthy"]
 
 
 def test_the_text_is_json_that_reads_back_the_same() -> None:

@@ -1,0 +1,156 @@
+"""What is to be said of a run, all in all: whether it is healthy, and what is wrong if not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from job.config import Config
+from job.errors import ExitCode
+from job.monitor.divergence import Remedies
+from job.monitor.guide import Fit
+from job.monitor.health import Finding, Standing, Watch
+from job.monitor.setting import Setting
+
+_BAD_FITS: Sequence[Fit] = ("overfitting", "underfitting")
+ERRORS = (
+    ExitCode.SOFTWARE,
+    ExitCode.DIVERGED,
+    ExitCode.IO_ERROR,
+    ExitCode.BAD_CONFIG,
+    ExitCode.NO_PROGRESS,
+)
+
+
+def failure_of(events: Iterable[Mapping[str, Any]]) -> str:
+    """Why a run's last attempt ended with an error that another one will not mend; "" if not.
+
+    Args:
+        events: lines of its ledger.
+    """
+    why = ""
+    for event in events:
+        if event["event"] in ("attempt_started", "train"):
+            why = ""
+        elif event["event"] == "attempt_ended":
+            failed = event["exit_code"] in ERRORS
+            why = f"{event.get('reason')} (exit code {event['exit_code']})" if failed else ""
+    return why
+
+
+def why_nothing(events: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
+    """Why a run has no line of losses, and the mend.
+
+    Args:
+        events: its ledger.
+    """
+    events = list(events)
+    failed = failure_of(events)
+    if failed:
+        said = f"nothing was trained: the last attempt ended with an error: {failed}"
+        return said, "mend that, and run the same s4gan train again"
+    last = next((e for e in reversed(events) if e["event"].startswith("attempt_")), None)
+    if last is not None and last["event"] == "attempt_ended":
+        said = f"nothing was trained before the last attempt ended: {last['reason']}"
+        return said, "run the same s4gan train again"
+    mend = "wait for its first line of losses; if its process is gone, run the same s4gan train"
+    return "nothing has been trained yet", f"{mend} again"
+
+
+ENOUGH = 5
+"""Lines of losses; with fewer no rule but those of NaN and the like can have told."""
+
+
+def _what_healthy_means(standing: Standing | None, events: Iterable[Mapping[str, Any]]) -> str:
+    """How much it says that no rule has found anything.
+
+    Args:
+        standing: on the timeline, which asks for more than the rules do.
+        events: that were watched.
+    """
+    count = sum(event["event"] == "train" for event in events)
+    if count < ENOUGH:
+        return f"nothing is wrong yet, but it is too early to tell (lines of losses: {count})"
+    if standing is not None and not standing.on_track:
+        return "nothing is wrong by the rules, but it is off the guide's timeline"
+    return "nothing needs to be done"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On a run, or a part of one."""
+
+    findings: Sequence[Finding]
+    """Oldest first; those that are over, too."""
+    fit: Fit | None
+    """Of the last scores; None before the first evaluation, or if they are none."""
+    standing: Standing | None
+    """None before the first line, and beyond the last."""
+    failed: str
+    """Why its last attempt ended with an error; empty if it did not."""
+    remedies: Remedies
+    """What the run has done about itself."""
+    meaning: str
+    """What it says that it is healthy, if it is."""
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether there is nothing that should be done now."""
+        return not self.failed and self.fit not in _BAD_FITS and not self.counting
+
+    @property
+    def counting(self) -> list[Finding]:
+        """Those about which something should be done now."""
+        return [finding for finding in self.findings if finding.counts]
+
+    def conclusion(self) -> str:
+        """In a word."""
+        if self.is_healthy:
+            return f"healthy: {self.meaning}"
+        if self.failed:
+            return f"the last attempt ended with an error: {self.failed}"
+        if not self.counting:
+            return f"too few evaluations for a finding, but the last one says {self.fit}"
+        count = len(self.counting)
+        return "1 thing needs attention" if count == 1 else f"{count} things need attention"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        standing = self.standing
+        return {
+            "healthy": self.is_healthy,
+            "phase": standing.phase.name if standing else None,
+            "on_track": standing.on_track if standing else None,
+            "off_track": list(standing.off) if standing else [],
+            "fit": self.fit,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "failed": self.failed or None,
+            "rolled_back": self.remedies.rollbacks,
+            "batch_halved": self.remedies.halvings,
+        }
+
+
+def verdict(
+    events: Sequence[Mapping[str, Any]], config: Config, num_classes: int | None
+) -> Verdict:
+    """Run the rules over a run's lines.
+
+    Args:
+        events: its ledger, or a part of it.
+        config: the user's, without what the run has changed by itself.
+        num_classes: None if it is not known.
+    """
+    remedies = Remedies.of(events)
+    watch = Watch(Setting(remedies.applied(config), num_classes))
+    for event in events:
+        watch.observe(event)
+    standing = watch.standing()
+    return Verdict(
+        findings=tuple(watch.findings),
+        fit=watch.fit(),
+        standing=standing,
+        failed=failure_of(events),
+        remedies=remedies,
+        meaning=_what_healthy_means(standing, events),
+    )
