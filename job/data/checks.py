@@ -49,6 +49,8 @@ from job.storage.progress import Silent, TransferProgress
 
 MAX_SHOWN = 5
 """Problems listed in one error message."""
+WRONG_NAMED = 5
+"""Unexpected labels of one mask that are named."""
 MAX_PAIRS = 1000
 """Near duplicates listed of one kind; all are counted."""
 MAX_EXAMPLES = 4
@@ -257,10 +259,14 @@ def _look_at_mask(item: Item, info: DatasetInfo, look: _Look, thorough: bool) ->
     counts = np.array(mask.histogram(), np.int64)  # twice as fast as bincount
     of_meaning = np.bincount(info.meanings + 1, counts, IGNORE + 2).astype(np.int64)
     if of_meaning[UNKNOWN + 1]:
-        wrong = np.flatnonzero((info.meanings == UNKNOWN) & (counts > 0))[0]
+        wrong = np.flatnonzero((info.meanings == UNKNOWN) & (counts > 0))
+        wrong = wrong[np.argsort(-counts[wrong], kind="stable")]  # most pixels first
+        named = ", ".join(f"{value} ({counts[value]} pixels)" for value in wrong[:WRONG_NAMED])
+        if len(wrong) > WRONG_NAMED:
+            named += f" and {len(wrong) - WRONG_NAMED} more"
         values = [value for value, _ in info.file_labels] or range(info.num_classes)
         raise DataError(
-            f"{item.mask}: holds the label {wrong} ({counts[wrong]} pixels), the classes "
+            f"{item.mask}: holds the label{'s' * (len(wrong) > 1)} {named}, the classes "
             f"are {min(values)}..{max(values)} and ignore_index {info.ignore_index}",
             mend="correct the mask, or the classes in dataset.yaml",
         )

@@ -176,12 +176,16 @@ def test_a_label_outside_the_classes_is_named_with_its_pixels(
     assert "mend: correct the mask, or the classes in dataset.yaml" in text
 
 
-def test_the_smallest_wrong_label_is_the_one_named(make_data: MakeData) -> None:
+def test_of_several_wrong_labels_those_with_most_pixels_are_named(make_data: MakeData) -> None:
     folder = make_data()
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-    mask[0], mask[1, :3] = 250, 7
+    mask[0], mask[1, :3], mask[2, :4] = 250, 7, 9
     Image.fromarray(mask).save(mask_path(folder, "train_0005"))
-    assert "holds the label 7 (3 pixels)" in str(refused(folder))
+    named = f"holds the labels 250 ({WIDTH} pixels), 9 (4 pixels), 7 (3 pixels), the classes"
+    assert named in str(refused(folder))
+    mask[3, :7] = range(101, 108)
+    Image.fromarray(mask).save(mask_path(folder, "train_0005"))
+    assert "7 (3 pixels), 101 (1 pixels), 102 (1 pixels) and 5 more, the" in str(refused(folder))
 
 
 @pytest.mark.parametrize("value", [0, 2, IGNORE_INDEX])
