@@ -94,7 +94,7 @@ def _stopped_early(number: int, _frame: FrameType | None) -> NoReturn:
     # Not print, whose buffer the signal may have interrupted.
     with contextlib.suppress(OSError):
         name = signal.Signals(number).name
-        os.write(2, f"\nstopped by {name}; the same command goes on\n".encode())
+        os.write(2, f"\nstopped by {name}; run the same command again\n".encode())
     sys.exit(ExitCode.PREEMPTED if number == signal.SIGTERM else ExitCode.KILLED_BY_USER)
 
 
@@ -337,6 +337,9 @@ def predict(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that are there already.")
     ] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave out what is predicted already.")
+    ] = False,
 ) -> None:
     """Segment images.
 
@@ -345,6 +348,8 @@ def predict(
     An image that cannot be decoded is named and left out; the exit code is then 78.
     """
     _refuse_no_files(coco=coco, polygons=polygons)
+    if overwrite and skip_existing:
+        raise ConfigError("--overwrite and --skip-existing are opposites", mend="give one of them")
     from job.inference import choose_device
     from job.outlines import CocoOutlines, PolygonOutlines
     from job.prediction import Wish, predict_images
@@ -358,13 +363,20 @@ def predict(
         images,
         out,
         choose_device(),
-        Wish(protocol, tile, batch, with_overlay=not no_overlay, overwrites=overwrite),
+        Wish(
+            protocol,
+            tile,
+            batch,
+            with_overlay=not no_overlay,
+            existing="replace" if overwrite else "skip" if skip_existing else "refuse",
+        ),
         outlines=[kind for _, kind in wanted],
         progress=_transfer_progress(),
     )
     for (file, _), outline in zip(wanted, outcome.outlines, strict=True):
         file.write_bytes(outline.to_json())
-    print(f"{outcome.written} images predicted into {out}")
+    skipped = f", {outcome.skipped} were there already" if outcome.skipped else ""
+    print(f"{outcome.written} images predicted into {out}{skipped}")
     if outcome.unreadable:
         raise DataError(
             "\n".join([*outcome.unreadable[:5], f"{len(outcome.unreadable)} left out"]),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,8 +45,9 @@ class Wish:
     batch: int = 1
     """Images of one size that pass through the network together."""
     with_overlay: bool = True
-    overwrites: bool = False
-    """What is there already under the names of predictions."""
+    existing: Literal["refuse", "replace", "skip"] = "refuse"
+    """What to do about files that are there already under the names of predictions. `skip` is for
+    going on after an interruption: all that is written of an image is there, or it is predicted."""
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Outcome:
     """What became of the images."""
 
     written: int = 0
+    skipped: int = 0
+    """Were there already."""
     unreadable: list[str] = field(default_factory=list)
     """What is wrong with each that could not be decoded."""
     outlines: list[Outlines] = field(default_factory=list)
@@ -89,6 +93,7 @@ def predict_images(
     """
     wish, progress = wish or Wish(), progress or Silent()
     outcome = Outcome()
+    generator, card, _ = load_generator(weights, device)
     with images_at(images_uri, progress) as (root, paths):
         out = open_store(out_uri)
         own = out.local_path("")
@@ -103,23 +108,38 @@ def predict_images(
             )
         paths = _without_predictions(root, paths, _within(out, place))
         keys = _keys(root, paths, with_overlay=wish.with_overlay)
-        if not wish.overwrites:
-            _refuse_existing(out, _names(keys.values(), with_overlay=wish.with_overlay))
-        generator, card, _ = load_generator(weights, device)
+        there: set[str] = set()
+        if wish.existing != "replace":
+            there = _existing(out, _names(keys.values(), with_overlay=wish.with_overlay))
+        if there and wish.existing == "refuse":
+            raise _refusal(out, sorted(there), keys.values(), wish)
+        done = {
+            path: key
+            for path, key in keys.items()
+            if there.issuperset(_names([key], with_overlay=wish.with_overlay))
+        }
         outcome.outlines = [make(card.classes) for make in outlines]
+        outcome.skipped = len(done)
+        if not outlines:  # else they are wanted of all images
+            paths = [path for path in paths if path not in done]
+
+        def read(path: Path) -> _Read | _Done | _Unreadable:
+            return _done(path, out, done[path], card) if path in done else _read(path)
+
         with ThreadPoolExecutor(_WRITERS) as pool:
             pending = []
             progress.begin("predicting", len(paths), sum(path.stat().st_size for path in paths))
-            for done in _predicted(generator, card, paths, device, wish):
-                progress.advance(1, done.path.stat().st_size)
-                if isinstance(done, _Unreadable):
-                    outcome.unreadable.append(done.problem)
+            for one in _predicted(generator, card, load_ahead(read, paths), device, wish):
+                progress.advance(1, one.path.stat().st_size)
+                if isinstance(one, _Unreadable):
+                    outcome.unreadable.append(one.problem)
                     continue
-                key = keys[done.path]
-                for name, content in _pictures(done, key, card, wish):
-                    pending.append(pool.submit(out.write, name, content))
                 for outline in outcome.outlines:
-                    outline.add(done.path.relative_to(root).as_posix(), done.classes)
+                    outline.add(one.path.relative_to(root).as_posix(), one.classes)
+                if isinstance(one, _Done):
+                    continue
+                for name, content in _pictures(one, keys[one.path], card, wish):
+                    pending.append(pool.submit(out.write, name, content))
                 outcome.written += 1
                 while len(pending) > 4 * _WRITERS:
                     pending.pop(0).result()
@@ -165,19 +185,24 @@ def _names(keys: Iterable[str], *, with_overlay: bool) -> list[str]:
     return [f"{key}{ending}" for key in keys for ending in endings]
 
 
-def _refuse_existing(out: ObjectStore, names: Sequence[str]) -> None:
-    """Somebody's pictures may lie there, under the names of what is to be written."""
+def _existing(out: ObjectStore, names: Sequence[str]) -> set[str]:
+    """Those of the names that are there."""
     if out.local_path("") is None:
-        wanted = set(names)
-        there = [one.key for one in out.list("") if one.key in wanted]
-    else:
-        there = [name for name in names if (path := out.local_path(name)) and path.exists()]
-    if there:
-        others = f" and {len(there) - 1} others" if len(there) > 1 else ""
-        raise ConfigError(
-            f"--out {out.uri}: {there[0]}{others} would be replaced, of {len(names)} files",
-            mend="choose another folder; or --overwrite, if they are predictions of before",
-        )
+        return {one.key for one in out.list("")}.intersection(names)
+    return {name for name in names if (path := out.local_path(name)) and path.exists()}
+
+
+def _refusal(
+    out: ObjectStore, there: Sequence[str], keys: Iterable[str], wish: Wish
+) -> ConfigError:
+    """Somebody's pictures may lie there, under the names of what is to be written."""
+    others = f" and {len(there) - 1} others" if len(there) > 1 else ""
+    count = len(_names(keys, with_overlay=wish.with_overlay))
+    return ConfigError(
+        f"--out {out.uri}: {there[0]}{others} would be replaced, of {count} files",
+        mend="choose another folder; or, if they are predictions of before, --skip-existing to go "
+        "on where they end, or --overwrite",
+    )
 
 
 def _keys(root: Path, paths: Sequence[Path], *, with_overlay: bool) -> dict[Path, str]:
@@ -211,6 +236,15 @@ class _Read:
 
 
 @dataclass(frozen=True)
+class _Done:
+    """Predicted before."""
+
+    path: Path
+    classes: Array
+    """Class numbers, uint8 (H, W)."""
+
+
+@dataclass(frozen=True)
 class _Unreadable:
     path: Path
     problem: str
@@ -227,21 +261,22 @@ class _Predicted:
 def _predicted(
     generator: Generator,
     card: ModelCard,
-    paths: Sequence[Path],
+    read: Iterable[_Read | _Done | _Unreadable],
     device: torch.device,
     wish: Wish,
-) -> Iterator[_Predicted | _Unreadable]:
+) -> Iterator[_Predicted | _Done | _Unreadable]:
     """Each image with its prediction, in order; several of one size at once, if asked."""
+    Some = _Read | _Done | _Unreadable
 
-    def belongs(group: Sequence[_Read | _Unreadable], one: _Read | _Unreadable) -> bool:
+    def belongs(group: Sequence[Some], one: Some) -> bool:
         first = group[0]
-        if isinstance(first, _Unreadable) or isinstance(one, _Unreadable):
+        if not isinstance(first, _Read) or not isinstance(one, _Read):
             return False
         return one.image.size == first.image.size and len(group) < wish.batch
 
-    for group in in_groups(load_ahead(_read, paths), belongs):
+    for group in in_groups(read, belongs):
         readable = [one for one in group if isinstance(one, _Read)]
-        yield from (one for one in group if isinstance(one, _Unreadable))  # alone in its group
+        yield from (one for one in group if not isinstance(one, _Read))  # alone in its group
         if readable:
             found = _classes(generator, card, [one.image for one in readable], device, wish)
             for one, classes in zip(readable, found, strict=True):
@@ -253,6 +288,26 @@ def _read(path: Path) -> _Read | _Unreadable:
         return _Read(path, read_rgb(path))
     except DataError as error:
         return _Unreadable(path, error.message)
+
+
+def _done(path: Path, out: ObjectStore, key: str, card: ModelCard) -> _Done:
+    """What was predicted of an image before, for its outlines.
+
+    Raises:
+        ConfigError: it is no prediction with the model's classes.
+    """
+    name = f"{key}.png"
+    try:
+        with Image.open(io.BytesIO(out.read(name))) as picture:
+            classes = np.array(picture) if picture.mode == "P" else None
+    except (OSError, SyntaxError):  # Pillow has both for damaged PNG
+        classes = None
+    if classes is None or classes.max() >= len(card.classes):
+        raise ConfigError(
+            f"--out {out.uri}: {name} is no prediction of this model",
+            mend="choose another folder, or remove the file",
+        )
+    return _Done(path, classes)
 
 
 def _classes(

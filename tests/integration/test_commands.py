@@ -362,5 +362,5 @@ def test_a_pull_that_is_stopped_says_how_to_go_on(
     assert held.reached.wait(120)
     pulling.send(number)
     assert pulling.finish() == code
-    assert "the same command goes on" in pulling.output
+    assert "run the same command again" in pulling.output
     assert "Traceback" not in pulling.output

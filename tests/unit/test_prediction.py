@@ -12,6 +12,7 @@ from PIL import Image
 from job.errors import ConfigError, DataError
 from job.models.files import ModelCard, model_file
 from job.models.generator import Architecture, Generator
+from job.outlines import CocoOutlines, PolygonOutlines
 from job.prediction import Wish, predict_images, tiled
 from job.storage import open_store
 from job.training.protocols import PLAIN
@@ -154,8 +155,38 @@ def test_what_was_predicted_before_is_not_predicted_again(
 ) -> None:
     out = photos / "predicted"
     first = predict_images(weights, str(photos), str(out), CPU)
-    again = predict_images(weights, str(photos), str(out), CPU, Wish(overwrites=True))
+    again = predict_images(weights, str(photos), str(out), CPU, Wish(existing="replace"))
     assert again.written == first.written
+
+
+def test_after_an_interruption_only_the_rest_is_predicted(
+    photos: Path, weights: str, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    kinds = (CocoOutlines, PolygonOutlines)
+    expected = predict_images(weights, str(photos), str(whole), CPU, outlines=kinds)
+    predict_images(weights, str(photos), str(out), CPU)
+    (out / "a_overlay.png").unlink()  # as if killed between the two
+    (out / "sub" / "d.png").unlink()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    skip = Wish(existing="skip")
+    for again in (
+        predict_images(weights, str(photos), str(out), CPU, skip, outlines=kinds),
+        predict_images(weights, str(photos), str(out), CPU, skip, outlines=kinds),
+    ):
+        assert again.written + again.skipped == expected.written
+        assert [one.to_json() for one in again.outlines] == [
+            one.to_json() for one in expected.outlines
+        ]
+    assert again.skipped == expected.written
+    for path in whole.rglob("*.png"):
+        assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    kept = [path for path, time in before.items() if path.stat().st_mtime_ns == time]
+    assert len(kept) == 2 * (expected.written - 2)
+
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(out / "a.png")
+    with pytest.raises(ConfigError, match=r"a\.png is no prediction of this model"):
+        predict_images(weights, str(photos), str(out), CPU, skip, outlines=kinds)
 
 
 def test_images_that_lie_where_predictions_go_are_predicted(photos: Path, weights: str) -> None:
@@ -183,7 +214,7 @@ def test_a_picture_that_is_there_already_is_not_replaced(
     assert "--overwrite" in caught.value.mend
     assert theirs.read_bytes() == before
     assert [path.name for path in Path(out).glob("*_overlay.png")] == []
-    predict_images(weights, images, out, CPU, Wish(overwrites=True))
+    predict_images(weights, images, out, CPU, Wish(existing="replace"))
     assert theirs.read_bytes() != before
 
 
@@ -197,13 +228,13 @@ def test_on_s3_nothing_is_replaced_or_predicted_twice(
         store.write(path.relative_to(photos).as_posix(), path.read_bytes())
     for images in (place, f"{place}/a.png", f"{place}/*.png"):
         with pytest.raises(ConfigError, match="is the folder of the images"):
-            predict_images(weights, images, place, CPU, Wish(overwrites=True))
+            predict_images(weights, images, place, CPU, Wish(existing="replace"))
         assert store.read("a.png") == (photos / "a.png").read_bytes()
     masks = f"{place}/masks"
     assert predict_images(weights, place, masks, CPU).written == 3
     with pytest.raises(ConfigError, match="would be replaced"):
         predict_images(weights, place, masks, CPU)
-    assert predict_images(weights, place, masks, CPU, Wish(overwrites=True)).written == 3
+    assert predict_images(weights, place, masks, CPU, Wish(existing="replace")).written == 3
 
 
 def test_an_overlay_never_takes_the_place_of_another_prediction(
