@@ -33,7 +33,7 @@ from job.checkpoint.resumable import (
     refuse_other_config,
     refuse_same_place,
 )
-from job.config import Config, config_from_dict
+from job.config import Config, DataConfig, config_from_dict
 from job.data.checks import check_data
 from job.data.dataset import FOLDER, DatasetInfo
 from job.data.decoded import decoded_folder, kept_within
@@ -523,7 +523,10 @@ def _prepare_data(
         "checking them"
     )
     warnings = check_data(items, dataset.info, stopped=lambda: stop.requested)
-    for warning in [*config.without_effect(), *dataset.warnings, *warnings]:
+    unused = config.without_effect()
+    if dataset.val and config.data.val_split != DataConfig().val_split:
+        unused.append("data.val_split is not used: the data have validation images of their own")
+    for warning in [*unused, *dataset.warnings, *warnings]:
         console.print(f"warning: {named_as(warning, folder, data_uri)}")
     return _Data(data_uri, dataset.info, splits, items)
 

@@ -351,6 +351,17 @@ class Config(_Section):
             found.append("data.cutmix mixes images of one batch, and train.batch_size is 1")
         if not data.random_scale and data.scale_range != DataConfig().scale_range:
             found.append("data.scale_range is not used without data.random_scale")
+        if train.supervised_only:
+            default = LossConfig()
+            unused = [
+                f"loss.{name}"
+                for name, value in loss
+                if name != "lambda_mlmt" and value != getattr(default, name)
+            ]
+            if train.learning_rate_D != TrainConfig().learning_rate_D:
+                unused.append("train.learning_rate_D")
+            if unused:
+                found.append(f"train.supervised_only has no use for {', '.join(unused)}")
         return found
 
     def to_dict(self) -> dict[str, dict[str, Any]]:

@@ -312,6 +312,7 @@ def test_the_guides_flags_reach_the_configuration(finished, tmp_path):
     assert config["train"]["learning_rate_D"] == 0.0004
     assert config["loss"]["threshold_st"] == 0.35
     assert config["data"]["val_split"] == 0.3
+    assert "warning: data.val_split is not used: the data have validation" in training.output
     assert config["data"]["random_mirror"] is False
     assert config["data"]["random_scale"] is True
     assert config["train"]["batch_size"] == 3

@@ -38,6 +38,10 @@ def test_what_is_set_and_does_nothing_is_told() -> None:
         assert said in found
     only = {"train.iterations": 100, "train.supervised_only": True}
     assert load_config("guide", only).without_effect() == []
+    (found,) = load_config(
+        "guide", {**only, "loss.threshold_st": 0.4, "train.learning_rate_D": 1e-5}
+    ).without_effect()
+    assert found.endswith("has no use for loss.threshold_st, train.learning_rate_D")
 
 
 def test_defaults_are_the_guides():
