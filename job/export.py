@@ -78,6 +78,11 @@ def export(
         raise ConfigError(f"--format {format_}: must be onnx or safetensors")
     if not out.endswith(ending):
         raise ConfigError(f"--out {out}: must end in {ending}", mend=f"--out model{ending}")
+    if images is not None and format_ != "onnx":
+        raise ConfigError(
+            f"--images {images}: nothing is compared for --format {format_}",
+            mend="leave it out",
+        )
     generator, card, facts = load_generator(weights, torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="s4gan-") as folder:
         path = Path(folder) / f"model{ending}"

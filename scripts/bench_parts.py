@@ -116,7 +116,7 @@ def loss_parts() -> list[tuple[str, Work, Work]]:
 
     def gated(given: Tensor) -> Tensor:
         accepted = losses.gate(scores, 0.5)[:, None, None] & valid
-        probability, labels = given.detach().max(dim=1)
+        probability, labels = losses.most_probable(given.detach(), accepted)
         return losses.self_training(given, labels, accepted, probability > -torch.inf)
 
     return [

@@ -38,7 +38,8 @@ class _ImageByImage(torch.autograd.Function):
     """`_summed` for CPUs, in a third of the time of torch's own for whole batches.
 
     What is computed of one image stays in the caches, and the gradient is made at once, where
-    torch keeps the logarithms of all probabilities to make it from later.
+    torch keeps the logarithms of all probabilities to make it from later. An image without a label
+    is passed over.
     """
 
     @staticmethod
@@ -47,11 +48,16 @@ class _ImageByImage(torch.autograd.Function):
         total = logits_NKHW.new_zeros(())
         for logits, labels, own in zip(logits_NKHW, labels_NHW, gradient, strict=True):
             known = labels != IGNORE
+            if not known.any():
+                own.zero_()
+                continue
             index = labels.masked_fill(~known, 0).long().unsqueeze(0)
             torch.log_softmax(logits, 0, out=own)
             of_label = own.gather(0, index)
             total -= (of_label * known).sum()
-            own.exp_().scatter_(0, index, of_label.exp_() - 1).mul_(known)
+            own.exp_().scatter_(0, index, of_label.exp_() - 1)
+            if not known.all():
+                own.mul_(known)
         ctx.gradient = gradient
         return total
 
@@ -95,6 +101,23 @@ def gate_threshold(loss: LossConfig, iteration: int) -> float:
         return loss.threshold_st
     done = min(1.0, max(0.0, (iteration - loss.st_start) / loss.gate_warmup))
     return 1 - done * (1 - loss.threshold_st)
+
+
+def most_probable(maps_NKHW: Tensor, wanted_NHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability and number of each pixel's class; anything in images of which none is wanted.
+
+    Shape: probabilities of the classes; bool -> float and integer (N, H, W).
+    """
+    if maps_NKHW.device.type != "cpu":  # where nothing may depend on the data
+        # Both at once: argmax alone takes three times as long.
+        probability, labels = maps_NKHW.max(dim=1)
+        return probability, labels
+    probability = torch.zeros_like(maps_NKHW[:, 0])
+    labels = torch.zeros_like(probability, dtype=torch.long)
+    for number, wanted in enumerate(wanted_NHW):
+        if wanted.any():
+            torch.max(maps_NKHW[number], 0, out=(probability[number], labels[number]))
+    return probability, labels
 
 
 def self_training(

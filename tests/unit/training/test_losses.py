@@ -19,6 +19,7 @@ from job.training.losses import (
     feature_matching,
     gate,
     gate_threshold,
+    most_probable,
     one_hot_maps,
     presence,
     self_training,
@@ -270,6 +271,18 @@ def test_pixels_that_are_not_confident_count_as_0() -> None:
     assert loss.item() == pytest.approx(math.log1p(math.exp(-2)) / 2)
     loss.backward()
     assert not logits.grad[..., 1].any()
+
+
+def test_the_most_probable_class_is_told_of_the_images_that_are_wanted() -> None:
+    maps = torch.randn(4, 5, 6, 7, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    wanted = torch.zeros(4, 6, 7, dtype=torch.bool)
+    wanted[1, 2, 3] = True
+    wanted[3] = True
+    probability, labels = most_probable(maps, wanted)
+    expected = maps.max(dim=1)
+    for number in (1, 3):
+        assert torch.equal(probability[number], expected.values[number])
+        assert torch.equal(labels[number], expected.indices[number])
 
 
 def test_labels_may_come_from_somebody_else() -> None:
