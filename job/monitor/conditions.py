@@ -302,10 +302,10 @@ class Seldom:
 
     share: float = 1 / 16
     """Half of the guide's lowest target, 2 of 16 images."""
-    points: int = 30
-    images: int = 160
+    points: int = 20
+    images: int = 80
     """Unlabeled images of those points together, at least. Of as many, where the guide's lowest
-    target is met, less than half of it passes by chance in 1 of 100 such stretches."""
+    target is met, less than half of it passes by chance in 1 of 30 such stretches."""
     slack: float = 0.5
     """Share of the limit by which it has to come back before the sign ends."""
 

@@ -136,7 +136,7 @@ CASES: Mapping[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
     ),
     "st_seldom": (
         {"st_count": lambda at: int(at % 700 == 0)},  # 1 of 16 in every seventh line
-        (7_900, 8_100),
+        (6_900, 7_100),
         {"st_count": lambda at: 2 if at > 5_000 else 0},
     ),
     "st_high": (
