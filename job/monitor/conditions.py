@@ -51,6 +51,10 @@ GAP_SLACK = 0.03
 """By which a gap has to come back before its sign ends: twice the standard deviation of the median
 of three gaps, where an evaluation swings by 0.015."""
 
+FALLEN = 0.2
+"""Share of a limit: scores that have been so far above it are not stuck, they have fallen, of which
+other rules tell."""
+
 
 def _values(points: Points) -> list[float]:
     return [value for _, value in points]
@@ -81,7 +85,11 @@ class Median:
         """See `Condition`."""
         del series
         is_open = open_since is not None
-        last = points[-self.points * (self.lasts if is_open else 1) :]
+        count = self.points
+        if open_since is not None:  # what was before it began says nothing of whether it is over
+            since = len(points) - bisect.bisect_left(points, (open_since, -math.inf))
+            count = max(count, min(since, self.lasts * count))
+        last = points[-count:]
         if len(last) < self.points:
             return None
         median = statistics.median(_values(last))
@@ -157,6 +165,8 @@ class Spike:
     noise: float = 6.0
     """And by so many standard deviations of the logarithm of those before."""
     points: int = 10
+    swings: int = 50
+    """Points that tell how much it swings, if there are as many: ten tell it badly."""
 
     def __call__(
         self, points: Points, series: Series, setting: Setting, *, open_since: int | None
@@ -169,7 +179,7 @@ class Spike:
             # What came before a jump is no measure where it was ruined already.
             is_up = points[-1][1] > RUINED or self._is_up(points, open_since)
             return points[-1] if is_up else None
-        before = _values(points[-1 - self.points : -1])
+        before = _values(points[-1 - self.swings : -1])
         return points[-1] if self.is_above(points[-1][1], before) else None
 
     def _is_up(self, points: Points, jumped_at: int) -> bool:
@@ -183,7 +193,7 @@ class Spike:
         """Whether a value is far above those before it, of which there are enough to say so."""
         if len(before) < 3:
             return False
-        usual = statistics.median(before)
+        usual = statistics.median(before[-self.points :])
         ratio = self.ratio
         if len(before) >= self.points:  # enough to tell how much it swings
             ratio = max(ratio, math.exp(self.noise * _swing(_logs(before))))
@@ -192,10 +202,16 @@ class Spike:
 
 @dataclass(frozen=True)
 class Rises:
-    """Block after block of the last points is higher than the one before, and all is high."""
+    """Block after block of the last points is higher than the one before, and all is high.
+
+    It is over when the last points are back at what they were before, or where nothing is wrong:
+    what has risen and stays up is not mended.
+    """
 
     above: float
     """The last block is."""
+    fine: float
+    """Up to here nothing is wrong, whatever it was before."""
     blocks: int = 4
     points: Sequence[int] = (5, 10, 20, 40, 100)
     """Of each block; what rises slowly, or in noise, shows in the longer ones."""
@@ -204,30 +220,43 @@ class Rises:
     noise: float = 5.0
     """The last block is above the first by so many standard errors of the logarithm of that ratio:
     what only swings may rise four times in a row."""
+    back: float = 1.2
+    """Times what it was before, up to which it is back there."""
 
     def __call__(
         self, points: Points, series: Series, setting: Setting, *, open_since: int | None
     ) -> Seen:
         """See `Condition`."""
         del series, setting
-        is_open = open_since is not None
-        sizes = (self._seen(points, size, is_open=is_open) for size in self.points)
+        if open_since is not None:
+            return self._stays_up(points, open_since)
+        sizes = (self._seen(points, size) for size in self.points)
         return next((seen for seen in sizes if seen is not None), None)
 
-    def _seen(self, points: Points, size: int, *, is_open: bool) -> Seen:
+    def _seen(self, points: Points, size: int) -> Seen:
         last = points[-self.blocks * size :]
         if len(last) < self.blocks * size:
             return None
-        medians = [
-            statistics.median(_values(last[first : first + size]))
-            for first in range(0, len(last), size)
-        ]
-        ratio = 1.0 if is_open else self.ratio
-        rising = all(b > a * ratio for a, b in itertools.pairwise(medians))
-        if rising and not is_open:
-            error = math.sqrt(math.pi / size) * _swing(_logs(_values(last)))
-            rising = math.log(medians[-1] / max(medians[0], _TINY)) > self.noise * error
-        return (last[0][0], medians[-1]) if rising and medians[-1] > self.above else None
+        first, *others = (
+            statistics.median(_values(last[begin : begin + size]))
+            for begin in range(0, len(last), size)
+        )
+        if not all(b > a * self.ratio for a, b in itertools.pairwise((first, *others))):
+            return None
+        error = math.sqrt(math.pi / size) * _swing(_logs(_values(last)))
+        if others[-1] <= self.above or math.log(others[-1] / max(first, _TINY)) <= (
+            self.noise * error
+        ):
+            return None
+        # Where it last was what it had been: the window may begin long before the rise does.
+        return max(at for at, value in last if value <= first), others[-1]
+
+    def _stays_up(self, points: Points, risen_from: int) -> Seen:
+        size = 2 * self.points[0]
+        index = bisect.bisect_right(points, (risen_from, math.inf))
+        before = statistics.median(_values(points[max(0, index - size) : index]))
+        now = statistics.median(_values(points[-size:]))
+        return (risen_from, now) if now > max(self.back * before, self.fine) else None
 
 
 _MANY = 500
@@ -306,8 +335,9 @@ class Seldom:
     images: int = 80
     """Unlabeled images of those points together, at least. Of as many, where the guide's lowest
     target is met, less than half of it passes by chance in 1 of 30 such stretches."""
-    slack: float = 0.5
-    """Share of the limit by which it has to come back before the sign ends."""
+    slack: float = 1.0
+    """Share of the limit by which it has to come back before the sign ends: the guide's lowest
+    target."""
 
     def __call__(
         self, points: Points, series: Series, setting: Setting, *, open_since: int | None
@@ -315,8 +345,9 @@ class Seldom:
         """See `Condition`."""
         del series
         most = setting.scale.max_st_count
-        last = points[-max(self.points, math.ceil(self.images / most)) :]
-        if len(last) * most < self.images or len(last) < self.points:
+        enough = max(self.points, math.ceil(self.images / most))
+        last = points[-enough * (2 if open_since is not None else 1) :]
+        if len(last) < enough:
             return None
         share = statistics.fmean(_values(last)) / most
         limit = self.share * (1 + (self.slack if open_since is not None else 0))
@@ -332,6 +363,8 @@ class FallsFromBest:
     noise: float = 5.0
     """Or by so many times the standard deviation of one evaluation, if that is more: the best of
     many that only swing is far above the last, too."""
+    certain: float = 0.15
+    """Or all of the last by as much below the best of all: no evaluation is as lucky as that."""
     points: int = 3
 
     def __call__(
@@ -339,24 +372,60 @@ class FallsFromBest:
     ) -> Seen:
         """See `Condition`."""
         del series, setting
-        is_open = open_since is not None
-        if len(points) < 2 * self.points:
-            return None
         values = _values(points)
+        last = values[-self.points :]
+        if len(values) > self.points:
+            top = max(values)
+            by = self.certain / 2 if open_since is not None else self.certain
+            if max(last) < top - by:
+                return points[values.index(top) + 1][0], statistics.median(last)
+        if len(values) < 2 * self.points:
+            return None
         # Of neighbours the middle one, so that one lucky evaluation is no best.
         smooth = [
             statistics.median(values[first : first + self.points])
             for first in range(len(values) - self.points + 1)
         ]
         fall = max(self.by, self.noise * _swing(values))
-        by = fall / 2 if is_open else fall
+        by = fall / 2 if open_since is not None else fall
         best = max(smooth)
-        holds = smooth[-1] < best - by and max(values[-self.points :]) < best - by / 2
+        holds = smooth[-1] < best - by and max(last) < best - by / 2
         if not holds:
             return None
         # It began where it was last near the best, not where the best was.
         near = max(index for index, value in enumerate(smooth) if value >= best - fall / 4)
         return points[near + self.points // 2][0], smooth[-1]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Validation falls from evaluation to evaluation, and training rises from each to the next."""
+
+    points: int = 4
+    falls: float = 0.05
+    rises: float = 0.02
+    """From the first of these points to the last, at least."""
+    noise: float = 4.0
+    """Or by so many standard deviations of one evaluation, if that is more."""
+
+    def __call__(
+        self, points: Points, series: Series, setting: Setting, *, open_since: int | None
+    ) -> Seen:
+        """See `Condition`."""
+        del setting
+        if len(points) < self.points:
+            return None
+        if open_since is not None:
+            before = points[bisect.bisect_left(points, (open_since, -math.inf))][1]
+            now = points[-1][1]
+            return (open_since, now) if now < before - self.falls / 2 else None
+        train, val = _values(series("train_miou")), _values(points)
+        for values, sign, least in ((train, 1, self.rises), (val, -1, self.falls)):
+            last = [sign * value for value in values[-self.points :]]
+            enough = max(least, self.noise * _swing(values))
+            if not all(b > a for a, b in itertools.pairwise(last)) or last[-1] - last[0] < enough:
+                return None
+        return points[-self.points][0], points[-1][1]
 
 
 _TINY = 1e-12
@@ -406,7 +475,8 @@ class Stuck:
         best = max(_values(span))
         below = self.below * (1 + self.slack) if is_open else self.below
         improvement = self.improvement * (2 if is_open else 1)
-        holds = best < below and best < max(before) + improvement
+        has_fallen = max(before) > self.below * (1 + FALLEN) and not is_open
+        holds = best < below and best < max(before) + improvement and not has_fallen
         return (span[0][0], span[-1][1]) if holds else None
 
 
@@ -530,6 +600,8 @@ class BothLow:
             return None
         below = self.below * 1.05 if is_open else self.below
         gap = self.gap + GAP_SLACK if is_open else self.gap
+        if not is_open and max(_values(series("val_miou"))) > self.below * (1 + FALLEN):
+            return None
         train = statistics.median(_values(series("train_miou")[-self.points :]))
         val = statistics.median(_values(last))
         return (last[0][0], val) if max(train, val) < below and train - val <= gap else None

@@ -18,8 +18,8 @@ DOCKER_PART = 16 * 1024
 """Bytes of a line from which on Docker's json-file driver writes it as several objects."""
 _NUMBER = r"([-+\w.]+)"
 _LOSSES = re.compile(
-    rf"Iter (\d+)/(\d+) \| Loss_CE: {_NUMBER} \| Loss_FM: {_NUMBER} \| Loss_ST: {_NUMBER} "
-    rf"\| Loss_D: {_NUMBER} \| ST_Count: (\d+)"
+    rf"Iter +(\d+)/(\d+) +\| +Loss_CE: +{_NUMBER} +\| +Loss_FM: +{_NUMBER} +"
+    rf"\| +Loss_ST: +{_NUMBER} +\| +Loss_D: +{_NUMBER} +\| +ST_Count: +(\d+)"
 )
 _EVALUATING = re.compile(r"Evaluating at iteration (\d+)")
 _ROLLED_BACK = re.compile(r"Rolled back \(\d+ of \d+\) to iteration \d+")

@@ -21,13 +21,15 @@ from job.monitor.console_log import (
 )
 from job.monitor.divergence import MAX_ROLLBACKS
 from job.monitor.health import OUT_OF_MEMORY
-from job.monitor.ledger import parse_ledger
+from job.monitor.ledger import best_of, parse_ledger
 from job.monitor.verdict import Verdict, verdict
 from job.storage import ObjectStore, open_store
 from job.storage.files import text_of
 
 STDIN = "-"
 """As other commands call standard input."""
+PAST_THE_BEST = 0.05
+"""By which a validation mIoU is more below the best than evaluations of a healthy run swing."""
 GZIP = b"\x1f\x8b"
 """How a packed file begins."""
 _GIVE = "give a run, its metrics.jsonl, or what s4gan train has printed"
@@ -46,6 +48,8 @@ class Diagnosis:
     train_miou: float | None
     """Of the last evaluation; None if it is no number, as the other one."""
     val_miou: float | None
+    best: tuple[int, float] | None = None
+    """Iteration and validation mIoU of the best evaluation; None before the first."""
     ended: str = ""
     """How its last attempt ended otherwise; empty if it goes on, or nothing tells."""
     assumed: str = ""
@@ -54,11 +58,20 @@ class Diagnosis:
     """So the log has its scores; here they are shares of 1, as everywhere."""
     has_losses: bool = True
     """False: there were only scores to judge by."""
+    is_supervised: bool = False
+    """So its losses say; nothing else does."""
 
     @property
     def is_beyond_end(self) -> bool:
         """Whether it is longer than it is said to be, so that its length is not known."""
         return self.iteration > self.iterations
+
+    @property
+    def is_past_its_best(self) -> bool:
+        """Whether the last model is clearly worse than the best one."""
+        if self.best is None or self.val_miou is None:
+            return False
+        return self.val_miou < self.best[1] - PAST_THE_BEST
 
     @property
     def is_healthy(self) -> bool:
@@ -75,6 +88,8 @@ class Diagnosis:
             **self.verdict.to_dict(),
             "train_miou": self.train_miou,
             "val_miou": self.val_miou,
+            "best_val_miou": self.best[1] if self.best else None,
+            "best_iteration": self.best[0] if self.best else None,
             "ended": self.ended or None,
             "assumed_preset": "guide" if self.assumed else None,
             "scores_in_percent": self.in_percent,
@@ -98,6 +113,11 @@ class Diagnosis:
             lines.append("the scores are percent, and judged as shares of 1")
         if not self.has_losses:
             lines.append("there is no line of losses as s4gan prints them: only scores are judged")
+        if self.is_supervised:
+            lines.append(
+                "Loss_FM, Loss_ST, Loss_D and ST_Count are 0 in every line: judged as trained with "
+                "train.supervised_only"
+            )
         found = self.verdict
         if found.standing is not None:
             lines.append(found.standing.line())
@@ -105,6 +125,12 @@ class Diagnosis:
             lines.append(
                 f"training mIoU {self.train_miou:.4f}, validation mIoU {self.val_miou:.4f}: "
                 f"{found.fit}"
+            )
+        if self.is_past_its_best:
+            assert self.best is not None
+            lines.append(
+                f"the best validation mIoU was {self.best[1]:.4f} at iteration {self.best[0]}: use "
+                f"{run.BEST_MODEL}"
             )
         if found.remedies.rollbacks:
             lines.append(
@@ -148,17 +174,26 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
             mend = f"unpack it: s4gan diagnose <(zcat {source})" if packed else _GIVE
             raise ConfigError(f"{given.shown}: has no lines of losses", mend=mend)
         in_percent = scores_as_shares(events, given.shown)
-    known = config or _config_of(given)
+    own = None if config is not None else _config_of(given)
+    known = config or own
     chosen = _as_long_as_said(known or Config(), events)
     classes = next((len(e["class_iou"]) for e in events if e.get("class_iou")), None)
     if classes is None and printed is not None:
         classes = classes_said(printed)
+    is_said = own is not None or chosen.train.supervised_only
+    is_supervised = not is_said and _had_no_discriminator(events)
+    if is_supervised:
+        train = chosen.train.model_copy(update={"supervised_only": True})
+        chosen = chosen.model_copy(update={"train": train})
+    best = best_of(events)
     scores = next((event for event in reversed(events) if event["event"] == "eval"), None)
     return Diagnosis(
         source=given.shown if source == STDIN else source,
         iteration=max((event.get("iteration", 0) for event in events), default=0),
         iterations=chosen.train.iterations,
         verdict=verdict(events, chosen, classes),
+        best=(best["iteration"], best["val_miou"]) if best is not None else None,
+        is_supervised=is_supervised,
         train_miou=_finite(scores["train_miou"]) if scores else None,
         val_miou=_finite(scores["val_miou"]) if scores else None,
         ended=_ended(events),
@@ -234,6 +269,13 @@ def _config_of(given: _Given) -> Config | None:
             raise
         return None  # beside a log there may be nothing that one may look for
     return config_from_yaml(text, source=f"{store.uri}/{run.CONFIG}")
+
+
+def _had_no_discriminator(events: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all of its numbers are exactly 0, the first one too, as no loss of one is."""
+    of_it = ("loss_fm", "loss_st", "loss_d", "st_count")
+    lines = [event for event in events if event["event"] == "train"]
+    return bool(lines) and not any(line[name] for line in lines for name in of_it)
 
 
 def _finite(score: float) -> float | None:

@@ -96,7 +96,7 @@ class Guard:
     def __init__(self, config: Config, before: Iterable[Mapping[str, Any]] = ()) -> None:
         self._config = config
         self._acts = config.monitor.on_divergence == "rollback"
-        self._usual: deque[float] = deque(maxlen=_SPIKE.points)
+        self._usual: deque[float] = deque(maxlen=_SPIKE.swings)
         self._above: list[tuple[int, float]] = []
         for event in before:
             if event["event"] == "train":
@@ -120,9 +120,10 @@ class Guard:
         """
         self._take(event.iteration, event.loss_ce)
         if self._acts and len(self._above) >= CERTAIN:
+            usual = list(self._usual)[-_SPIKE.points :]
             was = (
-                f"was {statistics.median(self._usual):.3f} before iteration {self.since}"
-                if self._usual
+                f"was {statistics.median(usual):.3f} before iteration {self.since}"
+                if usual
                 else "has been far above what guessing costs from the beginning"
             )
             raise Diverged.with_rates(

@@ -206,6 +206,10 @@ PHASES: Sequence[Phase] = (
 )
 
 
+HIGHEST_FM = 0.05
+"""The highest that the guide has for Loss_FM anywhere; its timeline does not speak of it."""
+
+
 def phase_at(iteration: int, scale: Scale) -> Phase:
     """The phase that an iteration of a run is in."""
     for phase in PHASES[:-1]:

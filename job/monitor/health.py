@@ -16,7 +16,17 @@ from typing import Any
 
 from job.errors import ExitCode
 from job.monitor.conditions import Points
-from job.monitor.guide import LOW_FROM, PHASES, Band, Fit, Phase, fit_of, miou_band, phase_at
+from job.monitor.guide import (
+    HIGHEST_FM,
+    LOW_FROM,
+    PHASES,
+    Band,
+    Fit,
+    Phase,
+    fit_of,
+    miou_band,
+    phase_at,
+)
 from job.monitor.rules import RULES, Rule, Severity
 from job.monitor.setting import Setting
 
@@ -107,6 +117,8 @@ class _Episode:
     """A rule that has found something."""
 
     finding: Finding
+    told: str
+    """Its message when it began: what ends it must not stand in the line that says it is over."""
     place: int
     """Of it among all findings."""
     calm: int
@@ -135,6 +147,7 @@ class Watch:
         }
         self._open: dict[str, _Episode] = {}
         self._iteration = 0
+        self._is_crashed = False
 
     @property
     def open(self) -> list[Finding]:
@@ -149,6 +162,8 @@ class Watch:
         """
         kind = event["event"]
         self._iteration = max(self._iteration, event.get("iteration", 0))
+        if kind == "attempt_started":
+            self._is_crashed = False
         if kind == "train":
             return self._observe_losses(event)
         if kind == "eval":
@@ -174,11 +189,15 @@ class Watch:
             return None
         phase = phase_at(self._iteration, scale)
         number = 1 + [one.name for one in PHASES].index(phase.name)
-        crashed = self._open.get("non_finite")
-        off = ["a loss is NaN or infinite"] if crashed is not None and not crashed.quiet else []
-        for metric, (low, high, good) in phase.bands.items():
-            if metric == "val_miou":  # the guide's table of scores lets it rise within a phase
-                low = min(low, miou_band(metric, scale.of_guide(self._iteration))[0])
+        off = ["a loss is NaN or infinite"] if self._is_crashed else []
+        at = scale.of_guide(self._iteration)
+        wanted = dict(phase.bands)
+        # The guide's table of scores lets them rise within a phase.
+        low, high, good = wanted["val_miou"]
+        wanted["val_miou"] = (min(low, miou_band("val_miou", at)[0]), high, good)
+        wanted["train_miou"] = (*miou_band("train_miou", at), "high")
+        wanted["loss_fm"] = (0.0, HIGHEST_FM, "low")
+        for metric, (low, high, good) in wanted.items():
             band = Band(phase.begin, phase.end, low, high, good).scaled(metric, scale)
             value = self._now(metric, band.begin)
             if value is not None and not band.holds(value):
@@ -214,7 +233,8 @@ class Watch:
     def _observe_losses(self, event: Mapping[str, Any]) -> list[Finding]:
         at = event["iteration"]
         values = {name: float(event[name]) for name in _TRAIN if event.get(name) is not None}
-        if not all(math.isfinite(values[name]) for name in LOSSES if name in values):
+        self._is_crashed = not all(math.isfinite(values[name]) for name in LOSSES if name in values)
+        if self._is_crashed:
             return self._happened("non_finite", at)
         for name, value in values.items():
             self._add(name, at, value)
@@ -237,6 +257,7 @@ class Watch:
         reached = event.get("reached", self._iteration)
         # Or Loss_CE had jumped, of which its own rule tells.
         if event["exit_code"] == ExitCode.DIVERGED and "Loss_CE is" not in reason:
+            self._is_crashed = True
             return self._happened("non_finite", reached, calm=1)
         if reason.startswith(OUT_OF_MEMORY):
             return self._happened("out_of_memory", reached, calm=1)
@@ -303,7 +324,7 @@ class Watch:
             since=since,
             **self._what(rule, value),
         )
-        self._open[rule.id] = _Episode(finding, len(self.findings), rule.calm)
+        self._open[rule.id] = _Episode(finding, finding.message, len(self.findings), rule.calm)
         self.findings.append(finding)
         return finding
 
@@ -320,5 +341,6 @@ class Watch:
 
     def _end(self, rule_id: str) -> Finding:
         episode = self._open.pop(rule_id)
-        self._renew(episode, replace(episode.finding, ended=self._iteration))
+        over = replace(episode.finding, message=episode.told, ended=self._iteration)
+        self._renew(episode, over)
         return episode.finding

@@ -24,6 +24,7 @@ from job.monitor.conditions import (
     Level,
     Median,
     NeverActive,
+    Parts,
     Rises,
     Seldom,
     Spike,
@@ -97,6 +98,8 @@ class Remedy:
     """The guide's iteration from which on it is of no use."""
 
 
+RISE_CALM = 10
+"""Lines in a row without it that end a rise: medians of neighbours share most of their lines."""
 GAP_CALM = 5
 """Evaluations in a row without the sign of a gap that end it: the medians of neighbours share two
 of three."""
@@ -149,12 +152,12 @@ RULES: Sequence[Rule] = (
         "ce_not_learning",
         "Loss_CE stays > 4.0 after 5000 iterations",
         "loss_ce",
-        Median(above=4.0, slack=0.2, lasts=2, no_more_than_chance=True),
+        Median(above=4.0, slack=0.2, lasts=2, no_more_than_chance=True, from_the_first=True),
         "problem",
         "Loss_CE stays at {value:.3f}: the model is not learning",
         (_LABELS, _HALF_LR, _MORE_LR),
         begins=5_000,
-        unless=("ce_exploded",),
+        unless=("ce_exploded", "ce_spike", "ce_rising"),
     ),
     Rule(
         "ce_exploded",
@@ -173,16 +176,18 @@ RULES: Sequence[Rule] = (
         "problem",
         "Loss_CE has jumped, and is {value:.3f} now: training is unstable",
         (*_HALF_BOTH, _ROLLBACK, _BROKEN, Remedy("start again from a checkpoint before it")),
+        unless=("ce_exploded",),
     ),
     Rule(
         "ce_rising",
         "Cross Entropy: should decrease steadily",
         "loss_ce",
-        Rises(above=0.5),  # what the guide has at the end of training
+        Rises(above=0.5, fine=0.4),  # the guide's target for the end of training is 0.5
         "warning",
-        "Loss_CE keeps rising and is at {value:.3f}: the model is degrading",
+        "Loss_CE has risen, and is {value:.3f} now: the model is degrading",
         (*_HALF_BOTH, _BROKEN),
         unless=("ce_spike", "ce_exploded"),
+        calm=RISE_CALM,
     ),
     Rule(
         "non_finite",
@@ -210,11 +215,13 @@ RULES: Sequence[Rule] = (
         "fm_rising",
         "Loss_FM increases continuously",
         "loss_fm",
-        Rises(above=0.1),  # twice the highest of the guide's own targets, which rise too
+        # Twice the highest of the guide's own targets, which rise too, and that one itself.
+        Rises(above=0.1, fine=0.05),
         "warning",
-        "Loss_FM keeps rising and is at {value:.3f}: the GAN is unstable",
+        "Loss_FM has risen, and is {value:.3f} now: the GAN is unstable",
         _HALF_BOTH,
         needs="adversarial",
+        calm=RISE_CALM,
     ),
     # -- self-training
     Rule(
@@ -307,7 +314,7 @@ RULES: Sequence[Rule] = (
         "d_unstable",
         "Loss_D above 1.0",
         "loss_d",
-        Median(above=1.0, slack=0.2, lasts=2),
+        Median(above=1.0, slack=0.1, lasts=4),
         "problem",
         "Loss_D is {value:.3f}: training is unstable",
         (_HALF_LR_D, _HALF_LR),
@@ -373,7 +380,7 @@ RULES: Sequence[Rule] = (
         "validation mIoU stays at {value:.4f} while training mIoU rises",
         (_LABELS, _MIRROR, _SCALE, _HALF_LR, Remedy("check the balance of the classes")),
         begins=5_000,
-        unless=("val_stuck", "val_not_learning", "val_degrading", "overfitting"),
+        unless=("val_stuck", "val_not_learning", "val_degrading", "val_parting", "overfitting"),
     ),
     Rule(
         "val_degrading",
@@ -383,6 +390,17 @@ RULES: Sequence[Rule] = (
         "problem",
         "validation mIoU has fallen to {value:.4f}",
         (_USE_BEST, _HALF_LR, _MIRROR, _SCALE),
+    ),
+    Rule(
+        "val_parting",
+        "Problem 4: validation mIoU decreasing while training increasing",
+        "val_miou",
+        Parts(),
+        "warning",
+        "validation mIoU falls ({value:.4f}) while training mIoU rises: overfitting begins",
+        (_USE_BEST, _MORE_DECAY, _MIRROR, _SCALE, _HALF_LR, Remedy("more labeled images")),
+        unless=("overfitting", "val_degrading"),
+        calm=1,
     ),
     Rule(
         "overfitting",

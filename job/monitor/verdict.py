@@ -9,7 +9,7 @@ from typing import Any
 from job.config import Config
 from job.errors import ExitCode
 from job.monitor.divergence import Remedies
-from job.monitor.guide import Fit
+from job.monitor.guide import MAX_GAP, Fit
 from job.monitor.health import Finding, Standing, Watch
 from job.monitor.setting import Setting
 
@@ -69,9 +69,12 @@ def _what_healthy_means(standing: Standing | None, events: Iterable[Mapping[str,
         standing: on the timeline, which asks for more than the rules do.
         events: that were watched.
     """
-    count = sum(event["event"] == "train" for event in events)
-    if count < ENOUGH:
-        return f"nothing is wrong yet, but it is too early to tell (lines of losses: {count})"
+    events = list(events)
+    losses, scores = (sum(one["event"] == kind for one in events) for kind in ("train", "eval"))
+    if losses < ENOUGH and scores < ENOUGH:
+        return f"nothing is wrong yet, but it is too early to tell (lines of losses: {losses})"
+    if not losses:
+        return "nothing is wrong with the scores; of the losses there is no line"
     if standing is not None and not standing.on_track:
         return "nothing is wrong by the rules, but it is off the guide's timeline"
     return "nothing needs to be done"
@@ -87,6 +90,8 @@ class Verdict:
     """Of the last scores; None before the first evaluation, or if they are none."""
     standing: Standing | None
     """None before the first line, and beyond the last."""
+    gap: float | None
+    """Of the last scores, training less validation; None as `fit`."""
     failed: str
     """Why its last attempt ended with an error; empty if it did not."""
     remedies: Remedies
@@ -97,7 +102,13 @@ class Verdict:
     @property
     def is_healthy(self) -> bool:
         """Whether there is nothing that should be done now."""
-        return not self.failed and self.fit not in _BAD_FITS and not self.counting
+        is_bad = self.fit in _BAD_FITS or self.has_large_gap
+        return not self.failed and not is_bad and not self.counting
+
+    @property
+    def has_large_gap(self) -> bool:
+        """Whether the guide's checklist would refuse the last scores."""
+        return self.gap is not None and self.gap >= MAX_GAP
 
     @property
     def counting(self) -> list[Finding]:
@@ -111,7 +122,10 @@ class Verdict:
         if self.failed:
             return f"the last attempt ended with an error: {self.failed}"
         if not self.counting:
-            return f"too few evaluations for a finding, but the last one says {self.fit}"
+            said = str(self.fit)
+            if self.has_large_gap and self.fit not in _BAD_FITS:
+                said = f"a gap of {self.gap:.2f}, which should stay below {MAX_GAP}"
+            return f"too few evaluations for a finding, but the last one says {said}"
         count = len(self.counting)
         return "1 thing needs attention" if count == 1 else f"{count} things need attention"
 
@@ -145,10 +159,12 @@ def verdict(
     watch = Watch(Setting(remedies.applied(config), num_classes))
     for event in events:
         watch.observe(event)
-    standing = watch.standing()
+    standing, fit = watch.standing(), watch.fit()
+    last = next((one for one in reversed(events) if one["event"] == "eval"), None)
     return Verdict(
         findings=tuple(watch.findings),
-        fit=watch.fit(),
+        fit=fit,
+        gap=last["train_miou"] - last["val_miou"] if last is not None and fit else None,
         standing=standing,
         failed=failure_of(events),
         remedies=remedies,

@@ -30,7 +30,7 @@ def test_an_episode_is_told_of_at_its_beginning_and_at_its_end() -> None:
     (began, first), (over, last) = told
     assert (first.rule, last.rule) == ("d_unstable", "d_unstable")
     assert 9_000 < began <= 9_500
-    assert 12_000 < over <= 13_000
+    assert 12_000 < over <= 13_500
     assert (first.ended, last.ended) == (None, over)
     assert high.findings == [last]
     assert high.open == []

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.config import Config, config_from_dict, config_from_yaml, load_config, preset_names
+from job.monitor.health import Watch
 from job.monitor.rules import RULES, rules_by_id
 from job.monitor.setting import Setting
-from tests.series import CLASSES, Curve, findings
+from tests.series import CLASSES, Curve, findings, lines
 
 # ---------------------------------------------------------------- the guide's rows
 
@@ -51,6 +52,7 @@ GUIDE = {
     "problem 3: self-training does not work": "st_count_zero",
     "problem 4: overfitting": "overfitting",
     "problem 4: validation mIoU decreases": "val_degrading",
+    "problem 4: validation decreases while training increases": "val_parting",
     "problem 5: out of memory": "out_of_memory",
 }
 """Warnings of the guide, by topic, and the rule that covers each."""
@@ -198,6 +200,14 @@ CASES: Mapping[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
         {"val_miou": ramp(20_000, 30_000, 0.65, 0.5)},
         (21_500, 26_000),
         {"val_miou": ramp(20_000, 30_000, 0.65, 0.62)},
+    ),
+    "val_parting": (
+        {
+            "train_miou": ramp(20_000, 23_000, 0.70, 0.82),
+            "val_miou": ramp(20_000, 23_000, 0.67, 0.53),
+        },
+        (21_500, 23_000),
+        {"train_miou": always(0.70), "val_miou": ramp(20_000, 23_000, 0.67, 0.53)},
     ),
     "overfitting": (
         {"train_miou": after(10_000, 0.85), "val_miou": after(10_000, 0.60)},
@@ -412,6 +422,86 @@ def test_what_has_been_learned_and_lost_is_not_called_never_learned() -> None:
     assert not {"train_not_learning", "val_not_learning"} & told
 
 
+@pytest.mark.parametrize("metric", ["loss_ce", "loss_fm"])
+@pytest.mark.parametrize("lines", [10, 24, 100])
+def test_what_has_risen_and_stays_up_is_not_over(metric: str, lines: int) -> None:
+    rule = {"loss_ce": "ce_rising", "loss_fm": "fm_rising"}[metric]
+    scale = {"loss_ce": 1.0, "loss_fm": 0.1}[metric]
+    noise = random.Random(1)
+
+    def risen(at: int) -> float:
+        share = min(1.0, max(0.0, (at - 20_000) / (100 * lines)))
+        back = 0.05 if at > 45_000 else 1.0
+        return back * scale * 0.3 * 10**share * noise.lognormvariate(0, 0.15)
+
+    told = [one for one in findings(until=44_000, **{metric: risen}) if one.rule == rule]
+    assert [(one.ended, 19_000 <= one.since <= 23_500) for one in told] == [(None, True)]
+    told = [one for one in findings(**{metric: risen}) if one.rule == rule]
+    assert told[0].ended is not None
+    assert told[0].ended > 45_000
+
+
+def test_that_it_is_over_is_not_said_with_what_ended_it() -> None:
+    (found,) = (
+        one
+        for one in findings(loss_ce=lambda at: 9.0 if 20_000 < at < 21_000 else 0.5)
+        if one.rule == "ce_spike"
+    )
+    assert found.line() == (
+        "over: Loss_CE has jumped, and is 9.000 now: training is unstable "
+        f"(iteration 20100 to {found.ended}, ce_spike)"
+    )
+
+
+@pytest.mark.parametrize("step", [6.0, 8.0])
+def test_a_jump_is_one_finding_whatever_level_it_stays_at(step: float) -> None:
+    noise = random.Random(0)
+    found = findings(
+        loss_ce=lambda at: 0.5 * (step if at > 20_000 else 1.0) * noise.lognormvariate(0, 0.3)
+    )
+    assert [one.rule for one in found] == ["ce_spike"]
+
+
+SHORT: Mapping[str, tuple[list[float], list[float], set[str]]] = {
+    "a fall from a lone best": (
+        [0.35, 0.50, 0.65, 0.44, 0.44, 0.44],
+        [0.30, 0.45, 0.60, 0.42, 0.42, 0.42],
+        {"train_degrading", "val_degrading"},
+    ),
+    "a collapse": (
+        [0.35, 0.50, 0.62, 0.22, 0.22, 0.22],
+        [0.30, 0.45, 0.60, 0.20, 0.20, 0.20],
+        {"train_degrading", "val_degrading"},
+    ),
+    "overfitting": (
+        [0.40, 0.48, 0.55, 0.57, 0.58, 0.60],
+        [0.38, 0.45, 0.50, 0.47, 0.44, 0.41],
+        {"val_parting"},
+    ),
+    "a plateau": (
+        [0.40, 0.48, 0.55, 0.57, 0.56, 0.58],
+        [0.38, 0.45, 0.50, 0.47, 0.49, 0.48],
+        set(),
+    ),
+}
+"""Scores on training and validation images of a run of six evaluations."""
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_six_evaluations_are_enough_for_what_is_plain(kind: str) -> None:
+    train, val, expected = SHORT[kind]
+    config = load_config("demo")
+    every = config.train.eval_every
+    setting = Setting(config, 5)
+    watch = Watch(setting)
+    for number, (one, other) in enumerate(zip(train, val, strict=True), start=1):
+        watch.observe(
+            {"event": "eval", "iteration": number * every, "train_miou": one, "val_miou": other}
+        )
+    told = {one.rule for one in watch.findings if one.severity != "note"}
+    assert told == expected
+
+
 def test_since_is_where_it_began_not_where_its_window_does() -> None:
     (found,) = (one for one in findings(loss_d=after(9_000, 1.2)) if one.rule == "d_unstable")
     assert found.since == 9_000
@@ -526,9 +616,6 @@ def test_the_iterations_of_a_shorter_run_are_scaled() -> None:
 
 def test_where_guessing_costs_less_than_the_guides_limit_guessing_is_the_limit() -> None:
     """Eleven classes: log 11 is 2.4, and a net that has learned nothing never reaches 4.0."""
-    from job.monitor.health import Watch
-    from tests.series import lines
-
     for classes, expected in ((CLASSES, True), (50, False), (None, False)):
         watch = Watch(Setting(Config(), classes))
         for line in lines(loss_ce=always(3.5)):
