@@ -117,8 +117,8 @@ class _Episode:
     """A rule that has found something."""
 
     finding: Finding
-    told: str
-    """Its message when it began: what ends it must not stand in the line that says it is over."""
+    told: Finding
+    """As it began: what ends it must not stand in the line that says it is over."""
     place: int
     """Of it among all findings."""
     calm: int
@@ -324,7 +324,7 @@ class Watch:
             since=since,
             **self._what(rule, value),
         )
-        self._open[rule.id] = _Episode(finding, finding.message, len(self.findings), rule.calm)
+        self._open[rule.id] = _Episode(finding, finding, len(self.findings), rule.calm)
         self.findings.append(finding)
         return finding
 
@@ -341,6 +341,5 @@ class Watch:
 
     def _end(self, rule_id: str) -> Finding:
         episode = self._open.pop(rule_id)
-        over = replace(episode.finding, message=episode.told, ended=self._iteration)
-        self._renew(episode, over)
+        self._renew(episode, replace(episode.told, ended=self._iteration))
         return episode.finding

@@ -349,3 +349,53 @@ def test_healthy_means_no_more_than_what_is_known(tmp_path: Path) -> None:
     assert "too early to tell (lines of losses: 2)" in said(healthy[:2])
     low = [event | {"loss_d": 0.6} if event["event"] == "train" else event for event in healthy]
     assert said(low).endswith("nothing is wrong by the rules, but it is off the guide's timeline")
+
+
+def test_losses_without_a_discriminator_are_those_of_supervised_training(tmp_path: Path) -> None:
+    none = dict.fromkeys(("loss_fm", "loss_st", "loss_d", "st_count"), lambda at: 0.0)
+    log = tmp_path / "train.log"
+    log.write_text(console(lines(**none), 50_000))
+    for config in (None, load_config("guide")):
+        found = diagnose(str(log), config)
+        assert found.verdict.findings == ()
+        assert "judged as trained with train.supervised_only" in found.text()
+    # The run's own configuration knows better.
+    (tmp_path / run.CONFIG).write_text(load_config("guide").to_yaml())
+    assert "d_collapsed" in {one.rule for one in diagnose(str(log)).verdict.findings}
+
+
+def test_a_last_score_far_below_the_best_is_said(tmp_path: Path) -> None:
+    healthy = list(lines(until=20_000))
+    last = {**next(e for e in reversed(healthy) if e["event"] == "eval")}
+    events = [*healthy, {**last, "iteration": 20_500, "val_miou": 0.40, "train_miou": 0.45}]
+    found = diagnose(str(ledger(tmp_path / "metrics.jsonl", events)))
+    assert found.best is not None
+    assert (
+        f"the best validation mIoU was {found.best[1]:.4f} at iteration {found.best[0]}: use"
+        in (found.text())
+    )
+    assert found.to_dict()["best_iteration"] == found.best[0]
+    assert not diagnose(str(ledger(tmp_path / "metrics.jsonl", healthy))).is_past_its_best
+
+
+def test_what_the_checklist_refuses_is_not_healthy(tmp_path: Path) -> None:
+    scores = [e | {"train_miou": 0.69, "val_miou": 0.50} for e in lines(until=1_000)]
+    path = ledger(tmp_path / "metrics.jsonl", scores)
+    found = diagnose(str(path))
+    assert not found.is_healthy
+    assert found.text().endswith("the last one says a gap of 0.19, which should stay below 0.15")
+
+
+def test_scores_alone_are_judged_too(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(console((e for e in lines() if e["event"] == "eval"), 50_000))
+    said = diagnose(str(log)).text()
+    assert said.endswith(
+        "healthy: nothing is wrong with the scores; of the losses there is no line"
+    )
+
+
+def test_more_blanks_between_the_parts_of_a_line_are_no_matter(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(console(lines(**GUESSING), 50_000).replace(" | ", "  |   "))
+    assert [one.rule for one in diagnose(str(log)).verdict.findings] == ["d_stuck"]

@@ -314,3 +314,30 @@ def test_a_score_that_is_no_number_is_told_of_and_has_no_fit() -> None:
     assert one.fit() is None
     one.observe(good | {"iteration": 300})
     assert one.fit() == "excellent"
+
+
+def test_targets_that_the_timeline_does_not_speak_of_count_as_well() -> None:
+    watch = Watch(Setting(Config(), CLASSES))
+    for line in lines(until=30_000, loss_fm=lambda at: 0.2, train_miou=lambda at: 0.60):
+        watch.observe(line)
+    standing = watch.standing()
+    assert standing is not None
+    assert [said.partition(" (")[0] for said in standing.off] == [
+        "training mIoU 0.6000",
+        "Loss_FM 0.200",
+    ]
+
+
+def test_a_new_attempt_is_not_off_for_the_nan_of_the_one_before() -> None:
+    watch = Watch(Setting(Config(), CLASSES))
+    healthy = list(lines(until=20_000))
+    crash = {"event": "attempt_ended", "exit_code": 70, "reason": "training diverged: NaN"}
+    for line in [*healthy, crash]:
+        watch.observe(line)
+    standing = watch.standing()
+    assert standing is not None
+    assert standing.off == ("a loss is NaN or infinite",)
+    watch.observe({"event": "attempt_started", "attempt": 2})
+    standing = watch.standing()
+    assert standing is not None
+    assert standing.on_track
