@@ -113,7 +113,7 @@ def report_html(report: Report) -> str:
         f"<h1>{_text(report.run_uri)}</h1>",
         *_verdict(report, found),
         "<h2>Checklist</h2>" + ("" if report.finished else "<p class='muted'>So far.</p>"),
-        _checklist(report.checks),
+        _checklist(report.checks, finished=report.finished),
         *_findings(found.findings),
         "<h2>Training</h2>",
         _legend(found.findings) + _figures(charts) if charts else "<p>Nothing was logged yet.</p>",
@@ -171,14 +171,16 @@ def _verdict(report: Report, found: Verdict) -> list[str]:
     return [f'<p class="verdict">{line}</p>' for line in lines]
 
 
-def _checklist(checks: Sequence[Check]) -> str:
-    rows = "".join(
-        f'<tr><td class="{"yes" if check.passed else "no"}">'
-        f"{'&#10003;' if check.passed else '&#10007;'}</td>"
-        f"<td>{_text(check.name)}</td><td class='muted'>{_text(check.detail)}</td></tr>"
-        for check in checks
-    )
-    return f"<table>{rows}</table>"
+def _checklist(checks: Sequence[Check], *, finished: bool) -> str:
+    open_ = ("no", "&#10007;") if finished else ("muted", "&#8230;")  # it may come yet
+    rows = []
+    for check in checks:
+        colour, mark = ("yes", "&#10003;") if check.passed else open_
+        rows.append(
+            f'<tr><td class="{colour}">{mark}</td><td>{_text(check.name)}</td>'
+            f"<td class='muted'>{_text(check.detail)}</td></tr>"
+        )
+    return f"<table>{''.join(rows)}</table>"
 
 
 def _findings(findings: Sequence[Finding]) -> list[str]:

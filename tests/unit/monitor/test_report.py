@@ -228,6 +228,8 @@ def test_a_run_that_goes_on_says_how_far_it_is() -> None:
     page = Page(report_html(report(finished=False)))
     assert page.says("At iteration 10 of 12. Best validation mIoU 0.5000 at iteration 10.")
     assert page.says("Checklist" + "So far.")
+    assert page.says("\u2026Final train/val gap < 0.150.2000")  # it may come yet
+    assert not page.says("\u2717")
 
 
 def test_why_it_stopped_early_is_said() -> None:
