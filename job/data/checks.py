@@ -83,7 +83,7 @@ def check_data(
     seen.confirm_copies(stopped)
     problems = [finding.text for finding in seen.problems]
     if problems:
-        shown = "\n".join(problems[:MAX_SHOWN])
+        shown = "\n".join([*map(str, seen.common_fault()), *problems[:MAX_SHOWN]])
         more = len(problems) - MAX_SHOWN
         raise DataError(shown + (f"\n... and {more} more files" if more > 0 else ""))
     all_empty = seen.all_empty()
@@ -139,6 +139,7 @@ def inspect(
     if stopped():
         raise Preempted("stopped while the data was checked")
     problems = [Finding(str(split_problem))] if split_problem else []
+    problems += [Finding(str(error)) for error in seen.common_fault()]
     problems += seen.problems
     problems += [Finding(str(error)) for error in seen.all_empty()]
     return CheckReport(
@@ -191,6 +192,8 @@ class _Look:
     pixels: NDArray[np.int64] | None = None
     """Of each class; (K,)."""
     ignored: int = 0
+    labels: frozenset[int] = frozenset()
+    """Values that the mask holds."""
 
 
 def _places(items: SplitItems, dataset: Dataset | None = None) -> list[Place]:
@@ -257,6 +260,7 @@ def _look_at_mask(item: Item, info: DatasetInfo, look: _Look, thorough: bool) ->
     if look.facts.size != mask.size:
         raise _other_size(item, look.facts, mask.size)
     counts = np.array(mask.histogram(), np.int64)  # twice as fast as bincount
+    look.labels = frozenset(np.flatnonzero(counts).tolist())
     of_meaning = np.bincount(info.meanings + 1, counts, IGNORE + 2).astype(np.int64)
     if of_meaning[UNKNOWN + 1]:
         wrong = np.flatnonzero((info.meanings == UNKNOWN) & (counts > 0))
@@ -324,8 +328,13 @@ class _Seen:
         self.problem_examples: list[Finding] = []
         self.notable: list[Finding] = []
         """Other files that are worth a look, as pictures."""
+        self._labels: set[int] = set()
+        self._masks = 0
 
     def add(self, place: Place, look: _Look) -> None:
+        if look.labels:
+            self._labels |= look.labels
+            self._masks += 1
         if look.facts is not None:
             self.formats.add(place.item, place.part, look.facts, has_problem=bool(look.problem))
             if not look.problem:
@@ -372,6 +381,32 @@ class _Seen:
         self._examples[kind] = self._examples.get(kind, 0) + 1
         if self._examples[kind] <= MAX_EXAMPLES:
             (self.notable if where is None else where).append(finding)
+
+    def common_fault(self) -> list[DataError]:
+        """What is wrong with all masks alike, if their labels say so; one error, or none."""
+        count = self._info.num_classes
+        labels = sorted(self._labels - {self._info.ignore_index})
+        if self._info.file_labels or self._masks < 2 or not labels or labels[-1] < count:
+            return []
+        if labels[0] == 1 and labels[-1] == count:
+            return [
+                DataError(
+                    f"the masks hold the labels 1 to {count}, and none holds 0: they seem to count "
+                    f"from 1, where the {count} classes are 0 to {count - 1}",
+                    mend="subtract 1 from every label that is a class",
+                )
+            ]
+        # Every class but the first is a number that no class has.
+        if len(labels) <= count and all(label == 0 or label >= count for label in labels):
+            named = ", ".join(map(str, sorted(self._labels)))
+            return [
+                DataError(
+                    f"the masks hold the labels {named}: they seem to be grey levels, not the "
+                    f"numbers 0 to {count - 1} of the classes",
+                    mend="replace each level by the number of its class",
+                )
+            ]
+        return []
 
     def all_empty(self) -> list[DataError]:
         """Of each part whose masks are all empty, an error."""

@@ -220,6 +220,32 @@ def test_an_image_too_large_for_pillow_is_refused_by_name(
 # ---------------------------------------------------------------- several at once
 
 
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ([1, 2, 3], "hold the labels 1 to 3, and none holds 0: they seem to count from 1"),
+        ([0, 128, 255], "hold the labels 0, 128, 255: they seem to be grey levels"),
+        ([0, 1, 77], ""),
+        ([1, 2, 77], ""),
+    ],
+)
+def test_what_is_wrong_with_all_masks_alike_is_said_first(
+    make_data: MakeData, table: list[int], said: str
+) -> None:
+    folder = make_data()
+    for path in folder.glob("*/masks/*.png"):
+        with Image.open(path) as picture:
+            labels = np.asarray(picture)
+        mapped = np.array(table, np.uint8)[np.minimum(labels, 2)]
+        mapped[0, :3] = table
+        Image.fromarray(mapped).save(path)
+    lines = str(refused(folder)).splitlines()
+    assert (said in lines[0]) if said else (": holds the label" in lines[0])
+    assert sum(": holds the label" in line for line in lines) == MAX_SHOWN
+    wrong = len(list(folder.glob("*/masks/*.png")))
+    assert lines[-1] == f"... and {wrong - MAX_SHOWN} more files"
+
+
 def test_several_problems_are_listed_together_each_with_its_mend(make_data: MakeData) -> None:
     folder = make_data()
     image_path(folder, "train_0001").write_text("x")
