@@ -78,12 +78,13 @@ def lines(
                 "images_per_s": 100.0,
             }
         if evaluated or iteration == train.iterations:
+            dead = (curves["dead_classes"](round(at)) or 0) if "dead_classes" in curves else 0
             yield {
                 "event": "eval",
                 **head,
                 "train_miou": value("train_miou"),
                 "val_miou": value("val_miou"),
-                "class_iou": [0.5] * CLASSES,
+                "class_iou": [0.0 if number < dead else 0.5 for number in range(CLASSES)],
             }
 
 

@@ -38,6 +38,8 @@ OUT_OF_MEMORY = "CUDA out of memory"
 """How the reason of an attempt that ended by it begins."""
 ENDS_THE_ATTEMPT = ("non_finite", "out_of_memory")
 """Rules whose finding nothing comes after, unless the run is gone on with."""
+DEAD = 0.005
+"""IoU below which a class is not learned at all."""
 LABELS: Mapping[str, str] = {
     "loss_ce": "Loss_CE",
     "loss_fm": "Loss_FM",
@@ -248,6 +250,9 @@ class Watch:
             return self._happened("score_non_finite", at)
         values["gap"] = values["train_miou"] - values["val_miou"]
         values["lead"] = -values["gap"]
+        known = [iou for iou in event.get("class_iou") or () if iou is not None]
+        if known:
+            values["dead_classes"] = float(sum(iou < DEAD for iou in known))
         for name, value in values.items():
             self._add(name, at, value)
         return self._passed("score_non_finite", at) + self._run(values)

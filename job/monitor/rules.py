@@ -460,6 +460,20 @@ RULES: Sequence[Rule] = (
         calm=GAP_CALM,
     ),
     Rule(
+        "classes_ignored",
+        "Problem 1: class imbalance, some classes might be ignored",
+        "dead_classes",
+        Median(above=0.5, points=3),
+        "note",
+        "classes with a validation IoU of 0: {value:.0f}; report.html names them",
+        (
+            Remedy("see how many labeled images hold them: s4gan data check"),
+            Remedy("more labeled images that do"),
+        ),
+        begins=10_000,
+        unless=("train_not_learning", "val_not_learning", "val_degrading"),
+    ),
+    Rule(
         "underfitting",
         "Table: underfitting, both low",
         "val_miou",

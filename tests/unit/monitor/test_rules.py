@@ -46,6 +46,7 @@ GUIDE = {
     "discriminator's learning rate decreases": "lr_D_not_decaying",
     "problem 1: validation mIoU does not improve": "val_stuck",
     "problem 1: training rises, validation does not": "val_stagnant",
+    "problem 1: some classes might be ignored": "classes_ignored",
     "problem 2: unstable": "ce_spike",
     "problem 2: unstable from the beginning": "ce_exploded",
     "problem 2: NaN or inf values": "score_non_finite",
@@ -228,6 +229,11 @@ CASES: Mapping[str, tuple[dict[str, Any], tuple[int, int], dict[str, Any]]] = {
         {"train_miou": after(10_000, 0.22), "val_miou": after(10_000, 0.70)},
         (10_500, 11_000),
         {"train_miou": after(10_000, 0.55), "val_miou": after(10_000, 0.70)},
+    ),
+    "classes_ignored": (
+        {"dead_classes": always(2)},
+        (10_500, 11_500),
+        {"dead_classes": lambda at: 2 if at < 10_000 else 0},
     ),
     "underfitting": (
         {"train_miou": ramp(0, 50_000, 0.22, 0.37), "val_miou": ramp(0, 50_000, 0.21, 0.35)},
