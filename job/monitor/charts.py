@@ -107,7 +107,7 @@ def training_charts(
         chart(
             "mIoU",
             miou,
-            ("train_miou", "val_miou", "score_non_finite"),
+            ("train_miou", "val_miou", "score_non_finite", "dead_classes"),
             curve=_miou_curve(scale),
         ),
         chart(
