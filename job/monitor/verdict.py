@@ -127,7 +127,8 @@ class Verdict:
                 said = f"a gap of {self.gap:.2f}, which should stay below {MAX_GAP}"
             return f"too few evaluations for a finding, but the last one says {said}"
         count = len(self.counting)
-        return "1 thing needs attention" if count == 1 else f"{count} things need attention"
+        said = "1 thing needs attention" if count == 1 else f"{count} things need attention"
+        return f"{said}; other settings want another --run, or --resume-anyway with this one"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -276,7 +276,7 @@ def test_findings_are_told_and_marked(text: str) -> None:
     assert "Findings" in page.headings
     assert page.says("problem: Loss_D stays at 0.693")
     assert page.says("Try: --learning-rate-D 0.0002")
-    assert page.says("1 thing needs attention.")
+    assert page.says("1 thing needs attention; other settings want another --run")
     assert "#d55e00" in found  # the line in the chart
     assert "#d55e00" not in text
 
