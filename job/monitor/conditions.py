@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from job.monitor.guide import chance_ce
+from job.monitor.guide import LOG_EVERY, chance_ce
 from job.monitor.setting import Setting
 
 Points = Sequence[tuple[int, float]]
@@ -156,7 +156,11 @@ class Stays:
 
 @dataclass(frozen=True)
 class Spike:
-    """The last point is several times what the ones before it were."""
+    """The last point is several times what the ones before it were.
+
+    Where losses are logged more often than the guide's are, the last two: of one bad batch more
+    than one line in a hundred iterations is no more than that.
+    """
 
     ratio: float = 5.0
     """The guide's examples are 10 and 20 times; half of the smaller one."""
@@ -179,8 +183,12 @@ class Spike:
             # What came before a jump is no measure where it was ruined already.
             is_up = points[-1][1] > RUINED or self._is_up(points, open_since)
             return points[-1] if is_up else None
-        before = _values(points[-1 - self.swings : -1])
-        return points[-1] if self.is_above(points[-1][1], before) else None
+        is_often = len(points) > 1 and points[-1][0] - points[-2][0] < LOG_EVERY
+        count = 2 if is_often else 1
+        before = _values(points[-count - self.swings : -count])
+        if not all(self.is_above(value, before) for _, value in points[-count:]):
+            return None
+        return points[-count][0], points[-1][1]
 
     def _is_up(self, points: Points, jumped_at: int) -> bool:
         """Whether it has not come back to what it was before that jump."""

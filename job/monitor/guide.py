@@ -17,6 +17,8 @@ from typing import Literal
 
 ITERATIONS = 50_000
 ST_START = 1_000
+LOG_EVERY = 100
+"""Iterations from one line of losses to the next."""
 MAX_ST_COUNT = 16
 """Images of the guide's iteration: batches of 4, 4 of them."""
 MAX_GAP = 0.15

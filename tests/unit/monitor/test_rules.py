@@ -405,6 +405,19 @@ def test_a_noisy_cross_entropy_does_not_jump(sd: float) -> None:
     assert sum(map(told, range(6))) <= 1
 
 
+@pytest.mark.parametrize("log_every", [10, 50])
+def test_logged_often_one_bad_batch_is_no_jump_and_two_lines_are(log_every: int) -> None:
+    config = config_from_yaml("", source="x", overrides={"train.log_every": log_every})
+
+    def told(lines: int) -> list[tuple[int, int]]:
+        bad = range(20_000, 20_000 + lines * log_every, log_every)
+        found = findings(config, until=21_000, loss_ce=lambda at: 10.0 if at in bad else 0.5)
+        return [(one.since, one.iteration) for one in found if one.rule == "ce_spike"]
+
+    assert told(1) == []
+    assert told(2) == [(20_000, 20_000 + log_every)]
+
+
 def test_a_learning_rate_of_nothing_is_not_to_be_halved() -> None:
     config = config_from_yaml("", source="x", overrides={"train.learning_rate": 1e-9})
     advice = rules_by_id()["train_not_learning"].advice(Setting(config), 20_000)
