@@ -1028,6 +1028,7 @@ def _finish(
         best=shown,
         pictures=store.read(run.PREDICTIONS),
         facts=facts_of(content),
+        health=health,
     )
     store.write(run.REPORT, report_html(report).encode())
     _print_end(attempt, state, checks, health, stopped)

@@ -108,13 +108,12 @@ def predict_images(
             )
         paths = _without_predictions(root, paths, _within(out, place))
         keys = _keys(root, paths, with_overlay=wish.with_overlay)
-        there: set[str] = set()
-        if wish.existing != "replace":
-            there = _existing(out, _names(keys.values(), with_overlay=wish.with_overlay))
+        names = _names(keys.values(), with_overlay=wish.with_overlay)
+        there = _existing(out, names) if wish.existing != "replace" else set()
         if there and wish.existing == "refuse":
-            raise _refusal(out, sorted(there), keys.values(), wish)
+            raise _refusal(out, sorted(there), len(names))
         done = {
-            path: key
+            path
             for path, key in keys.items()
             if there.issuperset(_names([key], with_overlay=wish.with_overlay))
         }
@@ -124,7 +123,7 @@ def predict_images(
             paths = [path for path in paths if path not in done]
 
         def read(path: Path) -> _Read | _Done | _Unreadable:
-            return _done(path, out, done[path], card) if path in done else _read(path)
+            return _done(path, out, keys[path], card) if path in done else _read(path)
 
         with ThreadPoolExecutor(_WRITERS) as pool:
             pending = []
@@ -192,12 +191,9 @@ def _existing(out: ObjectStore, names: Sequence[str]) -> set[str]:
     return {name for name in names if (path := out.local_path(name)) and path.exists()}
 
 
-def _refusal(
-    out: ObjectStore, there: Sequence[str], keys: Iterable[str], wish: Wish
-) -> ConfigError:
+def _refusal(out: ObjectStore, there: Sequence[str], count: int) -> ConfigError:
     """Somebody's pictures may lie there, under the names of what is to be written."""
     others = f" and {len(there) - 1} others" if len(there) > 1 else ""
-    count = len(_names(keys, with_overlay=wish.with_overlay))
     return ConfigError(
         f"--out {out.uri}: {there[0]}{others} would be replaced, of {count} files",
         mend="choose another folder; or, if they are predictions of before, --skip-existing to go "

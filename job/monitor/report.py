@@ -96,6 +96,8 @@ class Report:
     """Provenance: name to value."""
     costs: Sequence[str] = ()
     """Sentences."""
+    health: Verdict | None = None
+    """On these events, where it is known already; None: the page runs the rules itself."""
 
 
 def report_html(report: Report) -> str:
@@ -105,7 +107,7 @@ def report_html(report: Report) -> str:
         report: what it is made from.
     """
     num_classes = len(report.classes) or None
-    found = verdict(report.events, report.config, num_classes)
+    found = report.health or verdict(report.events, report.config, num_classes)
     setting = Setting(found.remedies.applied(report.config), num_classes)
     attempts = attempts_of(event for event in report.events if "time" in event)
     charts = training_charts(report.events, setting, found.findings)
