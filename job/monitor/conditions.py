@@ -193,6 +193,8 @@ class Spike:
     def _is_up(self, points: Points, jumped_at: int) -> bool:
         """Whether it has not come back to what it was before that jump."""
         index = bisect.bisect_left(points, (jumped_at, -math.inf))
+        if not 0 < index < len(points):  # it is trained again, from before it
+            return False
         usual = statistics.median(_values(points[max(0, index - self.points) : index]))
         now = statistics.median(_values(points[max(index, len(points) - 3) :]))
         return now > usual * self.ratio / 2 and now > usual + self.rise / 2
@@ -262,6 +264,8 @@ class Rises:
     def _stays_up(self, points: Points, risen_from: int) -> Seen:
         size = 2 * self.points[0]
         index = bisect.bisect_right(points, (risen_from, math.inf))
+        if not index:  # it is trained again, from before it
+            return None
         before = statistics.median(_values(points[max(0, index - size) : index]))
         now = statistics.median(_values(points[-size:]))
         return (risen_from, now) if now > max(self.back * before, self.fine) else None
@@ -424,8 +428,8 @@ class Parts:
         if len(points) < self.points:
             return None
         if open_since is not None:
-            before = points[bisect.bisect_left(points, (open_since, -math.inf))][1]
-            now = points[-1][1]
+            index = bisect.bisect_left(points, (open_since, -math.inf))
+            before, now = points[min(index, len(points) - 1)][1], points[-1][1]
             return (open_since, now) if now < before - self.falls / 2 else None
         train, val = _values(series("train_miou")), _values(points)
         for values, sign, least in ((train, 1, self.rises), (val, -1, self.falls)):

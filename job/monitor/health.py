@@ -288,10 +288,10 @@ class Watch:
         return [self._end(what)] if episode.quiet >= episode.calm else []
 
     def _add(self, metric: str, at: int, value: float) -> None:
-        self._series[metric].append((at, value))
+        _put(self._series[metric], at, value)
         for (watched, first), points in self._counting.items():
             if watched == metric and at >= first:
-                points.append((at, value))
+                _put(points, at, value)
 
     def _run(self, metrics: Iterable[str]) -> list[Finding]:
         """Those rules whose metric has a new point."""
@@ -348,3 +348,10 @@ class Watch:
         episode = self._open.pop(rule_id)
         self._renew(episode, replace(episode.told, ended=self._iteration))
         return episode.finding
+
+
+def _put(points: list[tuple[int, float]], at: int, value: float) -> None:
+    """Add a point; of what was trained twice, as in ledgers that were joined, the second counts."""
+    while points and points[-1][0] >= at:
+        points.pop()
+    points.append((at, value))

@@ -341,3 +341,18 @@ def test_a_new_attempt_is_not_off_for_the_nan_of_the_one_before() -> None:
     standing = watch.standing()
     assert standing is not None
     assert standing.on_track
+
+
+def test_lines_that_go_back_are_what_was_trained_again() -> None:
+    broken = list(
+        lines(
+            until=30_000,
+            loss_ce=lambda at: 10.0 if at > 20_000 else 0.5,
+            loss_fm=lambda at: 0.01 * 30 ** min(1, max(0, (at - 10_000) / 5_000)),
+        )
+    )
+    watch = Watch(Setting(Config(), CLASSES))
+    for line in [*broken, *broken[:100], *reversed(broken), *lines(until=30_000)]:
+        watch.observe(line)
+    assert watch.open == []
+    assert {"ce_spike", "fm_rising"} <= {one.rule for one in watch.findings}
