@@ -26,6 +26,7 @@ from torch import Tensor
 from job.data.dataset import IGNORE, DatasetInfo, default_palette
 from job.data.images import cut_image, cut_mask, random_crop
 from job.events import TrainEvent
+from job.models.discriminator import discriminator_input, discriminator_input_of_labels
 from job.monitor import Trackers
 from job.monitor.console import ConsoleTracker
 from job.monitor.ledger import Ledger
@@ -98,11 +99,13 @@ def print_row(name: str, times: dict[str, list[float]]) -> None:
 
 
 def loss_parts() -> list[tuple[str, Work, Work]]:
-    """Class maps, cross-entropy, and the gate with its loss."""
+    """The discriminator's input, cross-entropy, and the gate with its loss."""
     batch = random_batch(Case("tiny", CROP, IMAGES), CPU)
+    assert batch.real_images is not None
     assert batch.real_masks is not None
     assert batch.unlabeled_valid is not None
     masks, valid = batch.real_masks, batch.unlabeled_valid
+    images, labeled = batch.real_images, masks != IGNORE
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(IMAGES, CLASSES, CROP, CROP, generator=generator)
     scores = torch.randn(IMAGES, generator=generator)
@@ -121,9 +124,9 @@ def loss_parts() -> list[tuple[str, Work, Work]]:
 
     return [
         (
-            "class maps of labels",
-            lambda: class_maps_on_cpu(masks, CLASSES),
-            lambda: losses.one_hot_maps(masks, CLASSES),
+            "labels as the discriminator sees them",
+            lambda: discriminator_input(class_maps_on_cpu(masks, CLASSES), images.float(), labeled),
+            lambda: discriminator_input_of_labels(masks, CLASSES, images, labeled),
         ),
         (
             "cross-entropy, forward and back",

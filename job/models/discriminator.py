@@ -13,6 +13,8 @@ from job.models.precision import in_float32
 
 LEAK = 0.2
 DROPOUT = 0.5
+NO_CLASS = 255
+"""A label that `one_hot_maps` has no map for."""
 
 
 class Discriminator(nn.Module):
@@ -63,13 +65,53 @@ def discriminator_input(class_maps: Tensor, images: Tensor, valid: Tensor) -> Te
     of the batch nor what the holes hide can be read from its brightness. Blanking the same pixels
     in real and fake keeps "has a hole" from telling them apart.
 
-    Shape: class_maps float (N, K, H, W), each pixel summing to 1; images float (N, 3, H, W), any
-    range; valid bool (N, H, W) -> (N, K+3, H, W).
+    Shape: class_maps float (N, K, H, W), each pixel summing to 1; images (N, 3, H, W), any
+    numbers; valid bool (N, H, W) -> (N, K+3, H, W).
     """
-    with torch.no_grad():
-        hidden = ~valid.unsqueeze(1)
-        low = images.masked_fill(hidden, torch.inf).amin(dim=(1, 2, 3), keepdim=True)
-        high = images.masked_fill(hidden, -torch.inf).amax(dim=(1, 2, 3), keepdim=True)
-        scaled = (images - low) / (high - low).clamp_min(1e-6)
+    hidden = ~valid.unsqueeze(1)
     # Filled, not multiplied: with nothing valid the extremes are infinite, and 0 * inf is NaN.
-    return torch.cat([class_maps, scaled], dim=1).masked_fill(hidden, 0.0)
+    return torch.cat([class_maps, _stretched(images, hidden)], dim=1).masked_fill(hidden, 0.0)
+
+
+def discriminator_input_of_labels(
+    labels_NHW: Tensor, num_classes: int, images: Tensor, valid: Tensor
+) -> Tensor:
+    """The same of labels, with `one_hot_maps` of them.
+
+    Shape: labels uint8 (N, H, W), of K classes; images and valid as above -> (N, K+3, H, W).
+    """
+    hidden = ~valid.unsqueeze(1)
+    count, height, width = labels_NHW.shape
+    seen = torch.empty(count, num_classes + 3, height, width, device=images.device)
+    # Each written once, where it is to be: maps of their own would be copied twice.
+    one_hot_maps(labels_NHW.masked_fill(~valid, NO_CLASS), num_classes, out=seen[:, :num_classes])
+    seen[:, num_classes:] = _stretched(images, hidden).masked_fill_(hidden, 0.0)
+    return seen
+
+
+def one_hot_maps(labels_NHW: Tensor, num_classes: int, out: Tensor | None = None) -> Tensor:
+    """Labels as class maps; labels that are no class are 0 in every class.
+
+    Args:
+        labels_NHW: of any K classes, and others.
+        num_classes: K.
+        out: where to write them.
+
+    Shape: uint8 (N, H, W) -> float32 (N, K, H, W).
+    """
+    classes = torch.arange(num_classes, dtype=labels_NHW.dtype, device=labels_NHW.device)
+    if out is None:
+        count, height, width = labels_NHW.shape
+        out = torch.empty(count, num_classes, height, width, device=labels_NHW.device)
+    # Written once, as what they are to be: half the time of zeros that are filled in.
+    return torch.eq(labels_NHW.unsqueeze(1), classes.view(-1, 1, 1), out=out)
+
+
+@torch.no_grad()
+def _stretched(images: Tensor, hidden: Tensor) -> Tensor:
+    """Images to 0..1 by the extremes of what is not hidden; anything where they are hidden."""
+    limits = torch.finfo if images.is_floating_point() else torch.iinfo
+    most, least = limits(images.dtype).max, limits(images.dtype).min
+    low = images.masked_fill(hidden, most).amin(dim=(1, 2, 3), keepdim=True).float()
+    high = images.masked_fill(hidden, least).amax(dim=(1, 2, 3), keepdim=True).float()
+    return (images - low).div_((high - low).clamp_min(1e-6))

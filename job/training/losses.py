@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from job.config import LossConfig
 from job.data.dataset import IGNORE
+from job.models.discriminator import one_hot_maps
 
 
 def cross_entropy(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
@@ -24,26 +25,28 @@ def cross_entropy(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
 
     Shape: float logits, unbounded; uint8 labels, classes or IGNORE.
     """
-    return _summed(logits_NKHW, labels_NHW) / (labels_NHW != IGNORE).sum().clamp_min(1)
+    return _mean_over(logits_NKHW, labels_NHW, labels_NHW != IGNORE)
 
 
-def _summed(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
-    """Cross-entropy, the sum over the pixels that have a label."""
+def _mean_over(logits_NKHW: Tensor, labels_NHW: Tensor, counted_NHW: Tensor) -> Tensor:
+    """Cross-entropy of the pixels that have a label, as a mean over those that are counted."""
+    count = counted_NHW.sum().clamp_min(1)
     if logits_NKHW.device.type == "cpu":
-        return cast(Tensor, _ImageByImage.apply(logits_NKHW, labels_NHW))
-    return F.cross_entropy(logits_NKHW, labels_NHW.long(), ignore_index=IGNORE, reduction="sum")
+        return cast(Tensor, _ImageByImage.apply(logits_NKHW, labels_NHW, count))
+    total = F.cross_entropy(logits_NKHW, labels_NHW.long(), ignore_index=IGNORE, reduction="sum")
+    return total / count
 
 
 class _ImageByImage(torch.autograd.Function):
-    """`_summed` for CPUs, in a third of the time of torch's own for whole batches.
+    """`_mean_over` for CPUs, in a fifth of the time of torch's own for whole batches.
 
-    What is computed of one image stays in the caches, and the gradient is made at once, where
-    torch keeps the logarithms of all probabilities to make it from later. An image without a label
-    is passed over.
+    What is computed of one image stays in the caches. Each exponential is taken once, for the loss
+    and its gradient, which is made at once; torch takes it again from the logarithms it keeps. An
+    image without a label is passed over.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_NKHW: Tensor, labels_NHW: Tensor, count: Tensor) -> Tensor:
         gradient = torch.empty_like(logits_NKHW)
         total = logits_NKHW.new_zeros(())
         for logits, labels, own in zip(logits_NKHW, labels_NHW, gradient, strict=True):
@@ -52,21 +55,21 @@ class _ImageByImage(torch.autograd.Function):
                 own.zero_()
                 continue
             index = labels.masked_fill(~known, 0).long().unsqueeze(0)
-            torch.log_softmax(logits, 0, out=own)
-            of_label = own.gather(0, index)
-            total -= (of_label * known).sum()
-            own.exp_().scatter_(0, index, of_label.exp_() - 1)
-            if not known.all():
-                own.mul_(known)
+            torch.sub(logits, logits.amax(dim=0), out=own)
+            of_label = own.gather(0, index).squeeze(0)
+            of_all = own.exp_().sum(dim=0)
+            total += ((of_all.log() - of_label) * known).sum()
+            share = known / count
+            own.mul_(share / of_all).scatter_add_(0, index, -share.unsqueeze(0))
         ctx.gradient = gradient
-        return total
+        return total / count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_total: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, of_mean: Tensor) -> tuple[Tensor, None, None]:
         gradient, ctx.gradient = ctx.gradient, None  # changed in place, so it serves once
         assert gradient is not None, "goes back once"
-        return gradient.mul_(of_total), None
+        return gradient if of_mean == 1 else gradient.mul_(of_mean), None, None
 
 
 def feature_matching(fake_NC: Tensor, real_NC: Tensor) -> Tensor:
@@ -106,17 +109,24 @@ def gate_threshold(loss: LossConfig, iteration: int) -> float:
 def most_probable(maps_NKHW: Tensor, wanted_NHW: Tensor) -> tuple[Tensor, Tensor]:
     """Probability and number of each pixel's class; anything in images of which none is wanted.
 
+    Of equals the first; of NaN the probability is NaN.
+
     Shape: probabilities of the classes; bool -> float and integer (N, H, W).
     """
     if maps_NKHW.device.type != "cpu":  # where nothing may depend on the data
         # Both at once: argmax alone takes three times as long.
         probability, labels = maps_NKHW.max(dim=1)
         return probability, labels
+    # Compared with the largest, image by image in the caches: a third of the time of `max`.
+    from_ignore = (IGNORE - torch.arange(maps_NKHW.shape[1])).to(torch.uint8).view(-1, 1, 1)
     probability = torch.zeros_like(maps_NKHW[:, 0])
-    labels = torch.zeros_like(probability, dtype=torch.long)
+    labels = torch.zeros_like(probability, dtype=torch.uint8)
     for number, wanted in enumerate(wanted_NHW):
         if wanted.any():
-            torch.max(maps_NKHW[number], 0, out=(probability[number], labels[number]))
+            maps = maps_NKHW[number]
+            torch.amax(maps, 0, out=probability[number])
+            largest = (maps == probability[number]).view(torch.uint8)
+            torch.sub(IGNORE, largest.mul_(from_ignore).amax(0), out=labels[number])
     return probability, labels
 
 
@@ -132,7 +142,7 @@ def self_training(
     Shape: logits unbounded; integer labels; bool masks, of which the first is False on padding.
     """
     labels = pseudo_labels_NHW.masked_fill(~(accepted_NHW & confident_NHW), IGNORE)
-    return _summed(logits_NKHW, labels) / accepted_NHW.sum().clamp_min(1)
+    return _mean_over(logits_NKHW, labels, accepted_NHW)
 
 
 def presence(logits_NK: Tensor, labels_NHW: Tensor) -> Tensor:
@@ -164,16 +174,3 @@ def discriminator_loss(fake_logits_N: Tensor, real_logits_N: Tensor) -> Tensor:
     fake = F.binary_cross_entropy_with_logits(fake_logits_N, torch.zeros_like(fake_logits_N))
     real = F.binary_cross_entropy_with_logits(real_logits_N, torch.ones_like(real_logits_N))
     return 0.5 * (fake + real)
-
-
-def one_hot_maps(labels_NHW: Tensor, num_classes: int) -> Tensor:
-    """Labels as class maps; ignored pixels are 0 in every class.
-
-    Shape: uint8 (N, H, W) -> float32 (N, K, H, W).
-    """
-    classes = torch.arange(num_classes, dtype=labels_NHW.dtype, device=labels_NHW.device)
-    count, height, width = labels_NHW.shape
-    maps = torch.empty(count, num_classes, height, width, device=labels_NHW.device)
-    # Written once, as what they are to be: half the time of zeros that are filled in.
-    torch.eq(labels_NHW.unsqueeze(1), classes.view(-1, 1, 1), out=maps)
-    return maps

@@ -15,7 +15,11 @@ from torch.autograd import backward, grad
 from job.config import Config
 from job.data.dataset import IGNORE
 from job.data.streams import Batch
-from job.models.discriminator import Discriminator, discriminator_input
+from job.models.discriminator import (
+    Discriminator,
+    discriminator_input,
+    discriminator_input_of_labels,
+)
 from job.training import losses
 from job.training.precision import computed_in, number_format
 from job.training.ranks import Ranks, RunningStatistics
@@ -130,9 +134,9 @@ def _unlabeled_part(
     real_masks = mixed(part.real_masks)
     valid = mixed(part.unlabeled_valid) & (real_masks != IGNORE)
     judged = maps.detach().requires_grad_()  # cut here: each network gets its own gradient
-    fake = discriminator_input(judged, mixed(part.unlabeled_images).float(), valid)
-    real = discriminator_input(
-        losses.one_hot_maps(real_masks, logits.shape[1]), mixed(part.real_images).float(), valid
+    fake = discriminator_input(judged, mixed(part.unlabeled_images), valid)
+    real = discriminator_input_of_labels(
+        real_masks, logits.shape[1], mixed(part.real_images), valid
     )
 
     # Discriminator: labels are real, predictions are not. One pass is enough for both networks, as
@@ -156,7 +160,7 @@ def _unlabeled_part(
             unmixed, taught = _teachers(state, part.unlabeled_images)
             score = _score(
                 discriminator,
-                discriminator_input(unmixed, part.unlabeled_images.float(), unmixed_valid),
+                discriminator_input(unmixed, part.unlabeled_images, unmixed_valid),
             )
         label_maps = mixed(unmixed)
         if presence is not None and taught is not None:

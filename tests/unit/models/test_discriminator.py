@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.models.discriminator import Discriminator, discriminator_input
+from job.models.discriminator import (
+    NO_CLASS,
+    Discriminator,
+    discriminator_input,
+    discriminator_input_of_labels,
+    one_hot_maps,
+)
 
 
 def class_maps(n: int, k: int, h: int, w: int) -> torch.Tensor:
@@ -184,3 +191,41 @@ def test_what_an_invalid_pixel_shows_is_not_seen() -> None:
     changed = images.clone()
     changed[..., 3] = 255  # a hole brighter than all that is visible
     torch.testing.assert_close(discriminator_input(maps, changed, valid), before)
+
+
+def test_images_of_bytes_are_stretched_as_their_numbers() -> None:
+    images = torch.randint(0, 256, (3, 3, 8, 9), dtype=torch.uint8)
+    maps, valid = class_maps(3, 2, 8, 9), torch.rand(3, 8, 9) < 0.5
+    valid[2] = False
+    expected = discriminator_input(maps, images.float(), valid)
+    assert torch.equal(discriminator_input(maps, images, valid), expected)
+
+
+# ---------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize("classes", [2, 21])
+def test_labels_are_seen_as_their_class_maps_would_be(classes: int) -> None:
+    labels = torch.randint(0, classes, (3, 8, 9), dtype=torch.uint8)
+    labels[0, :2] = NO_CLASS
+    images = torch.randint(0, 256, (3, 3, 8, 9), dtype=torch.uint8)
+    valid = torch.rand(3, 8, 9) < 0.7
+    expected = discriminator_input(one_hot_maps(labels, classes), images, valid)
+    assert torch.equal(discriminator_input_of_labels(labels, classes, images, valid), expected)
+
+
+def test_one_hot_maps_are_zero_in_every_class_where_ignored() -> None:
+    maps = one_hot_maps(torch.tensor([[[2, NO_CLASS, 0]]], dtype=torch.uint8), 3)
+    assert maps.dtype == torch.float32
+    assert maps[0, :, 0].T.tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("classes", [2, 21, 255])
+def test_one_hot_maps_equal_torchs_own_where_labeled(classes: int) -> None:
+    truth = torch.randint(0, classes, (2, 7, 5), dtype=torch.uint8)
+    truth[:, 0] = NO_CLASS
+    maps = one_hot_maps(truth, classes)
+    assert maps.shape == (2, classes, 7, 5)
+    wanted = F.one_hot(truth[:, 1:].long(), classes).permute(0, 3, 1, 2).float()
+    assert torch.equal(maps[:, :, 1:], wanted)
+    assert not maps[:, :, 0].any()

@@ -20,7 +20,6 @@ from job.training.losses import (
     gate,
     gate_threshold,
     most_probable,
-    one_hot_maps,
     presence,
     self_training,
 )
@@ -285,6 +284,13 @@ def test_the_most_probable_class_is_told_of_the_images_that_are_wanted() -> None
         assert torch.equal(labels[number], expected.indices[number])
 
 
+def test_of_equally_probable_classes_the_first_counts_and_nan_is_none() -> None:
+    maps = torch.tensor([[0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [math.nan] * 3]).T[None, :, None]
+    probability, labels = most_probable(maps, torch.ones(1, 1, 3, dtype=torch.bool))
+    assert labels.tolist() == [[[0, 1, IGNORE]]]
+    assert probability.isnan().tolist() == [[[False, False, True]]]
+
+
 def test_labels_may_come_from_somebody_else() -> None:
     logits = logits_of((2.0, 0.0), (0.0, 1.0))
     everything = torch.ones(1, 1, 2, dtype=torch.bool)
@@ -351,23 +357,3 @@ def test_discriminator_loss_pushes_fake_down_and_real_up() -> None:
 def test_a_discriminator_sure_of_the_wrong_thing_costs_much_but_not_infinity() -> None:
     loss = discriminator_loss(torch.tensor([1000.0]), torch.tensor([-1000.0]))
     assert loss.item() == pytest.approx(1000)
-
-
-# ---------------------------------------------------------------------------- one-hot
-
-
-def test_one_hot_maps_are_zero_in_every_class_where_ignored() -> None:
-    maps = one_hot_maps(labels(2, IGNORE, 0), 3)
-    assert maps.dtype == torch.float32
-    assert maps[0, :, 0].T.tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
-
-
-@pytest.mark.parametrize("classes", [2, 21, 255])
-def test_one_hot_maps_equal_torchs_own_where_labeled(classes: int) -> None:
-    truth = torch.randint(0, classes, (2, 7, 5), dtype=torch.uint8)
-    truth[:, 0] = IGNORE
-    maps = one_hot_maps(truth, classes)
-    assert maps.shape == (2, classes, 7, 5)
-    wanted = F.one_hot(truth[:, 1:].long(), classes).permute(0, 3, 1, 2).float()
-    assert torch.equal(maps[:, :, 1:], wanted)
-    assert not maps[:, :, 0].any()
