@@ -99,6 +99,7 @@ def training_charts(
             ("lr_g", "generator", BLUE),
             ("lr_d", "discriminator", ORANGE),
         )
+        if name == "lr_g" or setting.is_adversarial
     ]
     found = [loss("loss_ce", ["non_finite"])]
     if setting.is_adversarial:
@@ -225,7 +226,7 @@ def _chart(
         tops += [max(curve[2])] if curve is not None else []
         _limit(axes, [value for line in lines for _, value in line.points], tops)
     last = max(point[0] for line in lines for point in line.points)
-    axes.set_xlim(0, last)
+    axes.set_xlim(0, 1.015 * last)  # the last dot is whole
     for end in (scale.at(phase.end) for phase in PHASES[:-1]):
         if end < last:
             axes.axvline(end, color="#bbbbbb", lw=0.6)
@@ -270,7 +271,7 @@ def _draw(axes: Any, line: _Line) -> None:
         return
     raw = _thin(line.points)
     if not line.smooth or len(line.points) < 2 * _SMOOTHED:
-        style = {"marker": "o", "ms": 2.5} if len(raw) <= 60 else {}
+        style = {"marker": "o", "ms": 2.5 if len(raw) > 1 else 5} if len(raw) <= 60 else {}
         axes.plot(*zip(*raw, strict=True), color=line.colour, lw=1.6, label=line.label, **style)
         return
     axes.plot(*zip(*raw, strict=True), color=line.colour, lw=0.6, alpha=0.35)

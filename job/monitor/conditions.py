@@ -141,10 +141,11 @@ class Stays:
         self, points: Points, series: Series, setting: Setting, *, open_since: int | None
     ) -> Seen:
         """See `Condition`."""
-        del series, setting
+        del series
         is_open = open_since is not None
-        last = points[-self.points :]
-        if len(last) < self.points:
+        count = setting.lines(self.points)
+        last = points[-count:]
+        if len(last) < count:
             return None
         distances = [abs(value - self.at) for _, value in last]
         if not is_open and max(distances) > 2 * self.within:
@@ -329,7 +330,9 @@ class NeverActive:
         """See `Condition`."""
         del series
         is_open = open_since is not None
-        enough = max(self.points, math.ceil(self.images / setting.scale.max_st_count))
+        enough = max(
+            setting.lines(self.points), math.ceil(self.images / setting.scale.max_st_count)
+        )
         if is_open:  # the first that is not 0 ends it
             return (points[0][0], 0.0) if not points[-1][1] else None
         if len(points) < enough:
@@ -357,7 +360,7 @@ class Seldom:
         """See `Condition`."""
         del series
         most = setting.scale.max_st_count
-        enough = max(self.points, math.ceil(self.images / most))
+        enough = max(setting.lines(self.points), math.ceil(self.images / most))
         last = points[-enough * (2 if open_since is not None else 1) :]
         if len(last) < enough:
             return None
@@ -479,7 +482,7 @@ class Stuck:
         if not points:
             return None
         now = points[-1][0]
-        begin = now - setting.scale.at(self.span)
+        begin = _begin(everything, now - setting.scale.length(self.span), self.points)
         before = [value for at, value in everything if at <= begin]
         span = [(at, value) for at, value in everything if at > begin]
         if len(span) < self.points or not before:
@@ -515,10 +518,11 @@ class Stagnant:
         is_open = open_since is not None
         if not points:
             return None
-        begin = points[-1][0] - setting.scale.at(self.span)
+        everything = {name: series(name) for name in ("train_miou", "val_miou")}
+        long = points[-1][0] - setting.scale.length(self.span)
+        begin = _begin(everything["val_miou"], long, self.points)
         if points[0][0] > begin:
             return None
-        everything = {name: series(name) for name in ("train_miou", "val_miou")}
         train, val = ([value for at, value in all_ if at > begin] for all_ in everything.values())
         if min(len(val), len(train)) < self.points:
             return None
@@ -531,6 +535,11 @@ class Stagnant:
         if not holds or risen_val > self.improvement * (2 if is_open else 1):
             return None
         return next(at for at, _ in points if at > begin), statistics.median(val[-3:])
+
+
+def _begin(points: Points, begin: int, count: int) -> int:
+    """Of a stretch from there on; earlier, if less than so many points would lie in it."""
+    return min(begin, points[-count - 1][0]) if len(points) > count else begin
 
 
 def _risen(values: Sequence[float]) -> float:
@@ -561,11 +570,12 @@ class Level:
         self, points: Points, series: Series, setting: Setting, *, open_since: int | None
     ) -> Seen:
         """See `Condition`."""
-        del series, setting, open_since
+        del series, open_since
         if len(points) >= 2 and points[-1][1] > points[-2][1] * (1 + 1e-9):
             return points[-1]
-        last = points[-self.points :]
-        if len(last) < self.points or last[0][1] == 0 or last[-1][1] < last[0][1]:
+        count = setting.lines(self.points)
+        last = points[-count:]
+        if len(last) < count or last[0][1] == 0 or last[-1][1] < last[0][1]:
             return None
         return last[0][0], last[-1][1]
 

@@ -23,6 +23,8 @@ _LOSSES = re.compile(
 )
 _EVALUATING = re.compile(r"Evaluating at iteration (\d+)")
 _ROLLED_BACK = re.compile(r"Rolled back \(\d+ of \d+\) to iteration \d+")
+_CHECK = re.compile(r"\[[ x]\] [A-Z]")
+"""A line of the checklist."""
 _FINISHED = re.compile(r"Finished after \d+ iterations")
 _ERROR = re.compile(r"(?:^|\s)error: (.+)")
 """Of the program itself, or of Python, whose names of errors are capital letters and "Error"."""
@@ -67,6 +69,8 @@ def events_of_console(text: str) -> Iterator[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     evaluating: dict[str, Any] = {}
     for line in re.split(r"[\r\n]+", text):
+        if _CHECK.search(line):
+            continue  # it may quote what ended an attempt before
         if found := _LOSSES.search(line):
             iteration, of, *losses, count = found.groups()
             values = [_float(one) for one in losses]

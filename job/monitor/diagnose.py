@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,6 @@ from job.monitor.console_log import (
     printed_text,
     scores_as_shares,
 )
-from job.monitor.divergence import MAX_ROLLBACKS
 from job.monitor.health import OUT_OF_MEMORY
 from job.monitor.ledger import best_of, parse_ledger
 from job.monitor.verdict import Verdict, verdict
@@ -112,7 +113,7 @@ class Diagnosis:
         if self.in_percent:
             lines.append("the scores are percent, and judged as shares of 1")
         if not self.has_losses:
-            lines.append("there is no line of losses as s4gan prints them: only scores are judged")
+            lines.append("no line of losses of s4gan is in it: only the rest is judged")
         if self.is_supervised:
             lines.append(
                 "Loss_FM, Loss_ST, Loss_D and ST_Count are 0 in every line: judged as trained with "
@@ -132,16 +133,7 @@ class Diagnosis:
                 f"the best validation mIoU was {self.best[1]:.4f} at iteration {self.best[0]}: use "
                 f"{run.BEST_MODEL}"
             )
-        if found.remedies.rollbacks:
-            lines.append(
-                f"diverged and rolled back by itself, {found.remedies.rollbacks} of "
-                f"{MAX_ROLLBACKS} times; each has halved both learning rates"
-            )
-        if found.remedies.halvings:
-            lines.append(
-                f"ran out of memory and halved its batches, {found.remedies.halvings} times; the "
-                "images of an iteration are the same"
-            )
+        lines += found.done
         lines += ["", *(finding.line() for finding in found.findings)]
         if self.ended and not found.failed:
             lines.append(self.ended)
@@ -290,9 +282,12 @@ def _assumed(given: _Given) -> str:
 
 
 def _as_long_as_said(config: Config, events: Sequence[Mapping[str, Any]]) -> Config:
-    """With as many iterations as a console log says itself, in its last line."""
+    """With as many iterations as a console log says itself, and as many lines as it has."""
     said = next((event["of"] for event in reversed(events) if "of" in event), None)
     if said is None:
         return config
-    train = config.train.model_copy(update={"iterations": said})
+    lines = [event["iteration"] for event in events if event["event"] == "train"]
+    steps = [b - a for a, b in itertools.pairwise(lines) if b > a]
+    every = statistics.median_low(steps) if steps else config.train.log_every
+    train = config.train.model_copy(update={"iterations": said, "log_every": every})
     return config.model_copy(update={"train": train})

@@ -50,6 +50,10 @@ class Scale:
         rest = (self.iterations - self.st_start) / (ITERATIONS - ST_START)
         return round(self.st_start + (iteration - ST_START) * rest)
 
+    def length(self, iterations: float) -> int:
+        """As many of the guide's iterations after its warm-up, in the run's."""
+        return self.at(ST_START + iterations) - self.at(ST_START)
+
     def of_guide(self, iteration: int) -> float:
         """The guide's iteration for one of the run's."""
         if not 0 < self.st_start < self.iterations:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,6 +70,8 @@ class Finding:
     remedies: tuple[str, ...]
     ended: int | None = None
     """Iteration where it was over; None if it is not."""
+    unseen_since: int | None = None
+    """Iteration from which on it has not been seen, though too shortly to be over."""
 
     @property
     def counts(self) -> bool:
@@ -79,9 +81,17 @@ class Finding:
     def line(self) -> str:
         """For the console: what, since when, what to try."""
         if self.ended is not None:
-            return f"over: {self.message} (iteration {self.since} to {self.ended}, {self.rule})"
+            return f"over: {self.message} ({self.when()}, {self.rule})"
         tried = f"; try: {' | '.join(self.remedies)}" if self.remedies else ""
-        return f"{self.severity}: {self.message} (since iteration {self.since}, {self.rule}){tried}"
+        return f"{self.severity}: {self.message} ({self.when()}, {self.rule}){tried}"
+
+    def when(self) -> str:
+        """From where to where it was seen."""
+        if self.ended is not None:
+            return f"iteration {self.since} to {self.ended}"
+        if self.unseen_since is not None:
+            return f"since iteration {self.since}, not seen from {self.unseen_since} on"
+        return f"since iteration {self.since}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -129,6 +139,57 @@ class _Episode:
     """Of those there have been so many."""
 
 
+class _Lines:
+    """Lines of losses as seldom as the guide's, in proportion to the run's length.
+
+    The rules count lines, and a window of ten must not be shorter where more of them are logged. A
+    line that stands for several has their median; of what is mostly 0 and counts when it is not,
+    the mean.
+    """
+
+    def __init__(self, every: float) -> None:
+        self._every = every
+        self._waiting: list[tuple[int, Mapping[str, float]]] = []
+        self._before = 0
+
+    def add(self, at: int, values: Mapping[str, float]) -> Mapping[str, float]:
+        """Take a line; the one that stands for it and those before it, if it is the last of them.
+
+        Args:
+            at: its iteration.
+            values: by metric.
+        """
+        if at <= self._before:  # trained again
+            self._waiting = [one for one in self._waiting if one[0] < at]
+            self._before = self._waiting[-1][0] if self._waiting else 0
+        step, self._before = at - self._before, at
+        if self._waiting and self._number(self._waiting[-1][0]) != self._number(at):
+            self._waiting.clear()  # the rest of it has never been logged
+        self._waiting.append((at, values))
+        if self._number(at + step) == self._number(at):
+            return {}
+        lines = [values for _, values in self._waiting]
+        self._waiting.clear()
+        return {
+            name: _AS_ONE.get(name, statistics.median)(
+                [line[name] for line in lines if name in line]
+            )
+            for name in lines[-1]
+        }
+
+    def _number(self, at: int) -> int:
+        """Of the guide's line that stands for an iteration."""
+        return int((at - 1) / self._every)
+
+
+_AS_ONE: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "loss_st": statistics.fmean,
+    "st_count": statistics.fmean,
+    "lr_g": lambda rates: rates[-1],
+    "lr_d": lambda rates: rates[-1],
+}
+
+
 class Watch:
     """Runs the rules over ledger lines.
 
@@ -144,10 +205,11 @@ class Watch:
         self._series: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
         # What each rule looks at, so that nothing is cut out of a series at every line.
         self._firsts = {rule.id: rule.first_iteration(setting) for rule in self._rules}
-        self._counting: dict[tuple[str, int], list[tuple[int, float]]] = {
-            (rule.metric, self._firsts[rule.id]): [] for rule in self._rules
+        self._counting: dict[tuple[str, int, bool], list[tuple[int, float]]] = {
+            self._watched(rule): [] for rule in self._rules
         }
         self._open: dict[str, _Episode] = {}
+        self._lines = _Lines(setting.line_every)
         self._iteration = 0
         self._is_crashed = False
 
@@ -174,7 +236,7 @@ class Watch:
             # More iterations raise the learning rates, as they should.
             for rate in _RATES:
                 self._series[rate].clear()
-            for (watched, _), points in self._counting.items():
+            for (watched, *_), points in self._counting.items():
                 if watched in _RATES:
                     points.clear()
         if kind == "attempt_ended":
@@ -209,16 +271,33 @@ class Watch:
                 )
         return Standing(self._iteration, phase, number, tuple(off))
 
-    def fit(self) -> Fit | None:
-        """The guide's status of the last scores; None before the first, or if they are none."""
+    def scores(self, of: int = 1) -> tuple[float, float] | None:
+        """Training and validation mIoU; None if there are none, or no numbers.
+
+        Args:
+            of: the last evaluations whose medians they are.
+        """
         bad = self._open.get("score_non_finite")
         if not self._series["val_miou"] or (bad is not None and not bad.quiet):
             return None
-        return fit_of(
-            self._series["train_miou"][-1][1],
-            self._series["val_miou"][-1][1],
-            is_early=self._iteration < self.setting.scale.at(LOW_FROM),
+        train, val = (
+            statistics.median([value for _, value in self._series[name][-of:]]) for name in _EVAL
         )
+        return train, val
+
+    def fit(self, of: int = 1) -> Fit | None:
+        """The guide's status of the scores, or what a rule says of them that is not over.
+
+        Args:
+            of: as `scores`.
+        """
+        scores = self.scores(of)
+        if scores is None:
+            return None
+        said: Sequence[Fit] = ("overfitting", "underfitting")
+        open_ = next((name for name in said if name in self._open), None)
+        is_early = self._iteration < self.setting.scale.at(LOW_FROM)
+        return open_ or fit_of(*scores, is_early=is_early)
 
     def _now(self, metric: str, since: int) -> float | None:
         """What a metric is now, without its noise; None if the run does not have it."""
@@ -238,10 +317,12 @@ class Watch:
         self._is_crashed = not all(math.isfinite(values[name]) for name in LOSSES if name in values)
         if self._is_crashed:
             return self._happened("non_finite", at)
-        for name, value in values.items():
-            self._add(name, at, value)
+        shown = self._lines.add(at, values)
+        for some, each_line in ((values, True), (shown, False)):
+            for name, value in some.items():
+                self._add(name, at, value, each_line)
         ended = [over for name in ENDS_THE_ATTEMPT for over in self._passed(name, at)]
-        return ended + self._run(values)
+        return ended + self._run(values, each_line=True) + self._run(shown)
 
     def _observe_scores(self, event: Mapping[str, Any]) -> list[Finding]:
         at = event["iteration"]
@@ -284,27 +365,31 @@ class Watch:
         # Not before the run is past where it happened: it may happen there again.
         if episode is None or at <= episode.finding.since:
             return []
-        episode.quiet += 1
-        return [self._end(what)] if episode.quiet >= episode.calm else []
+        return self._calmed(episode)
 
-    def _add(self, metric: str, at: int, value: float) -> None:
-        _put(self._series[metric], at, value)
-        for (watched, first), points in self._counting.items():
-            if watched == metric and at >= first:
+    def _watched(self, rule: Rule) -> tuple[str, int, bool]:
+        """Which points a rule looks at: metric, first iteration, whether of each line."""
+        return rule.metric, self._firsts[rule.id], rule.each_line
+
+    def _add(self, metric: str, at: int, value: float, each_line: bool = False) -> None:
+        if not each_line:
+            _put(self._series[metric], at, value)
+        for (watched, first, each), points in self._counting.items():
+            if watched == metric and at >= first and each == each_line:
                 _put(points, at, value)
 
-    def _run(self, metrics: Iterable[str]) -> list[Finding]:
+    def _run(self, metrics: Iterable[str], each_line: bool = False) -> list[Finding]:
         """Those rules whose metric has a new point."""
         changed = []
         for rule in self._rules:
-            if rule.metric in metrics:
+            if rule.metric in metrics and rule.each_line == each_line:
                 finding = self._judge(rule)
                 if finding is not None:
                     changed.append(finding)
         return changed
 
     def _judge(self, rule: Rule) -> Finding | None:
-        points: Points = self._counting[rule.metric, self._firsts[rule.id]]
+        points: Points = self._counting[self._watched(rule)]
         episode = self._open.get(rule.id)
         seen = rule.condition(
             points,
@@ -314,8 +399,7 @@ class Watch:
         )
         if episode is not None:
             if seen is None:
-                episode.quiet += 1
-                return self._end(rule.id) if episode.quiet >= episode.calm else None
+                return next(iter(self._calmed(episode)), None)
             episode.quiet, episode.calm = 0, rule.calm
             self._renew(episode, replace(episode.finding, **self._what(rule, seen[1])))
             return None
@@ -337,9 +421,19 @@ class Watch:
         """What is seen, and what to do about it now."""
         return {
             "value": value,
+            "unseen_since": None,
             "message": rule.says.format(value=value),
             "remedies": tuple(rule.advice(self.setting, self._iteration)),
         }
+
+    def _calmed(self, episode: _Episode) -> list[Finding]:
+        """A point without its sign, which may be the one that ends it."""
+        episode.quiet += 1
+        if episode.quiet >= episode.calm:
+            return [self._end(episode.finding.rule)]
+        if episode.quiet == 1:
+            self._renew(episode, replace(episode.finding, unseen_since=self._iteration))
+        return []
 
     def _renew(self, episode: _Episode, finding: Finding) -> None:
         episode.finding = self.findings[episode.place] = finding

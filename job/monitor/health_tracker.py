@@ -52,7 +52,11 @@ class HealthTracker:
         self._say = say
         self._on_finding = tuple(on_finding)
         self._on_standing = tuple(on_standing)
-        self._again = {event["rule"] for event in rolled_back if event["event"] == "health"}
+        self._again = {
+            (event["rule"], event.get("ended") is not None)
+            for event in rolled_back
+            if event["event"] == "health"
+        }
         self._reached = max((event.get("iteration", 0) for event in rolled_back), default=0)
         written = set()
         for event in before:
@@ -113,7 +117,8 @@ class HealthTracker:
                 log.warning("the training is not watched at this point: %s", reason(error))
 
     def _report(self, finding: Finding) -> None:
-        again = finding.rule in self._again and finding.iteration <= self._reached
+        at = finding.iteration if finding.ended is None else finding.ended
+        again = at <= self._reached and (finding.rule, finding.ended is not None) in self._again
         # An attempt that ends by it says so itself.
         line = "" if again or finding.rule in ENDS_THE_ATTEMPT else finding.line()
         self._tell(Notice("health", line, finding.to_dict()))

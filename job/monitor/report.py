@@ -23,7 +23,7 @@ from job.monitor.charts import Chart, time_chart, training_charts
 from job.monitor.health import Finding
 from job.monitor.ledger import best_of, parse_ledger
 from job.monitor.setting import Setting
-from job.monitor.summary import BEST_VERIFIES, Check, checklist
+from job.monitor.summary import BEST_VERIFIES, COMPLETED, Check, checklist
 from job.monitor.verdict import Verdict, verdict, why_nothing
 from job.storage import ObjectStore
 
@@ -52,7 +52,7 @@ img, svg { max-width: 100%; height: auto }
 ol.findings li { margin-bottom: .5rem } ol.findings li.over { color: #666 }
 pre { overflow-x: auto; background: #f5f5f5; padding: .8rem; font-size: .85rem }
 @media print { body { max-width: none; font-size: 11pt } pre { white-space: pre-wrap }
-  .wide { overflow: visible } h2 { break-after: avoid } }
+  .wide { overflow: visible } h2, h3 { break-after: avoid } img { max-height: 21cm } }
 @media (max-width: 30rem) { td, th { padding-right: .5rem } .charts { grid-template-columns: 1fr } }
 """
 
@@ -115,7 +115,7 @@ def report_html(report: Report) -> str:
         f"<h1>{_text(report.run_uri)}</h1>",
         *_verdict(report, found),
         "<h2>Checklist</h2>" + ("" if report.finished else "<p class='muted'>So far.</p>"),
-        _checklist(report.checks, finished=report.finished),
+        _checklist(report.checks, finished=report.finished, failed=bool(found.failed)),
         *_findings(found.findings),
         "<h2>Training</h2>",
         _legend(found.findings) + _figures(charts) if charts else "<p>Nothing was logged yet.</p>",
@@ -167,17 +167,21 @@ def _verdict(report: Report, found: Verdict) -> list[str]:
         )
     if found.standing is not None:
         lines.append(_text(found.standing.line()) + ".")
+    lines += [_text(line[0].upper() + line[1:]) + "." for line in found.done]
     said = found.conclusion()
     colour = "yes" if found.is_healthy else "no"
     lines.append(f"<span class='{colour}'>{_text(said[0].upper() + said[1:])}.</span>")
     return [f'<p class="verdict">{line}</p>' for line in lines]
 
 
-def _checklist(checks: Sequence[Check], *, finished: bool) -> str:
-    open_ = ("no", "&#10007;") if finished else ("muted", "&#8230;")  # it may come yet
+def _checklist(checks: Sequence[Check], *, finished: bool, failed: bool) -> str:
     rows = []
     for check in checks:
-        colour, mark = ("yes", "&#10003;") if check.passed else open_
+        colour, mark = ("muted", "&#8230;")  # it may come yet
+        if check.passed:
+            colour, mark = ("yes", "&#10003;")
+        elif finished or (failed and check.name == COMPLETED):
+            colour, mark = ("no", "&#10007;")
         rows.append(
             f'<tr><td class="{colour}">{mark}</td><td>{_text(check.name)}</td>'
             f"<td class='muted'>{_text(check.detail)}</td></tr>"
@@ -190,9 +194,7 @@ def _findings(findings: Sequence[Finding]) -> list[str]:
         return []
     items = []
     for finding in findings:
-        when = f"since iteration {finding.since}"
-        if finding.ended is not None:
-            when = f"iteration {finding.since} to {finding.ended}, over"
+        when = finding.when() + (", over" if finding.ended is not None else "")
         tried = " | ".join(finding.remedies)
         items.append(
             f'<li class="{"open" if finding.ended is None else "over"}">'

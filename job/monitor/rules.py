@@ -59,6 +59,8 @@ class Rule:
     """Rules that say the same already while they hold."""
     only_self_training: bool = False
     """Only iterations after self-training has begun count."""
+    each_line: bool = False
+    """Every line of losses counts, also where they are logged more often than the guide's."""
     calm: int = 3
     """Points in a row without the sign that end it."""
 
@@ -177,6 +179,7 @@ RULES: Sequence[Rule] = (
         "Loss_CE has jumped, and is {value:.3f} now: training is unstable",
         (*_HALF_BOTH, _ROLLBACK, _BROKEN, Remedy("start again from a checkpoint before it")),
         unless=("ce_exploded",),
+        each_line=True,
     ),
     Rule(
         "ce_rising",
@@ -486,7 +489,13 @@ RULES: Sequence[Rule] = (
             Remedy("a larger model.backbone, or pretrained weights"),
         ),
         begins=LOW_FROM,
-        unless=("train_not_learning", "val_not_learning", "val_stuck"),
+        unless=(
+            "train_not_learning",
+            "val_not_learning",
+            "val_stuck",
+            "train_degrading",
+            "val_degrading",
+        ),
     ),
     # -- learning rates
     Rule(

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from job.config import Config
-from job.monitor.guide import Scale
+from job.monitor.guide import ITERATIONS, LOG_EVERY, Scale
+
+FEWEST_LINES = 4
+"""Of losses; of fewer nothing is told but what one line shows."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,20 @@ class Setting:
     def self_trains(self) -> bool:
         """Whether self-training ever begins."""
         return self.is_adversarial and self.config.loss.warm_up < self.config.train.iterations
+
+    @property
+    def line_every(self) -> float:
+        """Iterations that stand for those from one of the guide's lines of losses to the next."""
+        return LOG_EVERY * self.config.train.iterations / ITERATIONS
+
+    def lines(self, of_guide: int) -> int:
+        """How many lines of losses it takes to tell what takes the guide's run so many.
+
+        Fewer where the whole run has few: four lines of ten tell more of it than ten of 500.
+        """
+        train = self.config.train
+        in_all = int(train.iterations / max(train.log_every, self.line_every))
+        return min(of_guide, max(FEWEST_LINES, in_all // 4))
 
     def words(self) -> dict[str, Any]:
         """For the remedies."""

@@ -21,7 +21,8 @@ from job.revision import git
 from job.run import RunIdentity
 
 BEST_VERIFIES = "best_model.pth exists and verifies"
-"""Name of a line of the checklist."""
+COMPLETED = "Training completed without errors"
+"""Names of lines of the checklist."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def checklist(
         ),
         Check(BEST_VERIFIES, best_verified, best_path),
         Check(
-            "Training completed without errors",
+            COMPLETED,
             not errors,
             "; ".join(errors),
         ),

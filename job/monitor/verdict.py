@@ -8,7 +8,7 @@ from typing import Any
 
 from job.config import Config
 from job.errors import ExitCode
-from job.monitor.divergence import Remedies
+from job.monitor.divergence import MAX_ROLLBACKS, Remedies
 from job.monitor.guide import MAX_GAP, Fit
 from job.monitor.health import Finding, Standing, Watch
 from job.monitor.setting import Setting
@@ -58,6 +58,8 @@ def why_nothing(events: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
     return "nothing has been trained yet", f"{mend} again"
 
 
+EVALUATIONS = 3
+"""Of which the rules take the median, too."""
 ENOUGH = 5
 """Lines of losses; with fewer no rule but those of NaN and the like can have told."""
 
@@ -88,26 +90,30 @@ class Verdict:
     """Oldest first; those that are over, too."""
     fit: Fit | None
     """Of the last scores; None before the first evaluation, or if they are none."""
+    steady_fit: Fit | None
+    """Of the medians of the last few, which one unlucky evaluation does not change."""
     standing: Standing | None
     """None before the first line, and beyond the last."""
     gap: float | None
-    """Of the last scores, training less validation; None as `fit`."""
+    """Of those medians, training less validation; None as `fit`."""
     failed: str
     """Why its last attempt ended with an error; empty if it did not."""
     remedies: Remedies
     """What the run has done about itself."""
     meaning: str
     """What it says that it is healthy, if it is."""
+    done: Sequence[str] = ()
+    """What the run has done about itself, in words."""
 
     @property
     def is_healthy(self) -> bool:
         """Whether there is nothing that should be done now."""
-        is_bad = self.fit in _BAD_FITS or self.has_large_gap
+        is_bad = self.steady_fit in _BAD_FITS or self.has_large_gap
         return not self.failed and not is_bad and not self.counting
 
     @property
     def has_large_gap(self) -> bool:
-        """Whether the guide's checklist would refuse the last scores."""
+        """Whether the guide's checklist would refuse them."""
         return self.gap is not None and self.gap >= MAX_GAP
 
     @property
@@ -122,10 +128,10 @@ class Verdict:
         if self.failed:
             return f"the last attempt ended with an error: {self.failed}"
         if not self.counting:
-            said = str(self.fit)
-            if self.has_large_gap and self.fit not in _BAD_FITS:
-                said = f"a gap of {self.gap:.2f}, which should stay below {MAX_GAP}"
-            return f"too few evaluations for a finding, but the last one says {said}"
+            said = str(self.steady_fit)
+            if self.has_large_gap and self.steady_fit not in _BAD_FITS:
+                said = f"a gap of {self.gap:.3f}, which should stay below {MAX_GAP}"
+            return f"too early for a finding, but the last evaluations say {said}"
         count = len(self.counting)
         said = "1 thing needs attention" if count == 1 else f"{count} things need attention"
         return f"{said}; other settings want another --run, or --resume-anyway with this one"
@@ -157,17 +163,35 @@ def verdict(
         num_classes: None if it is not known.
     """
     remedies = Remedies.of(events)
-    watch = Watch(Setting(remedies.applied(config), num_classes))
+    trained_with = remedies.applied(config)
+    watch = Watch(Setting(trained_with, num_classes))
     for event in events:
         watch.observe(event)
-    standing, fit = watch.standing(), watch.fit()
-    last = next((one for one in reversed(events) if one["event"] == "eval"), None)
+    standing, scores = watch.standing(), watch.scores(EVALUATIONS)
     return Verdict(
         findings=tuple(watch.findings),
-        fit=fit,
-        gap=last["train_miou"] - last["val_miou"] if last is not None and fit else None,
+        fit=watch.fit(),
+        steady_fit=watch.fit(EVALUATIONS),
+        gap=scores[0] - scores[1] if scores is not None else None,
         standing=standing,
         failed=failure_of(events),
         remedies=remedies,
         meaning=_what_healthy_means(standing, events),
+        done=_done(remedies, trained_with),
     )
+
+
+def _done(remedies: Remedies, trained_with: Config) -> list[str]:
+    train, said = trained_with.train, []
+    if remedies.rollbacks:
+        said.append(
+            f"diverged and rolled back by itself, {remedies.rollbacks} of {MAX_ROLLBACKS} times; "
+            f"each has halved both learning rates: --learning-rate {train.learning_rate:g} "
+            f"--learning-rate-D {train.learning_rate_D:g} by now"
+        )
+    if remedies.halvings:
+        said.append(
+            f"ran out of memory and halved its batches, {remedies.halvings} times, to "
+            f"{train.batch_size}; the images of an iteration are the same"
+        )
+    return said

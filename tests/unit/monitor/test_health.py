@@ -356,3 +356,112 @@ def test_lines_that_go_back_are_what_was_trained_again() -> None:
         watch.observe(line)
     assert watch.open == []
     assert {"ce_spike", "fm_rising"} <= {one.rule for one in watch.findings}
+
+
+# ---------------------------------------------------------------- how often is logged
+
+
+def logged(log_every: int, iterations: int = 50_000, st_start: int = 1_000) -> Config:
+    config = Config()
+    train = config.train.model_copy(
+        update={"log_every": log_every, "eval_every": iterations // 10, "iterations": iterations}
+    )
+    loss = config.loss.model_copy(update={"st_start": st_start})
+    return config.model_copy(update={"train": train, "loss": loss})
+
+
+def told(config: Config, **curves: Any) -> list[tuple[str, int]]:
+    return [(one.rule, one.iteration) for one in findings(config, **curves)]
+
+
+@pytest.mark.parametrize("log_every", [100, 50, 30, 10, 1])
+def test_what_begins_late_is_no_fault_however_often_is_logged(log_every: int) -> None:
+    late: dict[str, Any] = {
+        "loss_d": lambda at: 0.69 if at < 1_300 else None,
+        "loss_fm": lambda at: 0.0004 if at < 1_300 else None,
+        "st_count": lambda at: 0 if at < 1_600 else None,
+    }
+    assert told(logged(log_every), until=4_000, **late) == []
+
+
+@pytest.mark.parametrize("log_every", [50, 20, 10, 1])
+def test_what_is_wrong_is_told_at_the_same_time_however_often_is_logged(log_every: int) -> None:
+    wrong: dict[str, Any] = {
+        "loss_d": lambda at: 0.693,
+        "loss_fm": lambda at: 0.0,
+        "st_count": lambda at: 0,
+    }
+    expected = told(logged(100), until=9_000, **wrong)
+    assert [rule for rule, _ in expected] == [
+        "fm_zero",
+        "d_stuck",
+        "st_count_zero",
+        "st_never_active",
+    ]
+    assert told(logged(log_every), until=9_000, **wrong) == expected
+
+
+@pytest.mark.parametrize(
+    ("iterations", "log_every", "st_start"), [(1_000, 100, 200), (5_000, 500, 1_000), (300, 25, 50)]
+)
+def test_a_run_of_few_lines_is_judged_by_few(
+    iterations: int, log_every: int, st_start: int
+) -> None:
+    config = logged(log_every, iterations, st_start)
+    wrong: dict[str, Any] = {
+        "loss_d": lambda at: 0.693,
+        "loss_fm": lambda at: 0.0,
+        "st_count": lambda at: 0,
+    }
+    found = {rule for rule, _ in told(config, **wrong)}
+    assert found == {"fm_zero", "d_stuck", "st_count_zero", "st_never_active"}
+    assert told(config) == []
+
+
+def test_lines_that_are_trained_again_make_the_same_findings() -> None:
+    config = logged(10)
+    events = list(lines(config, until=6_000, loss_d=lambda at: 0.693))
+    at = next(i for i, event in enumerate(events) if event["iteration"] == 2_330)
+    back = next(i for i, event in enumerate(events) if event["iteration"] == 1_970)
+    once, again = watch(config), watch(config)
+    for event in events:
+        once.observe(event)
+    for event in events[:at] + events[back:]:
+        again.observe(event)
+    assert again.findings == once.findings != []
+
+
+# ---------------------------------------------------------------- what is so by now
+
+
+def test_a_sign_that_is_not_seen_any_more_says_so_before_it_is_over() -> None:
+    one = watch()
+    said: set[str] = set()
+    for event in lines(until=14_000, loss_d=lambda at: 1.5 if 9_000 <= at < 12_000 else None):
+        one.observe(event)
+        said |= {finding.when() for finding in one.open}
+    (finding,) = one.findings
+    unseen = int(next(when for when in said if "not seen" in when).split()[-2])
+    assert said == {
+        f"since iteration {finding.since}",
+        f"since iteration {finding.since}, not seen from {unseen} on",
+    }
+    assert finding.ended is not None
+    assert 12_000 < unseen < finding.ended
+    assert finding.unseen_since is None
+
+
+def test_scores_that_have_fallen_are_no_underfitting() -> None:
+    fallen: dict[str, Any] = {
+        "val_miou": lambda at: 0.36 if at < 20_000 else 0.15,
+        "train_miou": lambda at: 0.38 if at < 20_000 else 0.16,
+    }
+    rules = {one.rule for one in findings(**fallen) if one.ended is None}
+    assert {"train_degrading", "val_degrading"} <= rules
+    assert "underfitting" not in rules
+
+
+@pytest.mark.parametrize("st_start", [24, 400])
+def test_a_stretch_of_time_is_as_long_wherever_the_warm_up_ends(st_start: int) -> None:
+    scale = Scale(1_200, st_start)
+    assert scale.length(15_000) == pytest.approx(scale.at(25_000) - scale.at(10_000), abs=1)

@@ -159,3 +159,22 @@ def test_a_fault_in_watching_ends_nothing(caplog: Any) -> None:
     tracker.close()
     assert [one.rule for one in heard.findings] == ["d_unstable"]
     assert "not watched at this point" in caplog.text
+
+
+def test_what_is_over_in_a_stretch_that_is_trained_again_is_told() -> None:
+    """It was told of before the kill; that it is over, to nobody."""
+    events = list(lines(until=4_000, loss_d=lambda at: 1.5 if 1_000 < at < 2_500 else None))
+    before = [event for event in events if event["iteration"] <= 1_000]
+    rolled_back = [event for event in events if 1_000 < event["iteration"] <= 2_000]
+    first = Listener()
+    tracker = first.tracker()
+    feed(tracker, before + rolled_back)
+    tracker.close()
+    second = Listener()
+    tracker = second.tracker(before, [*rolled_back, *first.ledger()])
+    feed(tracker, [event for event in events if event["iteration"] > 1_000])
+    tracker.close()
+    began, over = second.notices
+    assert began.message == ""
+    assert over.message.startswith("over: Loss_D is 1.500")
+    assert second.findings == []

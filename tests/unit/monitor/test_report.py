@@ -21,10 +21,12 @@ from PIL import Image
 from job import cli, run
 from job.config import config_from_yaml
 from job.errors import ConfigError, StorageError
+from job.monitor.divergence import ROLLED_BACK
 from job.monitor.report import (
     BestEvaluation,
     Report,
     best_evaluation_json,
+    open_checklist,
     report_html,
     report_of,
 )
@@ -600,3 +602,27 @@ def test_the_screenshot_has_curves_bands_and_findings(tmp_path: Path) -> None:
     ):
         near = np.abs(pixels - colour).max(axis=1) < 25  # edges are smoothed
         assert near.sum() >= least, colour
+
+
+def test_what_the_run_has_done_about_itself_is_told_with_the_rates_of_now() -> None:
+    events = [*EVENTS, {"event": ROLLED_BACK, "attempt": 1, "time": 1.0}]
+    shown = Page(report_html(report(events=events)))
+    rate = report().config.train.learning_rate / 2
+    assert "rolled back by itself, 1 of 3 times" in " ".join(shown.text)
+    assert f"--learning-rate {rate:g} " in " ".join(shown.text)
+
+
+def test_a_run_that_died_of_an_error_has_not_completed_without_one() -> None:
+    ended = {"event": "attempt_ended", "attempt": 1, "time": 9.0, "exit_code": 70, "reason": "NaN"}
+    events = [*EVENTS, ended]
+    text = report_html(report(events=events, finished=False, checks=open_checklist(events)))
+    row = text[text.index("Training completed without errors") - 60 :]
+    assert row.index("&#10007;") < row.index("Training completed without errors")
+    assert "&#8230;" in text
+
+
+def test_without_a_discriminator_there_is_no_learning_rate_of_one() -> None:
+    config = config_from_yaml("", source="x", overrides={"train.supervised_only": True})
+    assert "discriminator" in report_html(report())
+    charts = report_html(report(config=config)).partition("<h2>Configuration")[0]
+    assert "discriminator" not in charts.partition("<h2>Training")[2]
