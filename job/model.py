@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from job.data.images import Array, read_rgb, scaled_image, to_rgb
-from job.errors import DataError
+from job.errors import ConfigError, DataError
 from job.models.files import ModelCard, load_generator
 from job.models.generator import Generator
-from job.training.evaluation import predict
+from job.tiles import MIN_TILE, classes_of
 from job.training.protocols import PLAIN, Protocol
 
 
@@ -56,27 +56,37 @@ class Model(nn.Module):
         scaled = scaled_image(_picture(image), self.card.image_scale)
         return torch.from_numpy(scaled).permute(2, 0, 1)
 
-    def predict(self, image: Image.Image | Array | str | Path, protocol: Protocol = PLAIN) -> Array:
-        """The class of each pixel, at the image's own size; uint8 (H, W).
+    def predict(
+        self,
+        image: Image.Image | Array | str | Path,
+        protocol: Protocol = PLAIN,
+        *,
+        tile: int | None = None,
+    ) -> Array:
+        """The class of each pixel, at the image's own size; uint8 (H, W). As `s4gan predict`.
 
         Args:
             image: as for `transforms`.
             protocol: how it is looked at.
+            tile: side of the tiles that the image goes through the network in, in pixels as the
+                network sees them; None: of 1024 above 4 megapixels, and whole up to there.
 
         Raises:
             DataError: the file cannot be decoded.
+            ConfigError: tiles are smaller than 64.
         """
+        if tile is not None and tile < MIN_TILE:
+            raise ConfigError(f"tile {tile}: is less than {MIN_TILE}")
         picture = _picture(image)
         training = self.generator.training
         self.generator.eval()
         try:
             device = next(self.generator.parameters()).device
-            scaled = scaled_image(picture, self.card.image_scale)
-            size = (picture.height, picture.width)
-            found = predict(self.generator, scaled[None], size, device, protocol)[0]
+            (classes,) = classes_of(
+                self.generator, self.card, [picture], device, protocol, tile=tile
+            )
         finally:
             self.generator.train(training)
-        classes: Array = found.to(torch.uint8).cpu().numpy()
         return classes
 
 

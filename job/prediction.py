@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from job.data.find import images_at, place_of
-from job.data.images import Array, read_rgb, scaled_image
+from job.data.images import Array, read_rgb
 from job.errors import ConfigError, DataError
 from job.models.files import ModelCard, load_generator
 from job.models.generator import Generator
@@ -22,15 +22,10 @@ from job.monitor.pictures import index_png, overlay
 from job.outlines import Outlines
 from job.storage import ObjectStore, is_same_place, open_store
 from job.storage.progress import Silent, TransferProgress
-from job.training.evaluation import in_groups, load_ahead, predict
+from job.tiles import classes_of
+from job.training.evaluation import in_groups, load_ahead
 from job.training.protocols import PLAIN, Protocol
 
-TILED_ABOVE = 4_000_000
-"""Pixels, as the network sees them: larger images go through it in tiles."""
-TILE = 1024
-MARGIN = 128
-"""Both in pixels as the network sees them. What is predicted nearer to a tile's edge than the
-margin is left to the neighbour, which sees what is around it."""
 _OVERLAY = "_overlay"
 _WRITERS = 4
 
@@ -41,7 +36,7 @@ class Wish:
 
     protocol: Protocol = PLAIN
     tile: int | None = None
-    """Side of a tile in pixels as the network sees them; None: of TILE, above TILED_ABOVE."""
+    """Side of a tile in pixels as the network sees them; None: as `classes_of`."""
     batch: int = 1
     """Images of one size that pass through the network together."""
     with_overlay: bool = True
@@ -274,7 +269,14 @@ def _predicted(
         readable = [one for one in group if isinstance(one, _Read)]
         yield from (one for one in group if not isinstance(one, _Read))  # alone in its group
         if readable:
-            found = _classes(generator, card, [one.image for one in readable], device, wish)
+            found = classes_of(
+                generator,
+                card,
+                [one.image for one in readable],
+                device,
+                wish.protocol,
+                tile=wish.tile,
+            )
             for one, classes in zip(readable, found, strict=True):
                 yield _Predicted(one.path, one.image, classes)
 
@@ -304,61 +306,6 @@ def _done(path: Path, out: ObjectStore, key: str, card: ModelCard) -> _Done:
             mend="choose another folder, or remove the file",
         )
     return _Done(path, classes)
-
-
-def _classes(
-    generator: Generator,
-    card: ModelCard,
-    images: Sequence[Image.Image],
-    device: torch.device,
-    wish: Wish,
-) -> list[Array]:
-    """Of images of one size."""
-    width, height = images[0].size
-
-    def look(some: Sequence[Image.Image]) -> Array:
-        scaled = np.stack([scaled_image(image, card.image_scale) for image in some])
-        size = (some[0].height, some[0].width)
-        classes = predict(generator, scaled, size, device, wish.protocol)
-        found: Array = classes.to(torch.uint8).cpu().numpy()
-        return found
-
-    if wish.tile is not None or height * width * card.image_scale**2 > TILED_ABOVE:
-        side = wish.tile or TILE
-        return [
-            tiled(image, card.image_scale, side, lambda tile: look([tile])[0]) for image in images
-        ]
-    return list(look(images))
-
-
-def tiled(
-    image: Image.Image, image_scale: float, side: int, look: Callable[[Image.Image], Array]
-) -> Array:
-    """Predict an image tile by tile, so that its size does not decide the memory.
-
-    Args:
-        image: of any size.
-        image_scale: of the model.
-        side: of a tile, margin not included, in pixels as the network sees them.
-        look: predicts a part of the image.
-    """
-    step = max(1, round(side / image_scale))
-    margin = max(1, round(MARGIN / image_scale))
-    classes = np.empty((image.height, image.width), np.uint8)
-    for top in range(0, image.height, step):
-        for left in range(0, image.width, step):
-            bottom, right = min(top + step, image.height), min(left + step, image.width)
-            around = (
-                max(0, left - margin),
-                max(0, top - margin),
-                min(image.width, right + margin),
-                min(image.height, bottom + margin),
-            )
-            found = look(image.crop(around))
-            rows = slice(top - around[1], bottom - around[1])
-            columns = slice(left - around[0], right - around[0])
-            classes[top:bottom, left:right] = found[rows, columns]
-    return classes
 
 
 def _pictures(

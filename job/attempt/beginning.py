@@ -206,6 +206,7 @@ def restore_or_begin(
         attempt.data.info.num_classes,
         attempt.device,
         pretrained=saved is None,
+        classes=attempt.data.info.classes,
         mirror=attempt.store,
     )
     state.run_facts = {

@@ -63,6 +63,12 @@ class Catalogue:
         without = {item.image.with_suffix(""): item for item in items}
         return without | {item.image: item for item in items}
 
+    @cached_property
+    def _by_file_name(self) -> dict[str, Item]:
+        """With the suffix; with their ending and without."""
+        items = self.items.values()
+        return {item.image.stem: item for item in items} | {i.image.name: i for i in items}
+
     def _in_places(self, inside: str) -> Iterator[Path]:
         """Where a path may lead: within a place, or beside it, beginning with its name."""
         head, _, rest = inside.partition("/")
@@ -79,12 +85,11 @@ class Catalogue:
             return found
         inside = name.lstrip("/")
         for path in self._in_places(inside):
-            found = self._by_path.get(path)
+            # Some lists leave the suffix out: aachen/aachen_000000_000019.
+            found = self._by_path.get(path) or self._by_path.get(Path(f"{path}{self.suffix}"))
             if found is not None:
                 return found
-        return self.items.get(inside) or (
-            self.items.get(inside.removesuffix(self.suffix)) if self.suffix else None
-        )
+        return self.items.get(inside) or (self._by_file_name.get(inside) if self.suffix else None)
 
     def mask(self, name: str, item: Item) -> Path | None:
         """The mask that a list names for an image; None if it is not there."""
@@ -92,11 +97,17 @@ class Catalogue:
         if self.mask_suffix:
             own = PurePosixPath(inside).name.startswith(f"{item.id}{self.mask_suffix}")
             return item.mask if own else None
-        candidates = [Path(name), *self._in_places(inside)]
-        if self.more_masks is not None:
-            candidates.append(self.more_masks / PurePosixPath(inside).name)
         # Path.is_file raises for a name that is too long.
-        return next((path for path in candidates if os.path.isfile(path)), None)
+        return next((path for path in self.mask_places(name) if os.path.isfile(path)), None)
+
+    def mask_places(self, name: str) -> list[Path]:
+        """Where a mask that a list names may lie, in the order of looking."""
+        inside = name.removeprefix("./").lstrip("/")
+        places = [Path(name)] if Path(name).is_absolute() else []
+        places += self._in_places(inside)
+        if self.more_masks is not None:
+            places.append(self.more_masks / PurePosixPath(inside).name)
+        return list(dict.fromkeys(places))
 
 
 @dataclass
@@ -174,6 +185,7 @@ def read_list(
     seen: dict[str, int] = {}
     missing: list[str] = []
     unmasked: list[str] = []
+    no_such_mask: list[tuple[str, str, Item]] = []
     twice: list[str] = []
     merged = others = swapped = 0
     numbers = "; a permutation of numbers belongs in data.permutation" if splits else ""
@@ -198,7 +210,7 @@ def read_list(
         elif mask_name:
             mask = catalogue.mask(mask_name, item)
             if mask is None:
-                missing.append(f"{where}: {mask_name}")
+                no_such_mask.append((where, mask_name, item))
                 continue
             others += item.mask is not None and Path(item.id).name not in mask.stem
             is_merged = catalogue.more_masks is not None and mask.parent == catalogue.more_masks
@@ -215,6 +227,8 @@ def read_list(
         raise _missing(
             called, missing, lines, catalogue, numbers, are_swapped=swapped == len(missing)
         )
+    if no_such_mask:
+        raise _no_such_mask(called, no_such_mask, lines, catalogue)
     if unmasked:
         raise DataError(
             f"{called}: of {_counted(unmasked, len(lines))} there is no mask",
@@ -314,6 +328,29 @@ def _missing(
         )
     return DataError(
         f"{called}: names {_counted(missing, len(lines))}, which are not in the data", mend=mend
+    )
+
+
+def _no_such_mask(
+    called: str,
+    missing: Sequence[tuple[str, str, Item]],
+    lines: Sequence[tuple[int, str]],
+    catalogue: Catalogue,
+) -> DataError:
+    """Of images that are there."""
+    counted = _counted([f"{where}: {name}" for where, name, _ in missing], len(lines))
+    _, first, item = missing[0]
+    if catalogue.mask_suffix and not PurePosixPath(first).name.startswith(f"{item.id}_"):
+        return DataError(
+            f"{called}: names masks of other images for {counted}",
+            mend=f"the masks of {item.id} begin with its name; or name the images alone",
+        )
+    places = ", ".join(str(path) for path in catalogue.mask_places(first))
+    own = f"there is {item.mask}: name it, or the images alone; or " if item.mask else ""
+    return DataError(
+        f"{called}: the masks that it names for {counted} are missing; looked for {places}",
+        mend=f"{own}add the masks (paths in a list are relative to the data folder), or take the "
+        "lines out",
     )
 
 

@@ -140,17 +140,32 @@ def read_torch_file(path: Path) -> Any:
         raise UnreadableFile(said) from None
 
 
+def read_model_file(path: Path, name: str) -> Any:
+    """What torch.save or `write_safetensors` has written; the ending says which.
+
+    Args:
+        path: of the file.
+        name: path or URI that the user gave.
+
+    Raises:
+        UnreadableFile: it is something else, or damaged.
+        ConfigError: safetensors is not installed.
+    """
+    return _read_safetensors(path) if name.endswith(SAFETENSORS) else read_torch_file(path)
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     _safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            content: dict[str, Any] = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-            content["state_dict"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError):
         raise UnreadableFile("it is no file of safetensors, or cut off") from None
-    return content
+    # Files of other programs have no such header, or something else in it.
+    return {**(header if isinstance(header, dict) else {}), "state_dict": tensors}
 
 
 def _safetensors() -> Any:
@@ -187,9 +202,7 @@ def load_generator(
         )
     with local_copy(path, name="--weights", mend=mend) as file:
         try:
-            content = (
-                _read_safetensors(file) if path.endswith(SAFETENSORS) else read_torch_file(file)
-            )
+            content = read_model_file(file, path)
         except UnreadableFile as error:
             raise ConfigError(f"--weights {path}: damaged ({error})", mend=mend) from None
     if isinstance(content, dict):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 import urllib.error
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from job import run
 from job.config import BASIC_BLOCKS, TIMM
 from job.errors import ConfigError, ObjectNotFound
 from job.models.backbones import RESNETS, TimmBackbone
-from job.models.files import UnreadableFile, read_torch_file
-from job.models.generator import Generator
+from job.models.files import UnreadableFile, read_model_file
+from job.models.generator import ATROUS_RATES, Generator
 from job.models.normalization import NORMALIZATIONS
 from job.storage import ObjectStore
 from job.storage.files import local_copy
@@ -44,14 +45,23 @@ Source: He et al. 2016, arXiv:1512.03385."""
 Weights = dict[str, Tensor]
 
 
-def load_weights(generator: Generator, source: str, *, mirror: ObjectStore | None = None) -> str:
+def load_weights(
+    generator: Generator,
+    source: str,
+    *,
+    classes: Sequence[str] = (),
+    mirror: ObjectStore | None = None,
+) -> str:
     """Start the generator from `source` (the value of `model.weights`).
 
     The backbone has to fit as a whole; the head is taken along where the file has one that fits.
+    Of a DeepLabv2 head with more branches than this one, the first are taken.
 
     Args:
         generator: changed in place; not at all on an error.
         source: "none", "imagenet", or the path or URI of a file.
+        classes: names in index order; a head that says it is for others stays behind. Empty: not
+            known.
         mirror: a run; below `weights/` it may hold the file of "imagenet".
 
     Returns:
@@ -66,16 +76,20 @@ def load_weights(generator: Generator, source: str, *, mirror: ObjectStore | Non
     if source == "imagenet":
         given, source = _imagenet(generator, mirror)
     else:
-        given, trained = _from_file(source)
-        return _take(generator, given, source) + (
-            _other_kind(generator, trained) if trained else _taken_for(generator, source)
+        given, card = _from_file(source)
+        trained = card.get("architecture")
+        other = _other_classes(classes, card.get("classes"))
+        return _take(generator, given, source, other) + (
+            _other_kind(generator, trained)
+            if isinstance(trained, dict) and trained
+            else _taken_for(generator, source)
         )
     return _take(generator, given, source)
 
 
 def _other_kind(generator: Generator, trained: Mapping[str, Any]) -> str:
     """What a model of ours was made for and this generator is not: it fits, and learns badly."""
-    own = asdict(generator.architecture)
+    own, trained = _as_json(asdict(generator.architecture)), _as_json(trained)
     other = [
         f"{key} {_called(trained[key])}"
         for key in ("stride_in", "normalization")
@@ -84,10 +98,28 @@ def _other_kind(generator: Generator, trained: Mapping[str, Any]) -> str:
     return f"; warning: it was trained with another {' and '.join(other)}" if other else ""
 
 
+def _as_json(value: Any) -> Any:
+    """With lists for tuples, as the headers of safetensors have them."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _other_classes(own: Sequence[str], given: Any) -> str:
+    """Where the names of classes part, for people; empty if they do not, or one side has none.
+
+    Upper and lower case are alike. How many there are is not looked at: the head's shape says that.
+    """
+    if not isinstance(given, (list, tuple)):
+        return ""
+    for index, (mine, its) in enumerate(zip(own, given, strict=False)):
+        if str(its).casefold() != mine.casefold():
+            return f"{index} is {its} there and {mine} here"
+    return ""
+
+
 def _taken_for(generator: Generator, source: str) -> str:
     """What a file of other programs is taken for, as it does not say itself what it is."""
     kind = generator.architecture
-    normalization = _called(asdict(kind)["normalization"])
+    normalization = _called(_as_json(asdict(kind.normalization)))
     stride = "" if kind.backbone in BASIC_BLOCKS else f"stride_in {kind.stride_in} and "
     said = f"; taken for weights of {stride}normalization {normalization}"
     if "caffe" in Path(source).name.lower() and normalization != "caffe":
@@ -99,11 +131,18 @@ def _taken_for(generator: Generator, source: str) -> str:
 def _called(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
-    kinds = {name: asdict(kind) for name, kind in NORMALIZATIONS.items()}
+    kinds = {name: _as_json(asdict(kind)) for name, kind in NORMALIZATIONS.items()}
     return next((name for name, kind in kinds.items() if kind == value), "(none of ours)")
 
 
-def _take(generator: Generator, given: Mapping[str, Tensor], source: str) -> str:
+def _take(
+    generator: Generator, given: Mapping[str, Tensor], source: str, other_classes: str = ""
+) -> str:
+    """Change the generator; returns what was taken, and what was not.
+
+    Raises:
+        ConfigError: the backbone does not fit.
+    """
     backbone = generator.architecture.backbone
     own = _by_plain_name(generator.backbone.state_dict())
     mine = {name: value for name, value in given.items() if name in own}
@@ -127,7 +166,7 @@ def _take(generator: Generator, given: Mapping[str, Tensor], source: str) -> str
             else "give the state dict of a torchvision ResNet of the same depth, or a "
             "best_model.pth with this backbone",
         )
-    head, head_note = _head_of(generator, given)
+    head, head_note = _head_of(generator, given, other_classes)
     names = {_plain(name): name for name in generator.backbone.state_dict()}
     generator.backbone.load_state_dict(
         {names[name]: value for name, value in mine.items()}, strict=False
@@ -154,7 +193,9 @@ def _resnet_of(given: Mapping[str, Tensor]) -> str | None:
     return _BY_BLOCKS.get((blocks, "layer1.0.conv3.weight" in given))
 
 
-def _head_of(generator: Generator, given: Mapping[str, Tensor]) -> tuple[Weights, str]:
+def _head_of(
+    generator: Generator, given: Mapping[str, Tensor], other_classes: str
+) -> tuple[Weights, str]:
     """The head's tensors if all are there and fit, and what to say of it."""
     own = generator.head.state_dict()
     found = {
@@ -164,14 +205,43 @@ def _head_of(generator: Generator, given: Mapping[str, Tensor]) -> tuple[Weights
     }
     if not found:
         return {}, "its head is random"
-    if found.keys() != own.keys():
+    branches, wanted = _branches(found), _branches(own)
+    if found.keys() != own.keys() and not (branches and wanted):
         return {}, "its head is random (that of the file is another one)"
-    if any(found[name].shape != value.shape for name, value in own.items()):
-        classes = list(found.values())[-1].shape[0]
+    common = [name for name in own if name in found]
+    if any(found[name].shape != own[name].shape for name in common):
+        classes = found[common[-1]].shape[:1].numel()
         return {}, (
             f"its head is random (that of the file is for {classes} classes or other features)"
         )
-    return found, f"and its head ({len(found)} tensors)"
+    if other_classes:
+        return {}, (
+            "warning: its head is random, as that of the file is for other classes "
+            f"({other_classes}); if they are the same, give them the same names in dataset.yaml"
+        )
+    if branches < wanted:
+        return {}, (
+            f"its head is random (that of the file has {branches} branches and this one {wanted}; "
+            f"--set model.aspp_branches={branches} takes it)"
+        )
+    # Branches are in the order of their dilations, so the first ones are the same convolutions.
+    # The reference, too, copies what has a name and shape of its own: of a COCO file, which has
+    # four branches, all, of which it then uses two.
+    head = {name: found[name] for name in own}
+    if len(head) < len(found):
+        rates = " and ".join(str(rate) for rate in ATROUS_RATES[:wanted])
+        return head, (
+            f"and of its head the first {wanted} of {branches} branches (dilations {rates}; "
+            f"{len(head)} tensors), as model.aspp_branches is {wanted}"
+        )
+    return head, f"and its head ({len(head)} tensors)"
+
+
+def _branches(head: Mapping[str, Tensor]) -> int:
+    """How many a DeepLabv2 head has; 0: it is another one, or incomplete."""
+    count = len(head) // 2
+    names = {f"branches.{i}.{part}" for i in range(count) for part in ("weight", "bias")}
+    return count if head.keys() == names else 0
 
 
 def _named(names: list[str]) -> str:
@@ -273,13 +343,13 @@ def _from_file(source: str) -> tuple[Weights, dict[str, Any]]:
 
 
 def _read(path: Path, called: str) -> tuple[Weights, dict[str, Any]]:
-    """The tensors, and of a file of ours the architecture they are of."""
+    """The tensors, and of a file of ours the card of the model they are of."""
     mend = (
         "give a file of torch.save with a dict of tensors: torchvision's, a model of this program, "
         "or torch.save(network.state_dict(), ...) of a network that was saved as a whole"
     )
     try:
-        content = read_torch_file(path)
+        content = read_model_file(path, called)
     except UnreadableFile as error:
         raise ConfigError(
             f"model.weights {called}: not a state dict ({error})", mend=mend
@@ -288,7 +358,7 @@ def _read(path: Path, called: str) -> tuple[Weights, dict[str, Any]]:
         raise ConfigError(
             f"model.weights {called}: not a state dict, but a {type(content).__name__}", mend=mend
         )
-    architecture = _architecture(content)
+    card = _card(content)
     for wrapper in WRAPPERS:
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -304,12 +374,11 @@ def _read(path: Path, called: str) -> tuple[Weights, dict[str, Any]]:
             f"(first: {broken[0]})",
             mend="the training that wrote it had failed: give an earlier file of it",
         )
-    return weights, architecture
+    return weights, card
 
 
-def _architecture(content: dict[str, Any]) -> dict[str, Any]:
+def _card(content: dict[str, Any]) -> dict[str, Any]:
     """Of a model or checkpoint of ours; empty if it is none."""
     about = content.get("run")
     card = content.get("card") or (about.get("card") if isinstance(about, dict) else None)
-    architecture = card.get("architecture") if isinstance(card, dict) else None
-    return dict(architecture) if isinstance(architecture, dict) else {}
+    return card if isinstance(card, dict) else {}

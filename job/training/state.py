@@ -7,7 +7,7 @@ every crop, the learning rates, what dropout draws.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,6 +122,7 @@ def new_train_state(
     device: torch.device,
     *,
     pretrained: bool = True,
+    classes: Sequence[str] = (),
     mirror: ObjectStore | None = None,
 ) -> tuple[TrainState, str]:
     """The state before the first iteration, drawn from `train.seed`.
@@ -131,6 +132,8 @@ def new_train_state(
         num_classes: K.
         device: where to train.
         pretrained: False leaves `model.weights` unread, for a state about to be loaded.
+        classes: their names, in index order; what `model.weights` says of itself is held against
+            them. Empty: not known.
         mirror: the run, which may hold the weights of `imagenet` for machines without a network.
 
     Returns:
@@ -143,7 +146,9 @@ def new_train_state(
     generator = Generator(Architecture.of(config.model, num_classes))
     discriminator = Discriminator(num_classes, config.model.discriminator_channels)
     source = config.model.weights
-    note = load_weights(generator, source, mirror=mirror) if pretrained else ""
+    note = ""
+    if pretrained:
+        note = load_weights(generator, source, classes=classes, mirror=mirror)
     _fix_batch_norm(generator, config)
     prepare(device)
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format

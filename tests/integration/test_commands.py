@@ -258,6 +258,19 @@ def test_evaluate_refuses_other_classes(finished, tmp_path, s4gan):
     assert "are not the model's" in result.err
 
 
+def test_the_head_of_other_classes_is_not_trained_on(finished, tmp_path):
+    _, run, _ = finished
+    other = write_data(tmp_path / "other")
+    text = (other / "dataset.yaml").read_text().replace("disc", "ball")
+    (other / "dataset.yaml").write_text(text)
+    weights = {"model__weights": run / "best_model.pth", "train__iterations": 1}
+    training = AttemptProcess(command(other, tmp_path / "run", **weights))
+    assert training.finish() == 0, training.output
+    said = " ".join(training.output.split())
+    assert "its head is random, as that of the file is for other classes" in said
+    assert "is disc there and ball here" in said
+
+
 def test_the_console_prints_the_guides_lines(finished):
     _, _, output = finished
     assert re.search(

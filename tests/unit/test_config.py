@@ -81,6 +81,10 @@ def test_the_papers_presets_have_the_references_effective_numbers():
         assert (config.model.aspp_branches, config.model.stride_in) == (2, "1x1")
         assert (config.loss.lambda_fm, config.loss.lambda_st, config.loss.st_start) == (0.1, 1, 1)
         assert config.model.batch_norm == "affine_frozen"
+        # It knows no early stopping: the iteration that is evaluated is always come to, and saved.
+        stop = config.stop
+        assert (stop.patience, stop.degrading, stop.target_miou) == (0, False, None)
+        assert 30_000 % config.checkpoint.keep_every == 40_000 % config.checkpoint.keep_every == 0
     assert [config.loss.threshold_st for config in (voc, context, cityscapes)] == [0.6, 0.6, 0.7]
     assert [c.train.iterations for c in (voc, context, cityscapes)] == [40_000, 60_000, 40_000]
     assert [c.train.learning_rate_D for c in (voc, context, cityscapes)] == [1e-4, 1e-4, 1e-5]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+import job
 from job.errors import ConfigError, DataError
 from job.models.files import ModelCard, model_file
 from job.models.generator import Architecture, Generator
 from job.outlines import CocoOutlines, PolygonOutlines
-from job.prediction import Wish, predict_images, tiled
+from job.prediction import Wish, predict_images
 from job.storage import open_store
 from job.training.protocols import PLAIN
 from tests.unit.training.tiny import CPU
@@ -276,30 +277,6 @@ def test_two_images_of_one_name_are_refused(photos: Path, weights: str, tmp_path
 # ---------------------------------------------------------------------------- tiles
 
 
-def by_place(image: Image.Image) -> np.ndarray:
-    """A network that looks at nothing but the pixel: its red."""
-    return np.asarray(image)[..., 0].copy()
-
-
-@pytest.mark.parametrize("side", [64, 100, 128, 1000])
-@pytest.mark.parametrize("image_scale", [1.0, 0.5])
-def test_tiles_cover_every_pixel_once(side: int, image_scale: float) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (301, 217, 3)).astype(np.uint8)
-    image = Image.fromarray(pixels)
-    assert np.array_equal(tiled(image, image_scale, side, by_place), pixels[..., 0])
-
-
-def test_a_tile_sees_what_is_around_it_and_no_more() -> None:
-    sizes = []
-
-    def look(part: Image.Image) -> np.ndarray:
-        sizes.append(part.size)
-        return by_place(part)
-
-    tiled(Image.new("RGB", (1000, 300)), 1.0, 400, look)
-    assert sizes == [(528, 300), (656, 300), (328, 300)]
-
-
 def test_with_a_margin_tiles_are_nearly_what_the_whole_is(
     photos: Path, weights: str, tmp_path: Path
 ) -> None:
@@ -314,3 +291,20 @@ def test_with_a_margin_tiles_are_nearly_what_the_whole_is(
     assert one.shape == other.shape == (480, 640)
     assert len(np.unique(one)) > 1
     assert (one == other).mean() > 0.98
+
+
+def test_in_a_program_large_images_go_in_the_same_tiles(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.tiles.TILED_ABOVE", 200_000)
+    monkeypatch.setattr("job.tiles.TILE", 256)
+    rng = np.random.default_rng(1)
+    small = Image.fromarray(rng.integers(0, 256, (12, 16, 3)).astype(np.uint8))
+    small.resize((640, 480), Image.Resampling.BICUBIC).save(tmp_path / "large.png")
+    predict_images(weights, str(tmp_path / "large.png"), str(tmp_path / "out"), CPU)
+    model = job.load_model(weights)
+    found = model.predict(tmp_path / "large.png")
+    assert np.array_equal(found, np.asarray(Image.open(tmp_path / "out" / "large.png")))
+    assert not np.array_equal(found, model.predict(tmp_path / "large.png", tile=640))
+    with pytest.raises(ConfigError, match="tile 63: is less than 64"):
+        model.predict(tmp_path / "large.png", tile=63)

@@ -142,6 +142,11 @@ def test_the_lists_alone_will_do_without_those_of_voc(tmp_path: Path) -> None:
         "leftImg8bit/train/{city}/{id}_leftImg8bit.png",
         "train/{city}/{id}_leftImg8bit.png",
         "{city}/{id}_leftImg8bit.png",
+        "{city}/{id}_leftImg8bit",
+        "train/{city}/{id}",
+        "{city}/{id}",
+        "{id}_leftImg8bit.png",
+        "{id}_leftImg8bit.png {id}_gtFine_labelIds.png",
         "{id}_leftImg8bit",
         "{id}",
     ],
@@ -155,6 +160,26 @@ def test_forms_of_cityscapes(tmp_path: Path, form: str) -> None:
     masks = {item.id: item.mask for item in dataset.train}
     for city, id_ in chosen:
         assert masks[id_] == tmp_path / f"gtFine/train/{city}/{id_}_gtFine_labelIds.png"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "bochum/aachen_000001_000019",
+        "bochum/aachen_000001_000019_leftImg8bit.png",
+        "val/aachen/aachen_000001_000019",
+        "aachen_000001_000019.png",
+        "aachen_000001_000019_leftImg8bit.jpg",
+        "aachen_000001_000019_leftImg8bit_leftImg8bit",
+        "aachen_000001_000019_gtFine_labelIds.png",
+    ],
+)
+def test_what_is_no_image_of_cityscapes(tmp_path: Path, line: str) -> None:
+    write_cityscapes(tmp_path)
+    write_lines(tmp_path / "l.txt", [line])
+    assert f"(line 1: {line}), which are not in the data" in str(
+        refused(tmp_path, labeled_list="l.txt")
+    )
 
 
 def test_forms_of_the_folder_layout(make_data: MakeData) -> None:
@@ -293,10 +318,35 @@ def test_names_that_are_not_there_are_counted(voc: Path) -> None:
 
 
 def test_a_mask_that_is_not_there(voc: Path) -> None:
-    write_lines(voc / "l.txt", [f"JPEGImages/{TRAIN[0]}.jpg SegmentationClass/nope.png"])
-    assert "names 1 of 1 images (line 1: SegmentationClass/nope.png)" in str(
-        refused(voc, labeled_list="l.txt")
-    )
+    masks = [voc / "SegmentationClass" / f"{name}.png" for name in TRAIN[:2]]
+    for mask in masks:
+        mask.unlink()
+        (voc / "SegmentationClassAug" / mask.name).unlink()
+    pairs = [f"JPEGImages/{name}.jpg SegmentationClass/{name}.png" for name in TRAIN[:3]]
+    write_lines(voc / "l.txt", pairs)
+    error = refused(voc, labeled_list="l.txt")
+    first = f"line 1: SegmentationClass/{TRAIN[0]}.png, line 2: "
+    assert f"the masks that it names for 2 of 3 images ({first}" in error.message
+    assert f" are missing; looked for {masks[0]}, " in error.message
+    assert "did you mean" not in error.mend
+    assert "add the masks" in error.mend
+
+
+def test_a_mask_of_another_place_is_named(voc: Path) -> None:
+    write_lines(voc / "l.txt", [f"JPEGImages/{TRAIN[0]}.jpg Masks/nope.png"])
+    error = refused(voc, labeled_list="l.txt")
+    assert "for 1 of 1 images (line 1: Masks/nope.png) are missing; looked for " in error.message
+    assert f"there is {voc / 'SegmentationClassAug' / TRAIN[0]}.png: name it" in error.mend
+
+
+def test_masks_are_not_looked_for_in_the_folder_one_stands_in(
+    voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere" / "Mine").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "Mine" / "nope.png").touch()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write_lines(voc / "l.txt", [f"JPEGImages/{TRAIN[0]}.jpg Mine/nope.png"])
+    assert " are missing; " in refused(voc, labeled_list="l.txt").message
 
 
 def test_a_mask_of_another_image_of_cityscapes(tmp_path: Path) -> None:
@@ -304,7 +354,19 @@ def test_a_mask_of_another_image_of_cityscapes(tmp_path: Path) -> None:
     one, other = city_ids("aachen", 2)
     line = f"{one}_leftImg8bit.png gtFine/train/aachen/{other}_gtFine_labelIds.png"
     write_lines(tmp_path / "l.txt", [f"aachen/{line}"])
-    assert "which are not in the data" in str(refused(tmp_path, labeled_list="l.txt"))
+    error = refused(tmp_path, labeled_list="l.txt")
+    assert "names masks of other images for 1 of 1 images" in error.message
+    assert one in error.mend
+
+
+def test_a_mask_of_cityscapes_that_is_not_there(tmp_path: Path) -> None:
+    write_cityscapes(tmp_path)
+    name = city_ids("ulm", 1)[0]
+    mask = f"gtFine/train/ulm/{name}_gtFine_labelIds.png"
+    write_lines(tmp_path / "l.txt", [f"leftImg8bit/train/ulm/{name}_leftImg8bit.png {mask}"])
+    error = refused(tmp_path, labeled_list="l.txt")
+    assert f"names for 1 of 1 images (line 1: {mask}) are missing; looked for " in error.message
+    assert str(tmp_path / mask) in error.message
 
 
 def test_an_image_without_a_mask_cannot_be_labeled(voc: Path) -> None:

@@ -12,18 +12,20 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import Tensor
 
 from job.errors import ConfigError
 from job.models.backbones import RESNETS
 from job.models.discriminator import Discriminator
-from job.models.files import ModelCard, model_file
+from job.models.files import ModelCard, model_file, write_safetensors
 from job.models.generator import Architecture, Generator
 from job.models.normalization import NORMALIZATIONS
 from job.models.weights import load_weights
 from job.storage import LocalStore
 
 State = dict[str, Tensor]
+ABC = ("a", "b", "c")
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +161,46 @@ def test_a_coco_file_brings_its_head_along(tmp_path: Path) -> None:
         assert torch.equal(branch.bias, state[f"layer5.conv2d_list.{index}.bias"])
 
 
+def test_a_head_of_two_branches_takes_the_first_two_of_a_coco_file(tmp_path: Path) -> None:
+    # As the preset paper-voc: the reference copies the file's head, and uses two branches of it.
+    generator = Generator(Architecture("tiny", 21, aspp_branches=2))
+    state = reference_file(generator, 21)
+    note = load_weights(generator, saved(state, tmp_path / "coco.pth"))
+    assert "and of its head the first 2 of 4 branches (dilations 6 and 12; 4 tensors)" in note
+    assert "left out of it: head.branches.2.bias, head.branches.2.weight" in note
+    assert [branch.dilation for branch in generator.head.branches] == [(6, 6), (12, 12)]
+    for index, branch in enumerate(generator.head.branches):
+        assert torch.equal(branch.weight, state[f"layer5.conv2d_list.{index}.weight"])
+        assert torch.equal(branch.bias, state[f"layer5.conv2d_list.{index}.bias"])
+
+
+def test_a_head_of_two_branches_with_other_classes_stays_random(tmp_path: Path) -> None:
+    generator = Generator(Architecture("tiny", 19, aspp_branches=2))
+    before = {name: value.clone() for name, value in generator.head.state_dict().items()}
+    note = load_weights(generator, saved(reference_file(generator, 21), tmp_path / "coco.pth"))
+    assert "its head is random (that of the file is for 21 classes" in note
+    assert all(torch.equal(v, before[name]) for name, v in generator.head.state_dict().items())
+
+
+def test_a_head_of_four_branches_takes_none_of_two(tmp_path: Path) -> None:
+    generator = Generator(Architecture("tiny", 21))
+    before = {name: value.clone() for name, value in generator.head.state_dict().items()}
+    state = reference_file(generator, 21)
+    two = {name: v for name, v in state.items() if "list.2" not in name and "list.3" not in name}
+    note = load_weights(generator, saved(two, tmp_path / "two.pth"))
+    assert "its head is random (that of the file has 2 branches and this one 4; " in note
+    assert "--set model.aspp_branches=2 takes it" in note
+    assert all(torch.equal(v, before[name]) for name, v in generator.head.state_dict().items())
+
+
+def test_an_incomplete_head_stays_behind(tmp_path: Path) -> None:
+    generator = Generator(Architecture("tiny", 21, aspp_branches=2))
+    state = reference_file(generator, 21)
+    del state["layer5.conv2d_list.1.bias"]
+    note = load_weights(generator, saved(state, tmp_path / "coco.pth"))
+    assert "its head is random (that of the file is another one)" in note
+
+
 def test_a_head_for_other_classes_stays_behind_and_is_named(tmp_path: Path) -> None:
     generator = Generator(Architecture("tiny", 3))
     before = {name: value.clone() for name, value in generator.head.state_dict().items()}
@@ -192,16 +234,79 @@ def test_a_best_model_is_a_start_for_another_run(head: Any, tmp_path: Path) -> N
     assert all(torch.equal(v, wanted[name]) for name, v in generator.state_dict().items())
 
 
-def test_weights_of_another_preparation_are_taken_with_a_word(tmp_path: Path) -> None:
+def model_of(architecture: Architecture, path: Path, classes: tuple[str, ...] = ABC) -> str:
+    """A model file, torch's or safetensors' by the ending of its name."""
+    card = ModelCard(architecture, classes, 255, ((0, 0, 0),) * len(classes), 1.0)
+    content = model_file(Generator(architecture), card, kind="generator", iteration=5)
+    if path.suffix == ".safetensors":
+        write_safetensors(content, path)
+        return str(path)
+    return saved(content, path)
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_weights_of_another_preparation_are_taken_with_a_word(ending: str, tmp_path: Path) -> None:
     def note_of(normalization: str) -> str:
         architecture = Architecture("tiny", 3, normalization=NORMALIZATIONS[normalization])  # type: ignore[index]
-        card = ModelCard(architecture, ("a", "b", "c"), 255, ((0, 0, 0),) * 3, 1.0)
-        content = model_file(Generator(architecture), card, kind="generator", iteration=5)
-        path = saved(content, tmp_path / f"{normalization}.pth")
+        path = model_of(architecture, tmp_path / f"{normalization}.{ending}")
         return load_weights(Generator(Architecture("tiny", 3)), path)
 
     assert note_of("caffe").endswith("; warning: it was trained with another normalization caffe")
     assert "warning" not in note_of("imagenet")
+    assert "taken for" not in note_of("imagenet")
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_weights_of_another_stride_are_taken_with_a_word(ending: str, tmp_path: Path) -> None:
+    path = model_of(Architecture("tiny", 3, stride_in="1x1"), tmp_path / f"w.{ending}")
+    note = load_weights(Generator(Architecture("tiny", 3)), path)
+    assert note.endswith("; warning: it was trained with another stride_in 1x1")
+
+
+@pytest.mark.parametrize("header", [None, {}, {"s4gan": "[1]"}, {"format": "pt"}])
+def test_safetensors_of_other_programs_are_a_start(
+    tiny: Generator, tmp_path: Path, header: dict[str, str] | None
+) -> None:
+    state = random_state(tiny)
+    save_file(state, tmp_path / "w.safetensors", metadata=header)
+    note = load_weights(tiny, str(tmp_path / "w.safetensors"))
+    assert note.endswith("; taken for weights of normalization imagenet")
+    assert_arrived_but_counts(tiny, state)
+
+
+def test_a_damaged_safetensors_file_is_no_start(tiny: Generator, tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(b"hello")
+    with pytest.raises(ConfigError, match=r"not a state dict \(it is no file of safetensors"):
+        load_weights(tiny, str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_a_head_for_as_many_but_other_classes_stays_behind(ending: str, tmp_path: Path) -> None:
+    path = model_of(Architecture("tiny", 3), tmp_path / f"w.{ending}", ("sky", "tree", "road"))
+
+    def note_of(*classes: str) -> tuple[str, bool]:
+        generator = Generator(Architecture("tiny", 3))
+        before = {name: value.clone() for name, value in generator.head.state_dict().items()}
+        note = load_weights(generator, path, classes=classes)
+        head = generator.head.state_dict()
+        return note, all(torch.equal(v, before[name]) for name, v in head.items())
+
+    note, is_random = note_of("sky", "road", "tree")
+    assert is_random
+    assert "warning: its head is random, as that of the file is for other classes" in note
+    assert "(1 is tree there and road here)" in note
+    assert "the same names in dataset.yaml" in note
+    for classes in (("sky", "tree", "road"), ("Sky", "tree", "road"), ()):
+        note, is_random = note_of(*classes)
+        assert "and its head" in note
+        assert "warning" not in note
+        assert not is_random
+
+
+def test_a_file_without_names_brings_its_head_along(tmp_path: Path) -> None:
+    generator = Generator(Architecture("tiny", 3))
+    path = saved(reference_file(generator, 3), tmp_path / "coco.pth")
+    assert "and its head" in load_weights(generator, path, classes=("sky", "road", "tree"))
 
 
 def test_a_checkpoint_is_a_start_for_another_run(tiny: Generator, tmp_path: Path) -> None:

@@ -241,6 +241,18 @@ def test_pretrained_weights_are_loaded_and_batch_norm_is_frozen(tmp_path: Path) 
     assert not any(p.requires_grad for norm in norms for p in norm.parameters())
 
 
+def test_the_names_of_classes_are_held_against_those_of_the_weights(tmp_path: Path) -> None:
+    trained = new_state(tiny_config())
+    names = tuple(f"class {index}" for index in range(CLASSES))
+    path = tmp_path / "best_model.pth"
+    torch.save({"card": {"classes": names}, "state_dict": trained.generator.state_dict()}, path)
+    config = tiny_config(model__weights=str(path))
+    _, note = new_train_state(config, CLASSES, CPU, classes=names)
+    assert "and its head" in note
+    _, note = new_train_state(config, CLASSES, CPU, classes=("sky", *names[1:]))
+    assert "its head is random, as that of the file is for other classes (0 is class 0" in note
+
+
 def test_from_scratch_batch_norm_is_learned() -> None:
     state, note = new_train_state(tiny_config(), CLASSES, CPU)
     assert "random" in note
