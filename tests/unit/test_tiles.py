@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from job.tiles import tiled
+from job.tiles import MARGIN, tiled
 
 
 def by_place(image: Image.Image) -> np.ndarray:
@@ -30,4 +30,4 @@ def test_a_tile_sees_what_is_around_it_and_no_more() -> None:
         return by_place(part)
 
     tiled(Image.new("RGB", (1000, 300)), 1.0, 400, look)
-    assert sizes == [(528, 300), (656, 300), (328, 300)]
+    assert sizes == [(400 + MARGIN, 300), (400 + 2 * MARGIN, 300), (200 + MARGIN, 300)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +65,12 @@ def test_every_warning_of_the_guide_has_a_rule_and_every_rule_a_warning() -> Non
     assert set(GUIDE.values()) == set(rules_by_id())
     assert len(rules_by_id()) == len(RULES)
     assert all(rule.guide and rule.remedies for rule in RULES)
+
+
+def test_the_readme_names_every_rule() -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    section = readme.partition("## When training goes wrong")[2].partition("\n## ")[0]
+    assert set(rules_by_id()) <= set(re.findall(r"\w+", section))
 
 
 # ---------------------------------------------------------------- what fires, and what does not
