@@ -20,9 +20,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_class_maps_are_the_same() -> None:
+def test_the_discriminator_sees_the_same() -> None:
     name, plain, ours = bench_parts.loss_parts()[0]
-    assert name == "class maps of labels"
+    assert name == "labels as the discriminator sees them"
     assert torch.equal(plain(), ours())
 
 

@@ -272,6 +272,19 @@ def test_pixels_that_are_not_confident_count_as_0() -> None:
     assert not logits.grad[..., 1].any()
 
 
+@pytest.mark.parametrize("size", [1.0, 70.0, 1e4, 1e30])
+def test_cross_entropy_of_logits_of_any_size_is_torchs_own(size: float) -> None:
+    noise = torch.Generator().manual_seed(0)
+    logits = (size * torch.randn(3, 5, 6, 7, generator=noise)).requires_grad_()
+    truth = torch.randint(0, 5, (3, 6, 7), dtype=torch.uint8, generator=noise)
+    truth[:, 0] = IGNORE
+    expected = F.cross_entropy(logits, truth.long(), ignore_index=IGNORE)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    (found,) = torch.autograd.grad(cross_entropy(logits, truth), logits)
+    torch.testing.assert_close(cross_entropy(logits, truth), expected)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_the_most_probable_class_is_told_of_the_images_that_are_wanted() -> None:
     maps = torch.randn(4, 5, 6, 7, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
     wanted = torch.zeros(4, 6, 7, dtype=torch.bool)
