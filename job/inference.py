@@ -82,13 +82,17 @@ def evaluate_weights(
             look=None if borders is None else lambda _, *pair: borders.update(*pair),
         )
     assert found is not None
+    warnings = list(dataset.warnings)
+    if protocol.window is not None and not found.windowed:
+        size = "x".join(map(str, protocol.window))
+        warnings.append(f"the window of {size} is larger than any image: each was seen whole")
     return Scores.of(
         found,
         split=split,
         protocol=protocol,
         classes=card.classes,
         borders=borders,
-        warnings=dataset.warnings,
+        warnings=warnings,
     )
 
 

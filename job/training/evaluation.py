@@ -6,7 +6,7 @@ import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -51,6 +51,8 @@ class Evaluation:
     """mIoU of each image alone, by its id; empty if nothing was to be kept."""
     extremes: list[Predicted]
     """The worst and the best of them, worst first."""
+    windowed: list[str] = field(default_factory=list)
+    """Images that a window slid over, by id."""
 
     def keep(self, one: Predicted, count: int) -> None:
         """Take an image in; of the worst and of the best, `count` each stay."""
@@ -113,6 +115,8 @@ def evaluate(
             if stopped():
                 return None
             some, images, masks = zip(*((item, *arrays) for item, arrays in group), strict=True)
+            if not protocol.sees_whole(*images[0].shape[:2]):
+                found.windowed.extend(item.id for item in some)
             predictions = predict(generator, np.stack(images), masks[0].shape, device, protocol)
             truths = torch.from_numpy(np.stack(masks)).to(device)
             counts = counts_of_each(predictions, truths, info.num_classes)

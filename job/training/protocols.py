@@ -56,6 +56,13 @@ class Protocol:
         """Whether there is more than one look at a pixel."""
         return self.window is not None or self.flip or self.scales != (1.0,)
 
+    def sees_whole(self, height: int, width: int) -> bool:
+        """Whether an image fits into the window at every scale, so that none slides over it."""
+        if self.window is None:
+            return True
+        most = max(self.scales)
+        return round(height * most) <= self.window[0] and round(width * most) <= self.window[1]
+
     def changed(
         self,
         *,

@@ -125,6 +125,14 @@ def test_export_says_how_far_it_is_from_torch(finished, tmp_path, s4gan):
     assert (tmp_path / "m.onnx").stat().st_size > 1_000_000
 
 
+def test_a_window_that_nothing_slides_in_is_told(finished, s4gan):
+    data, run, _ = finished
+    evaluate = ["evaluate", "--weights", run / "best_model.pth", "--data", data, "--window"]
+    large, small = s4gan([*evaluate, "4000"]), s4gan([*evaluate, "32"])
+    assert "the window of 4000x4000 is larger than any image" in large.err
+    assert "larger than any image" not in small.err
+
+
 def test_evaluate_on_the_training_images(finished, s4gan):
     data, run, _ = finished
     result = s4gan(
