@@ -151,6 +151,7 @@ class _Lines:
         self._every = every
         self._waiting: list[tuple[int, Mapping[str, float]]] = []
         self._before = 0
+        self._step = 0
 
     def add(self, at: int, values: Mapping[str, float]) -> Mapping[str, float]:
         """Take a line; the one that stands for it and those before it, if it is the last of them.
@@ -159,14 +160,15 @@ class _Lines:
             at: its iteration.
             values: by metric.
         """
-        if at <= self._before:  # trained again
+        if at > self._before:
+            self._step = at - self._before
+        else:  # trained again
             self._waiting = [one for one in self._waiting if one[0] < at]
-            self._before = self._waiting[-1][0] if self._waiting else 0
-        step, self._before = at - self._before, at
+        self._before = at
         if self._waiting and self._number(self._waiting[-1][0]) != self._number(at):
             self._waiting.clear()  # the rest of it has never been logged
         self._waiting.append((at, values))
-        if self._number(at + step) == self._number(at):
+        if self._number(at + self._step) == self._number(at):
             return {}
         lines = [values for _, values in self._waiting]
         self._waiting.clear()

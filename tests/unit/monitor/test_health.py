@@ -10,7 +10,7 @@ import pytest
 
 from job.config import Config, load_config
 from job.monitor.guide import PHASES, Scale, fit_of, miou_band, phase_at
-from job.monitor.health import Finding, Watch
+from job.monitor.health import Finding, Watch, _Lines
 from job.monitor.setting import Setting
 from tests.series import CLASSES, findings, lines
 
@@ -429,6 +429,16 @@ def test_lines_that_are_trained_again_make_the_same_findings() -> None:
     for event in events[:at] + events[back:]:
         again.observe(event)
     assert again.findings == once.findings != []
+
+
+def test_a_line_stands_for_those_before_it() -> None:
+    dense = _Lines(every=100)
+    order = [*range(30, 301, 30), *range(210, 301, 30)]  # the last hundred again
+    shown = {(at, len(dense.add(at, {"loss_ce": float(at)}))) for at in order}
+    assert {at for at, count in shown if count} == {90, 180, 300}
+    dense = _Lines(every=100)
+    values = [dense.add(at, {"loss_ce": at, "st_count": at / 50, "lr_g": at}) for at in (50, 100)]
+    assert values == [{}, {"loss_ce": 75, "st_count": 1.5, "lr_g": 100}]
 
 
 # ---------------------------------------------------------------- what is so by now
