@@ -13,8 +13,6 @@ from job.models.precision import in_float32
 
 LEAK = 0.2
 DROPOUT = 0.5
-NO_CLASS = 255
-"""A label that `one_hot_maps` has no map for."""
 
 
 class Discriminator(nn.Module):
@@ -69,7 +67,7 @@ def discriminator_input(class_maps: Tensor, images: Tensor, valid: Tensor) -> Te
     numbers; valid bool (N, H, W) -> (N, K+3, H, W).
     """
     hidden = ~valid.unsqueeze(1)
-    # Filled, not multiplied: with nothing valid the extremes are infinite, and 0 * inf is NaN.
+    # Filled, not multiplied: with nothing valid the image may become infinite, and 0 * inf is NaN.
     return torch.cat([class_maps, _stretched(images, hidden)], dim=1).masked_fill(hidden, 0.0)
 
 
@@ -83,8 +81,9 @@ def discriminator_input_of_labels(
     hidden = ~valid.unsqueeze(1)
     count, height, width = labels_NHW.shape
     seen = torch.empty(count, num_classes + 3, height, width, device=images.device)
-    # Each written once, where it is to be: maps of their own would be copied twice.
-    one_hot_maps(labels_NHW.masked_fill(~valid, NO_CLASS), num_classes, out=seen[:, :num_classes])
+    # Each written once, where it is to be: maps of their own would be copied twice. K is no class.
+    shown = labels_NHW.masked_fill(hidden.squeeze(1), num_classes)
+    one_hot_maps(shown, num_classes, out=seen[:, :num_classes])
     seen[:, num_classes:] = _stretched(images, hidden).masked_fill_(hidden, 0.0)
     return seen
 

@@ -56,12 +56,15 @@ class Protocol:
         """Whether there is more than one look at a pixel."""
         return self.window is not None or self.flip or self.scales != (1.0,)
 
+    def fits(self, height: int, width: int) -> bool:
+        """Whether the network sees so much at a time, so that no window slides over it."""
+        window = self.window
+        return window is None or (window[0] >= height and window[1] >= width)
+
     def sees_whole(self, height: int, width: int) -> bool:
-        """Whether an image fits into the window at every scale, so that none slides over it."""
-        if self.window is None:
-            return True
+        """Whether an image fits at every scale."""
         most = max(self.scales)
-        return round(height * most) <= self.window[0] and round(width * most) <= self.window[1]
+        return self.fits(round(height * most), round(width * most))
 
     def changed(
         self,
@@ -198,11 +201,11 @@ def _views(image_CHW: Tensor, protocol: Protocol) -> Iterator[tuple[Tensor, bool
 
 def _of_view(generator: nn.Module, view: Tensor, size: Size, protocol: Protocol) -> Tensor:
     height, width = view.shape[-2:]
-    window = protocol.window
-    if window is None or (window[0] >= height and window[1] >= width):
+    if protocol.fits(height, width):
         logits = logits_of(generator, view[None], protocol)
         return _resized(logits, size).softmax(dim=1)[0]
-    return _resized(_of_windows(generator, view, window, protocol)[None], size)[0]
+    assert protocol.window is not None  # or it would fit
+    return _resized(_of_windows(generator, view, protocol.window, protocol)[None], size)[0]
 
 
 def _of_windows(generator: nn.Module, view: Tensor, window: Size, protocol: Protocol) -> Tensor:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job.data.dataset import IGNORE
 from job.models.discriminator import (
-    NO_CLASS,
     Discriminator,
     discriminator_input,
     discriminator_input_of_labels,
@@ -207,7 +207,7 @@ def test_images_of_bytes_are_stretched_as_their_numbers() -> None:
 @pytest.mark.parametrize("classes", [2, 21])
 def test_labels_are_seen_as_their_class_maps_would_be(classes: int) -> None:
     labels = torch.randint(0, classes, (3, 8, 9), dtype=torch.uint8)
-    labels[0, :2] = NO_CLASS
+    labels[0, :2] = IGNORE
     images = torch.randint(0, 256, (3, 3, 8, 9), dtype=torch.uint8)
     valid = torch.rand(3, 8, 9) < 0.7
     expected = discriminator_input(one_hot_maps(labels, classes), images, valid)
@@ -215,7 +215,7 @@ def test_labels_are_seen_as_their_class_maps_would_be(classes: int) -> None:
 
 
 def test_one_hot_maps_are_zero_in_every_class_where_ignored() -> None:
-    maps = one_hot_maps(torch.tensor([[[2, NO_CLASS, 0]]], dtype=torch.uint8), 3)
+    maps = one_hot_maps(torch.tensor([[[2, IGNORE, 0]]], dtype=torch.uint8), 3)
     assert maps.dtype == torch.float32
     assert maps[0, :, 0].T.tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
 
@@ -223,7 +223,7 @@ def test_one_hot_maps_are_zero_in_every_class_where_ignored() -> None:
 @pytest.mark.parametrize("classes", [2, 21, 255])
 def test_one_hot_maps_equal_torchs_own_where_labeled(classes: int) -> None:
     truth = torch.randint(0, classes, (2, 7, 5), dtype=torch.uint8)
-    truth[:, 0] = NO_CLASS
+    truth[:, 0] = IGNORE
     maps = one_hot_maps(truth, classes)
     assert maps.shape == (2, classes, 7, 5)
     wanted = F.one_hot(truth[:, 1:].long(), classes).permute(0, 3, 1, 2).float()
