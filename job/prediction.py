@@ -122,9 +122,9 @@ def predict_images(
 
         with ThreadPoolExecutor(_WRITERS) as pool:
             pending = []
-            progress.begin("predicting", len(paths), sum(path.stat().st_size for path in paths))
+            progress.begin("predicting", len(paths), 0)
             for one in _predicted(generator, card, load_ahead(read, paths), device, wish):
-                progress.advance(1, one.path.stat().st_size)
+                progress.advance(1, 0)
                 if isinstance(one, _Unreadable):
                     outcome.unreadable.append(one.problem)
                     continue

@@ -320,6 +320,8 @@ def _missing(
         mend = "the image comes first on a line, and behind it its mask: swap the two"
     elif are_all and all("," in line for _, line in lines):
         mend = _NO_COMMA
+    elif (inside := _end_that_is_there(first, catalogue)) is not None:
+        mend = f"{inside} is there: take {first.removesuffix(inside)} out of the lines"
     elif "\\" in first:
         mend = "write paths with / between folders, not \\"
     else:
@@ -329,6 +331,15 @@ def _missing(
     return DataError(
         f"{called}: names {_counted(missing, len(lines))}, which are not in the data", mend=mend
     )
+
+
+def _end_that_is_there(name: str, catalogue: Catalogue) -> str | None:
+    """What is left of an absolute path, of another machine perhaps, when its first folders go."""
+    parts = PurePosixPath(name).parts
+    if parts[:1] != ("/",):
+        return None
+    ends = ("/".join(parts[first:]) for first in range(2, len(parts)))
+    return next((end for end in ends if catalogue.find(end) is not None), None)
 
 
 def _no_such_mask(

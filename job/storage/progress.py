@@ -27,7 +27,7 @@ class TransferProgress(Protocol):
         """Something the user should know now."""
 
     def begin(self, what: str, files: int, size: int) -> None:
-        """So many files and bytes are going to be moved."""
+        """So many files are going to be moved, of so many bytes; 0 bytes: the files are counted."""
 
     def advance(self, files: int, size: int) -> None:
         """So many more of them are there."""
@@ -79,17 +79,17 @@ class ConsoleProgress:
         self._files_done = self._size_done = 0
         self._began_s = self._line_s = self._clock()
         if self._console.is_terminal and files:
+            count = TextColumn("{task.fields[files]}")
+            columns = (DownloadColumn(), count, TransferSpeedColumn()) if size else (count,)
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                DownloadColumn(),
-                TextColumn("{task.fields[files]}"),
-                TransferSpeedColumn(),
+                *columns,
                 TimeRemainingColumn(),
                 console=self._console,
                 transient=True,
             )
-            self._task = self._bar.add_task(what, total=size, files=self._count())
+            self._task = self._bar.add_task(what, total=size or files, files=self._count())
             self._bar.start()
 
     def advance(self, files: int, size: int) -> None:
@@ -97,13 +97,11 @@ class ConsoleProgress:
         self._files_done += files
         self._size_done += size
         if self._bar is not None:
-            self._bar.update(self._task, advance=size, files=self._count())
+            step = size if self._size else files
+            self._bar.update(self._task, advance=step, files=self._count())
         elif self._clock() - self._line_s >= LINE_EVERY_S:
             self._line_s = self._clock()
-            self.say(
-                f"{self._what}: {self._count()}, {megabytes(self._size_done)} of "
-                f"{megabytes(self._size)}, {self._rate()}{self._left()}"
-            )
+            self.say(f"{self._what}: {self._count()}, {self._moved()}{self._rate()}{self._left()}")
 
     def end(self) -> None:
         """See `TransferProgress.end`."""
@@ -114,15 +112,25 @@ class ConsoleProgress:
     def _count(self) -> str:
         return f"{self._files_done} of {self._files} files"
 
+    def _moved(self) -> str:
+        if not self._size:
+            return ""
+        return f"{megabytes(self._size_done)} of {megabytes(self._size)}, "
+
     def _rate(self) -> str:
         seconds = max(self._clock() - self._began_s, 1e-3)
-        return f"{self._size_done / seconds / 1e6:.1f} MB/s"
+        if self._size:
+            return f"{self._size_done / seconds / 1e6:.1f} MB/s"
+        return f"{self._files_done / seconds:.1f} a second"
 
     def _left(self) -> str:
-        if not 0 < self._size_done < self._size:
+        done, whole = self._size_done, self._size
+        if not whole:
+            done, whole = self._files_done, self._files
+        if not 0 < done < whole:
             return ""
         seconds = self._clock() - self._began_s
-        return f", {seconds * (self._size / self._size_done - 1):.0f} s left"
+        return f", {seconds * (whole / done - 1):.0f} s left"
 
 
 def megabytes(size: float) -> str:

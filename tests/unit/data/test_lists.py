@@ -317,6 +317,17 @@ def test_names_that_are_not_there_are_counted(voc: Path) -> None:
     assert "did you mean 2007_0000" in error.mend
 
 
+@pytest.mark.parametrize("end", ["", " /home/me/VOC2012/SegmentationClass/{0}.png"])
+def test_paths_of_another_machine(voc: Path, end: str) -> None:
+    line = "/home/me/VOC2012/JPEGImages/{0}.jpg" + end
+    write_lines(voc / "l.txt", [line.format(name) for name in TRAIN])
+    error = refused(voc, labeled_list="l.txt")
+    assert "names 6 of 6 images (line 1: /home/me/VOC2012/JPEGImages/" in error.message
+    assert error.mend == (
+        f"JPEGImages/{TRAIN[0]}.jpg is there: take /home/me/VOC2012/ out of the lines"
+    )
+
+
 def test_a_mask_that_is_not_there(voc: Path) -> None:
     masks = [voc / "SegmentationClass" / f"{name}.png" for name in TRAIN[:2]]
     for mask in masks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import zlib
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from job.drill.proxy import CorruptReply, CutReply, Status
 from job.errors import StorageError
@@ -252,17 +254,32 @@ def test_spans_join_neighbours_only() -> None:
     assert [span.length for span in spans("s", "e", long)] == [CHUNK_BYTES, 10]
 
 
-def test_progress_off_a_terminal_is_a_line_now_and_then() -> None:
-    import io
-
-    from rich.console import Console
-
+@pytest.mark.parametrize(
+    ("size", "line"),
+    [
+        (10_000_000, "data: 2 of 10 files, 20 MB of 100 MB, 2.0 MB/s, 40 s left\n"),
+        (0, "data: 2 of 10 files, 0.2 a second, 40 s left\n"),
+    ],
+)
+def test_progress_off_a_terminal_is_a_line_now_and_then(size: int, line: str) -> None:
     out, now = io.StringIO(), [0.0]
     progress = ConsoleProgress(Console(file=out), clock=lambda: now[0])
-    progress.begin("data", 10, 100_000_000)
-    progress.advance(1, 10_000_000)
+    progress.begin("data", 10, 10 * size)
+    progress.advance(1, size)
     now[0] = 10.0
-    progress.advance(1, 10_000_000)
-    progress.advance(1, 10_000_000)
+    progress.advance(1, size)
+    progress.advance(1, size)
     progress.end()
-    assert out.getvalue() == "data: 2 of 10 files, 20 MB of 100 MB, 2.0 MB/s, 40 s left\n"
+    assert out.getvalue() == line
+
+
+@pytest.mark.parametrize("size", [10_000_000, 0])
+def test_progress_on_a_terminal_is_a_bar(size: int) -> None:
+    out, now = io.StringIO(), [0.0]
+    console = Console(file=out, force_terminal=True, width=120, _environ={})
+    progress = ConsoleProgress(console, clock=lambda: now[0])
+    progress.begin("data", 10, 10 * size)
+    progress.advance(4, 4 * size)
+    progress.end()
+    assert "4 of 10 files" in out.getvalue()
+    assert ("MB" in out.getvalue()) == bool(size)
