@@ -133,18 +133,22 @@ def _unlabeled_part(
     # either, so the real ones are mixed alike.
     real_masks = mixed(part.real_masks)
     valid = mixed(part.unlabeled_valid) & (real_masks != IGNORE)
-    judged = maps.detach().requires_grad_()  # cut here: each network gets its own gradient
-    fake = discriminator_input(judged, mixed(part.unlabeled_images), valid)
-    real = discriminator_input_of_labels(
-        real_masks, logits.shape[1], mixed(part.real_images), valid
-    )
+    # Both written where one pass sees them.
+    count, classes, *size = maps.shape
+    seen = maps.new_empty((2 * count, classes + 3, *size))
+    fake, real = seen[:count], seen[count:]
+    discriminator_input(maps.detach(), mixed(part.unlabeled_images), valid, out=fake)
+    discriminator_input_of_labels(real_masks, mixed(part.real_images), valid, out=real)
+    seen.requires_grad_()  # cut here: each network gets its own gradient
 
     # Discriminator: labels are real, predictions are not. One pass is enough for both networks, as
     # its weights do not change in between.
     with computed_in(precision, device):
-        scores, features = discriminator(torch.cat([fake, real]))
+        scores, features = discriminator(seen)
     fm = losses.feature_matching(*features.chunk(2))
-    (wish,) = grad(fm, judged, retain_graph=True)  # how the class maps should change
+    (change,) = grad(fm, seen, retain_graph=True)
+    # How the class maps should change; nothing is wished where nothing was seen of them.
+    wish = change[:count, :classes].masked_fill(~valid.unsqueeze(1), 0.0)
     d = losses.discriminator_loss(*scores.chunk(2))
     backward(share * d, inputs=list(discriminator.parameters()))
 
@@ -152,7 +156,7 @@ def _unlabeled_part(
     mlmt = torch.zeros_like(fm)
     if _labels_itself(config):
         with computed_in(precision, device):
-            score = _score(discriminator, fake.detach())
+            score = _score(discriminator, fake)
         label_maps = maps.detach()
     else:
         unmixed_valid = part.unlabeled_valid & (part.real_masks != IGNORE)
