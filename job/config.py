@@ -112,6 +112,9 @@ class DataConfig(_Section):
         AfterValidator(_rising),
     ] = (0.5, 1.5)
     """Least and most of `random_scale`, uniform between. Source: the S4GAN reference on VOC."""
+    photometric_distortion: bool = False
+    """The generator sees labeled images with random brightness, contrast, saturation and hue, as
+    another camera or hour might show them (Liu et al. 2016, arXiv:1512.02325)."""
     strong_augment: bool = False
     """The generator sees unlabeled images with random brightness, contrast, saturation, hue, grey
     and blur, and learns what it says of them as they are (Sohn et al. 2020, arXiv:2001.07685)."""

@@ -24,10 +24,10 @@ from job.training import losses
 from job.training.precision import computed_in, number_format
 from job.training.ranks import Ranks, RunningStatistics
 from job.training.state import TrainState
-from job.training.views import Mix, changed_colours
+from job.training.views import Mix, changed_colours, distorted
 
 ALONE = Ranks()
-_STEP, _VIEW = 4, 5
+_STEP, _VIEW, _LABELED_VIEW = 4, 5, 6
 """Part of every random seed, beside those of `job.data.streams`."""
 
 
@@ -73,8 +73,11 @@ def train_step(
         torch.manual_seed(_seed(config, iteration, number))
         # Supervised: its own forward and backward, so that only one graph is alive at a time
         # and batch norm sees labeled and unlabeled images apart (as in the reference).
+        shown = part.labeled_images
+        if config.data.photometric_distortion:
+            shown = distorted(shown, _rng(config, _LABELED_VIEW, iteration, number))
         with computed_in(precision, device):
-            logits, presence = state.generator.with_presence(part.labeled_images)
+            logits, presence = state.generator.with_presence(shown)
         ce = losses.cross_entropy(logits, part.labeled_masks)
         mlmt = torch.zeros_like(ce)
         if presence is not None:
@@ -197,7 +200,7 @@ def _unlabeled_part(
 def _view(images: Tensor, config: Config, iteration: int, number: int) -> tuple[Tensor, Mix]:
     """What the generator is shown of a batch, and how everything that belongs to it is mixed."""
     data = config.data
-    rng = np.random.default_rng([config.train.seed, _VIEW, iteration, number])
+    rng = _rng(config, _VIEW, iteration, number)
     height, width = images.shape[-2:]
     mixed = Mix.drawn(len(images), (height, width), data.cutmix, rng)
     return mixed(changed_colours(images, rng) if data.strong_augment else images), mixed
@@ -234,7 +237,12 @@ def _gradients(state: TrainState) -> list[Tensor]:
 
 def _seed(config: Config, iteration: int, part: int) -> int:
     """Of what a part of an iteration draws (dropout): the same after a resume, on any process."""
-    return int(np.random.default_rng([config.train.seed, _STEP, iteration, part]).integers(2**63))
+    return int(_rng(config, _STEP, iteration, part).integers(2**63))
+
+
+def _rng(config: Config, purpose: int, iteration: int, part: int) -> np.random.Generator:
+    """Of one purpose: `_STEP`, `_VIEW` or `_LABELED_VIEW`."""
+    return np.random.default_rng([config.train.seed, purpose, iteration, part])
 
 
 def _score(discriminator: Discriminator, fake: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the generator is shown of an unlabeled image: changed colours, and boxes of other images.
+"""What the generator is shown of an image: other colours, and boxes of other images.
 
 All that is drawn comes from NumPy on the host, so that it is the same on every device; all that is
 computed stays on the device.
@@ -26,10 +26,44 @@ BLUR_SHARE = 0.5
 BLUR_SIGMA = (0.1, 2.0)
 """Pixels. Source of the six: the published code of UniMatch (arXiv:2208.09910)."""
 
+DISTORTION_SHARE = 0.5
+DISTORTION_BRIGHTNESS = 0.125
+DISTORTION_CONTRAST = 0.5
+DISTORTION_SATURATION = 0.5
+DISTORTION_HUE = 0.05
+"""Source of the five: the defaults of torchvision's RandomPhotometricDistort, made for SSD."""
+
 BOX_AREA = (0.02, 0.4)
 """Of the image."""
 BOX_ASPECT = (0.3, 1 / 0.3)
 """Height over width. Source of both: as UniMatch draws the boxes of CutMix (arXiv:1905.04899)."""
+
+
+def distorted(images_NCHW: Tensor, rng: np.random.Generator) -> Tensor:
+    """Random brightness, contrast, saturation and hue, each image by its own: for labeled ones.
+
+    Shape: uint8 RGB (N, 3, H, W) -> the same.
+    Source: Liu et al. 2016, arXiv:1512.02325; the contrast comes first or last, as there.
+    """
+    return torch.stack([_distorted(image, rng) for image in images_NCHW])
+
+
+def _distorted(image: Tensor, rng: np.random.Generator) -> Tensor:
+    # Everything is drawn whether it is used or not: one image does not move another's.
+    brightness, contrast, saturation, hue = rng.random(4) < DISTORTION_SHARE
+    contrast_first = rng.random() < 0.5
+    by = rng.uniform(-1, 1, 4)
+    if brightness:
+        image = TF.adjust_brightness(image, 1 + DISTORTION_BRIGHTNESS * by[0])
+    if contrast and contrast_first:
+        image = TF.adjust_contrast(image, 1 + DISTORTION_CONTRAST * by[1])
+    if saturation:
+        image = TF.adjust_saturation(image, 1 + DISTORTION_SATURATION * by[2])
+    if hue:
+        image = TF.adjust_hue(image, DISTORTION_HUE * by[3])
+    if contrast and not contrast_first:
+        image = TF.adjust_contrast(image, 1 + DISTORTION_CONTRAST * by[1])
+    return image
 
 
 def changed_colours(images_NCHW: Tensor, rng: np.random.Generator) -> Tensor:

@@ -120,6 +120,7 @@ def test_two_are_equal_to_one_with_a_teacher_and_mixed_views(
         # rate of the other tests that is more than the tolerance on some CPUs.
         "train__learning_rate": CALM / 25,
         "train__ema_decay": 0.9,
+        "data__photometric_distortion": True,
         "data__strong_augment": True,
         "data__cutmix": 1.0,
         "model__head": "deeplabv3plus",

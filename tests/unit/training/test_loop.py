@@ -523,6 +523,7 @@ def test_an_attempt_goes_on_after_the_last_saved_iteration(make_run: MakeRun) ->
 
 
 MODERN = {
+    "data__photometric_distortion": True,
     "data__strong_augment": True,
     "data__cutmix": 0.5,
     "train__ema_decay": 0.9,

@@ -13,6 +13,7 @@ from job.training.step import StepLosses, train_step
 from tests.unit.training.tiny import CPU, new_state, random_batch, tiny_config
 
 MODERN = {
+    "data__photometric_distortion": True,
     "data__strong_augment": True,
     "data__cutmix": 1.0,
     "train__ema_decay": 0.9,

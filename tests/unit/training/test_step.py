@@ -707,6 +707,30 @@ def test_confidence_leaves_pixels_out() -> None:
     assert found[0] > found[1] > found[2] == 0
 
 
+def test_distorted_labeled_images_change_what_is_learned_of_them_alone() -> None:
+    batch = random_batch(tiny_config())
+    found = []
+    for on in (False, True):
+        config = tiny_config(data__photometric_distortion=on)
+        found.append(train_step(still_state(config, dropout=False), batch, config, 1))
+    plain, distorted = found
+    assert plain.ce.item() != distorted.ce.item()
+    for name in ("fm", "st", "d", "st_count"):
+        assert getattr(plain, name).item() == getattr(distorted, name).item(), name
+
+
+def test_a_distortion_depends_on_the_iteration_and_the_batch_alone() -> None:
+    config = tiny_config(data__photometric_distortion=True, train__supervised_only=True)
+    batch = random_batch(config)
+
+    def ce(iteration: int) -> float:
+        return train_step(still_state(config, dropout=False), batch, config, iteration).ce.item()
+
+    first = ce(1)
+    assert ce(2) != first
+    assert ce(1) == first
+
+
 @pytest.mark.parametrize("change", ["data__strong_augment", "data__cutmix"])
 def test_a_changed_view_changes_what_is_learned_and_not_what_is_labeled(change: str) -> None:
     on, off = {change: 1}, {change: 0}

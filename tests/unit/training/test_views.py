@@ -1,14 +1,17 @@
-"""What the generator is shown of unlabeled images."""
+"""What the generator is shown of images."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms.v2 import RandomPhotometricDistort
 
-from job.training.views import BOX_AREA, BOX_ASPECT, Box, Mix, _box, changed_colours
+from job.training.views import BOX_AREA, BOX_ASPECT, Box, Mix, _box, changed_colours, distorted
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -26,24 +29,31 @@ def photo(count: int = 3) -> torch.Tensor:
 # ---------------------------------------------------------------------------- colours
 
 
-def test_colours_change_and_shape_and_type_do_not() -> None:
+View = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
+both = pytest.mark.parametrize("view", [changed_colours, distorted])
+
+
+@both
+def test_colours_change_and_shape_and_type_do_not(view: View) -> None:
     images = photo()
     before = images.clone()
-    seen = changed_colours(images, rng())
+    seen = view(images, rng())
     assert seen.shape == images.shape
     assert seen.dtype == torch.uint8
     assert not torch.equal(seen, images)
     assert torch.equal(images, before)
 
 
-def test_each_image_is_changed_by_its_own_numbers() -> None:
-    seen = changed_colours(photo(6), rng(1))
+@both
+def test_each_image_is_changed_by_its_own_numbers(view: View) -> None:
+    seen = view(photo(6), rng(1))
     assert len({image.numpy().tobytes() for image in seen}) > 3
 
 
-def test_the_same_numbers_give_the_same_view() -> None:
-    assert torch.equal(changed_colours(photo(), rng(3)), changed_colours(photo(), rng(3)))
-    assert not torch.equal(changed_colours(photo(), rng(3)), changed_colours(photo(), rng(4)))
+@both
+def test_the_same_numbers_give_the_same_view(view: View) -> None:
+    assert torch.equal(view(photo(), rng(3)), view(photo(), rng(3)))
+    assert not torch.equal(view(photo(), rng(3)), view(photo(), rng(4)))
 
 
 def test_some_are_grey_some_blurred_and_some_left_alone() -> None:
@@ -55,10 +65,39 @@ def test_some_are_grey_some_blurred_and_some_left_alone() -> None:
     assert 8 < same.sum() < 45  # 0.2 * 0.8 * 0.5
 
 
-def test_what_one_image_draws_does_not_move_the_next_ones() -> None:
+def test_a_distortion_is_that_of_torchvision_without_swapped_channels() -> None:
+    images = photo(200)
+    torchs = RandomPhotometricDistort()
+    draws = rng(6)
+    wanted = []
+    for image in images:
+        used = draws.random(4) < torchs.p
+        first = bool(draws.random() < 0.5)
+        ranges = (torchs.brightness, torchs.contrast, torchs.saturation, torchs.hue)
+        parameters: dict[str, object] = {
+            f"{name}_factor": (low + high + (high - low) * by) / 2 if use else None
+            for name, (low, high), by, use in zip(
+                ("brightness", "contrast", "saturation", "hue"),
+                ranges,
+                draws.uniform(-1, 1, 4),
+                used,
+                strict=True,
+            )
+        }
+        parameters |= {"contrast_before": first, "channel_permutation": None}
+        wanted.append(torchs.transform(image, parameters))
+    seen = distorted(images, rng(6))
+    # A level apart at most: the factors are computed in another order.
+    assert (seen.int() - torch.stack(wanted).int()).abs().max() <= 1
+    alone = (seen == images).all(dim=(1, 2, 3)).sum()
+    assert 3 < alone < 26  # 1 in 16
+
+
+@both
+def test_what_one_image_draws_does_not_move_the_next_ones(view: View) -> None:
     three, two = photo(3), photo(3).clone()
     two[0] = 0
-    assert torch.equal(changed_colours(three, rng(7))[1:], changed_colours(two, rng(7))[1:])
+    assert torch.equal(view(three, rng(7))[1:], view(two, rng(7))[1:])
 
 
 # ---------------------------------------------------------------------------- boxes
