@@ -58,21 +58,23 @@ def main() -> None:
     print("\n| part | plain, ms | ours, ms | ours / plain, median (least to most) |")
     print("|---|---|---|---|")
     sums = {"plain": [0.0] * rounds, "ours": [0.0] * rounds}
+
+    def row(name: str, plain: Work, ours: Work, between: Work = lambda: None) -> None:
+        times = by_turns(plain, ours, rounds, between)
+        print_row(name, times)
+        for step, values in times.items():
+            sums[step] = [a + b for a, b in zip(sums[step], values, strict=True)]
+
     with logging_of_100_iterations() as logging:
-        for name, plain, ours in (*loss_parts(), augmentation(), logging):
-            times = by_turns(plain, ours, rounds)
-            print_row(name, times)
-            for step, values in times.items():
-                sums[step] = [a + b for a, b in zip(sums[step], values, strict=True)]
+        for part in (*loss_parts(), augmentation(), logging):
+            row(*part)
     print_row("**together**", sums)
-    with checkpoint_of_resnet101() as (plain, ours, wait):
-        times = by_turns(plain, ours, rounds, between=wait)
-        print_row("checkpoint: the training stands still", times)
+    with checkpoint_of_resnet101() as checkpoint:
+        row("checkpoint: the training stands still", *checkpoint)
+    print_row("**all of it**", sums)
 
 
-def by_turns(
-    plain: Work, ours: Work, rounds: int, between: Work = lambda: None
-) -> dict[str, list[float]]:
+def by_turns(plain: Work, ours: Work, rounds: int, between: Work) -> dict[str, list[float]]:
     """Milliseconds of each, round by round, after one that does not count.
 
     Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,12 +52,14 @@ class _ImageByImage(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_NKHW: Tensor, labels_NHW: Tensor, count: Tensor) -> Tensor:
-        gradient = torch.empty_like(logits_NKHW)
+        # NumPy's zeros are memory that nothing has touched: torch would write those of images that
+        # are passed over.
+        zeros = np.zeros(logits_NKHW.shape, logits_NKHW.detach().numpy().dtype)
+        gradient = torch.from_numpy(zeros)
         total = logits_NKHW.new_zeros(())
         for logits, labels, own in zip(logits_NKHW, labels_NHW, gradient, strict=True):
             known = labels != IGNORE
             if not known.any():
-                own.zero_()
                 continue
             index = labels.masked_fill(~known, 0).long().unsqueeze(0)
             low, high = torch.aminmax(logits)
