@@ -130,6 +130,7 @@ def print_input(data: Path, crop: int, rounds: int) -> None:
         crop: its height and width.
         rounds: iterations.
     """
+    torch.set_num_threads(1)  # as in a loader process: waiting threads would count as busy ones
     chosen = {"crop_size": crop, "labeled_ratio": 0.125, "random_scale": True, "cache": "disk"}
     config = config_from_dict(
         {"data": chosen, "train": {"batch_size": 8, "accumulate": 1}}, source="bench"
