@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -258,14 +257,23 @@ def peak_bytes(step: str, case: Case) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, batch = case.config(), random_batch(case, device)
     state = state_of(step, config, device)
-    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    else:
+        # Source: proc(5). Not getrusage's ru_maxrss, which begins with that of the parent process.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _kib_of("VmRSS")
     for _ in range(WARM_UP):
         stepped(step, state, batch, config)
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated())
-    return float(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return 1024.0 * (_kib_of("VmHWM") - before)
+
+
+def _kib_of(name: str) -> int:
+    """A number of this process that Linux tells of in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def flop(case: Case) -> float:

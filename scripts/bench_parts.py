@@ -112,10 +112,6 @@ def loss_parts() -> list[tuple[str, Work, Work]]:
     logits = torch.randn(IMAGES, CLASSES, CROP, CROP, generator=generator)
     scores = torch.randn(IMAGES, generator=generator)
 
-    def labels_seen() -> Tensor:
-        seen = torch.empty(IMAGES, CLASSES + 3, CROP, CROP)
-        return discriminator_input_of_labels(masks, images, labeled, out=seen)
-
     def learned(loss: Callable[[Tensor], Tensor]) -> Work:
         def work() -> None:
             given = logits.detach().requires_grad_()
@@ -132,7 +128,7 @@ def loss_parts() -> list[tuple[str, Work, Work]]:
         (
             "labels as the discriminator sees them",
             lambda: discriminator_input(class_maps_on_cpu(masks, CLASSES), images.float(), labeled),
-            labels_seen,
+            lambda: discriminator_input_of_labels(masks, CLASSES, images, labeled),
         ),
         (
             "cross-entropy, forward and back",

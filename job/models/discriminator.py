@@ -37,7 +37,7 @@ class Discriminator(nn.Module):
         self.convolutions = nn.ModuleList(
             nn.Conv2d(widths[i], widths[i + 1], 4, stride=2, padding=1) for i in range(4)
         )
-        self.dropout = nn.Dropout2d(DROPOUT)
+        self.dropout = nn.Dropout2d(DROPOUT, inplace=True)
         self.classifier = nn.Linear(widths[-1], 1)
 
     def forward(self, segmentation: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,57 +47,49 @@ class Discriminator(nn.Module):
             features = features.contiguous(memory_format=torch.channels_last)
         last = len(self.convolutions) - 1
         for index, convolution in enumerate(self.convolutions):
-            features = F.leaky_relu(convolution(features), LEAK)
+            features = convolution(features)
             if index < last:
                 features = self.dropout(features)
+            # After the dropout, which gives the same (a channel is doubled, or 0), so that both
+            # write over what the convolution gave, and only that is kept for the way back.
+            features = F.leaky_relu(features, LEAK, inplace=True)
         pooled = features.float().mean(dim=(2, 3))
         # What the gate and the losses look at closely is float32.
         with in_float32(pooled):
             return self.classifier(pooled).squeeze(1), pooled
 
 
-def discriminator_input(
-    class_maps: Tensor, images: Tensor, valid: Tensor, out: Tensor | None = None
-) -> Tensor:
+def discriminator_input(class_maps: Tensor, images: Tensor, valid: Tensor) -> Tensor:
     """What the discriminator sees: class maps, then the image, blank where not valid.
 
     The image is stretched to 0..1 by the extremes of its own valid pixels, so that neither the rest
     of the batch nor what the holes hide can be read from its brightness. Blanking the same pixels
     in real and fake keeps "has a hole" from telling them apart.
 
-    Args:
-        class_maps: of K classes, each pixel summing to 1.
-        images: any numbers.
-        valid: where there is something to see.
-        out: where to write it, instead of in memory of its own with a graph.
-
-    Shape: class_maps float (N, K, H, W); images (N, 3, H, W); valid bool (N, H, W) ->
-    (N, K+3, H, W).
+    Shape: class_maps float (N, K, H, W), each pixel summing to 1; images (N, 3, H, W), any
+    numbers; valid bool (N, H, W) -> (N, K+3, H, W).
     """
     hidden = ~valid.unsqueeze(1)
-    stretched = _stretched(images, hidden)
+    seen = torch.cat([class_maps, _stretched(images, hidden)], dim=1)
     # Filled, not multiplied: with nothing valid the image may become infinite, and 0 * inf is NaN.
-    if out is None:
-        return torch.cat([class_maps, stretched], dim=1).masked_fill(hidden, 0.0)
-    classes = class_maps.shape[1]
-    out[:, :classes], out[:, classes:] = class_maps, stretched
-    return out.masked_fill_(hidden, 0.0)
+    return seen.masked_fill_(hidden, 0.0)
 
 
 def discriminator_input_of_labels(
-    labels_NHW: Tensor, images: Tensor, valid: Tensor, out: Tensor
+    labels_NHW: Tensor, num_classes: int, images: Tensor, valid: Tensor
 ) -> Tensor:
     """The same of labels, with `one_hot_maps` of them.
 
-    Shape: labels uint8 (N, H, W), of K classes; images and valid as above; out (N, K+3, H, W).
+    Shape: labels uint8 (N, H, W), of K classes; images and valid as above -> (N, K+3, H, W).
     """
     hidden = ~valid.unsqueeze(1)
-    classes = out.shape[1] - images.shape[1]
+    count, height, width = labels_NHW.shape
+    seen = torch.empty(count, num_classes + 3, height, width, device=images.device)
     # Each written once, where it is to be: maps of their own would be copied twice. K is no class.
-    shown = labels_NHW.masked_fill(hidden.squeeze(1), classes)
-    one_hot_maps(shown, classes, out=out[:, :classes])
-    out[:, classes:] = _stretched(images, hidden).masked_fill_(hidden, 0.0)
-    return out
+    shown = labels_NHW.masked_fill(~valid, num_classes)
+    one_hot_maps(shown, num_classes, out=seen[:, :num_classes])
+    seen[:, num_classes:] = _stretched(images, hidden).masked_fill_(hidden, 0.0)
+    return seen
 
 
 def one_hot_maps(labels_NHW: Tensor, num_classes: int, out: Tensor | None = None) -> Tensor:

@@ -177,11 +177,9 @@ def presence_consistency(logits_NK: Tensor, teacher_logits_NK: Tensor, counted_N
     return torch.where(counted_N, difference, 0.0).sum() / counted_N.sum().clamp_min(1)
 
 
-def discriminator_loss(fake_logits_N: Tensor, real_logits_N: Tensor) -> Tensor:
-    """Binary cross-entropy of telling predictions (0) from labels (1), mean of the two halves.
+def discriminator_loss(logits_N: Tensor, truth: float) -> Tensor:
+    """Binary cross-entropy of taking predictions (0) for such, or labels (1).
 
-    0.693 (log 2) is what guessing costs.
+    The discriminator's loss is the mean of both; 0.693 (log 2) is what guessing costs.
     """
-    fake = F.binary_cross_entropy_with_logits(fake_logits_N, torch.zeros_like(fake_logits_N))
-    real = F.binary_cross_entropy_with_logits(real_logits_N, torch.ones_like(real_logits_N))
-    return 0.5 * (fake + real)
+    return F.binary_cross_entropy_with_logits(logits_N, torch.full_like(logits_N, truth))

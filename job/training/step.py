@@ -27,6 +27,8 @@ from job.training.state import TrainState
 from job.training.views import Mix, changed_colours, distorted
 
 ALONE = Ranks()
+FAKE, REAL = 0.0, 1.0
+"""What the discriminator is to say of predictions and of labels."""
 _STEP, _VIEW, _LABELED_VIEW = 4, 5, 6
 """Part of every random seed, beside those of `job.data.streams`."""
 
@@ -136,30 +138,35 @@ def _unlabeled_part(
     # either, so the real ones are mixed alike.
     real_masks = mixed(part.real_masks)
     valid = mixed(part.unlabeled_valid) & (real_masks != IGNORE)
-    # Both written where one pass sees them.
-    count, classes, *size = maps.shape
-    seen = maps.new_empty((2 * count, classes + 3, *size))
-    fake, real = seen[:count], seen[count:]
-    discriminator_input(maps.detach(), mixed(part.unlabeled_images), valid, out=fake)
-    discriminator_input_of_labels(real_masks, mixed(part.real_images), valid, out=real)
-    seen.requires_grad_()  # cut here: each network gets its own gradient
 
-    # Discriminator: labels are real, predictions are not. One pass is enough for both networks, as
-    # its weights do not change in between.
+    # Discriminator: labels are real, predictions are not. One pass of each is enough for both
+    # networks, as its weights do not change in between; of labels first, whose graph then goes.
+    weights = list(discriminator.parameters())
+    real = discriminator_input_of_labels(
+        real_masks, logits.shape[1], mixed(part.real_images), valid
+    )
     with computed_in(precision, device):
-        scores, features = discriminator(seen)
-    fm = losses.feature_matching(*features.chunk(2))
-    (change,) = grad(fm, seen, retain_graph=True)
+        score_of_real, real_features = discriminator(real)
+    d_real = losses.discriminator_loss(score_of_real, REAL)
+    backward(share * d_real / 2, inputs=weights)
+    del real
+
+    # Cut here: each network gets its own gradient.
+    fake = discriminator_input(maps.detach(), mixed(part.unlabeled_images), valid).requires_grad_()
+    with computed_in(precision, device):
+        score_of_fake, fake_features = discriminator(fake)
+    fm = losses.feature_matching(fake_features, real_features)
+    (wish,) = grad(fm, fake, retain_graph=True)
     # How the class maps should change; nothing is wished where nothing was seen of them.
-    wish = change[:count, :classes].masked_fill(~valid.unsqueeze(1), 0.0)
-    d = losses.discriminator_loss(*scores.chunk(2))
-    backward(share * d, inputs=list(discriminator.parameters()))
+    wish = wish[:, : logits.shape[1]].masked_fill(~valid.unsqueeze(1), 0.0)
+    d_fake = losses.discriminator_loss(score_of_fake, FAKE)
+    backward(share * d_fake / 2, inputs=weights)
 
     # Which predictions look real, and what they are told to be.
     mlmt = torch.zeros_like(fm)
     if _labels_itself(config):
         with computed_in(precision, device):
-            score = _score(discriminator, fake)
+            score = _score(discriminator, fake.detach())
         label_maps = maps.detach()
     else:
         unmixed_valid = part.unlabeled_valid & (part.real_masks != IGNORE)
@@ -192,7 +199,7 @@ def _unlabeled_part(
 
     total.fm += share * fm.detach()
     total.st += share * st.detach()
-    total.d += share * d.detach()
+    total.d += share * (d_real.detach() + d_fake.detach()) / 2
     total.mlmt += share * mlmt.detach()
     total.st_count += accepted.sum()
 

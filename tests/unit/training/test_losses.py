@@ -346,27 +346,27 @@ def test_an_image_without_a_label_says_nothing_of_what_it_holds() -> None:
 # ---------------------------------------------------------------------------- discriminator
 
 
-def test_a_guessing_discriminator_costs_log_2() -> None:
-    zeros = torch.zeros(4)
-    assert discriminator_loss(zeros, zeros).item() == pytest.approx(math.log(2))
+@pytest.mark.parametrize("truth", [0.0, 1.0])
+def test_a_guessing_discriminator_costs_log_2(truth: float) -> None:
+    assert discriminator_loss(torch.zeros(4), truth).item() == pytest.approx(math.log(2))
 
 
-def test_discriminator_loss_is_the_mean_of_the_two_halves() -> None:
-    fake, real = torch.tensor([1.0, -1.0]), torch.tensor([2.0])
-    fake_half = (math.log1p(math.exp(1)) + math.log1p(math.exp(-1))) / 2
-    real_half = math.log1p(math.exp(-2))
-    wanted = (fake_half + real_half) / 2
-    assert discriminator_loss(fake, real).item() == pytest.approx(wanted)
+@pytest.mark.parametrize(("truth", "sign"), [(0.0, 1), (1.0, -1)])
+def test_discriminator_loss_is_binary_cross_entropy(truth: float, sign: int) -> None:
+    wanted = (math.log1p(math.exp(sign)) + math.log1p(math.exp(-2 * sign))) / 2
+    assert discriminator_loss(torch.tensor([1.0, -2.0]), truth).item() == pytest.approx(wanted)
 
 
 def test_discriminator_loss_pushes_fake_down_and_real_up() -> None:
     fake = torch.zeros(2, requires_grad=True)
     real = torch.zeros(2, requires_grad=True)
-    discriminator_loss(fake, real).backward()
-    assert torch.equal(fake.grad, torch.full((2,), 0.125))
-    assert torch.equal(real.grad, torch.full((2,), -0.125))
+    (discriminator_loss(fake, 0.0) + discriminator_loss(real, 1.0)).backward()
+    assert torch.equal(fake.grad, torch.full((2,), 0.25))
+    assert torch.equal(real.grad, torch.full((2,), -0.25))
 
 
-def test_a_discriminator_sure_of_the_wrong_thing_costs_much_but_not_infinity() -> None:
-    loss = discriminator_loss(torch.tensor([1000.0]), torch.tensor([-1000.0]))
-    assert loss.item() == pytest.approx(1000)
+@pytest.mark.parametrize(("logit", "truth"), [(1000.0, 0.0), (-1000.0, 1.0)])
+def test_a_discriminator_sure_of_the_wrong_thing_costs_much_but_not_infinity(
+    logit: float, truth: float
+) -> None:
+    assert discriminator_loss(torch.tensor([logit]), truth).item() == pytest.approx(1000)
