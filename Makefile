@@ -39,6 +39,7 @@ soak: setup ## 200 random interruptions and network faults (half an hour)
 bench: setup ## how long an iteration takes, ours and a plain one by turns; on the GPU if there is one
 	$(BIN)/python -m scripts.bench
 	THP_MEM_ALLOC_ENABLE=1 $(BIN)/python -m scripts.bench_parts
+	THP_MEM_ALLOC_ENABLE=1 $(BIN)/python -m scripts.bench_shares
 
 bench-storage: setup ## what a save costs, and how fast data arrive (10 GB of disk; S5CMD=, AWS=)
 	$(BIN)/python scripts/bench_save.py --folder demo/bench

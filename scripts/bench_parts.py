@@ -32,6 +32,7 @@ from job.monitor.console import ConsoleTracker
 from job.monitor.ledger import Ledger
 from job.storage.local import LocalStore
 from job.training import losses
+from job.training.state import TrainState
 from scripts.bench import CLASSES, Case, machine, random_batch, seconds_of, spread, state_of
 from scripts.bench_save import publishing
 from scripts.plain_step import (
@@ -69,7 +70,7 @@ def main() -> None:
         for part in (*loss_parts(), augmentation(), logging):
             row(*part)
     print_row("**together**", sums)
-    with checkpoint_of_resnet101() as checkpoint:
+    with checkpoint_of(resnet101_state()) as checkpoint:
         row("checkpoint: the training stands still", *checkpoint)
     print_row("**all of it**", sums)
 
@@ -212,14 +213,9 @@ def logging_of_100_iterations() -> Iterator[tuple[str, Work, Work]]:
             ledger.close()
 
 
-@contextmanager
-def checkpoint_of_resnet101() -> Iterator[tuple[Work, Work, Work]]:
-    """Both networks with their optimizers: written at once, or copied and written meanwhile.
-
-    Gives both, and what waits until the second is written.
-    """
-    config = Case("resnet101", CROP, 1).config()
-    state = state_of("ours", config, CPU)
+def resnet101_state() -> TrainState:
+    """Of both networks, with that of their optimizers."""
+    state = state_of("ours", Case("resnet101", CROP, 1).config(), CPU)
     for network, optimizer in (
         (state.generator, state.optimizer_G),
         (state.discriminator, state.optimizer_D),
@@ -227,6 +223,15 @@ def checkpoint_of_resnet101() -> Iterator[tuple[Work, Work, Work]]:
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # gives it its state
+    return state
+
+
+@contextmanager
+def checkpoint_of(state: TrainState) -> Iterator[tuple[Work, Work, Work]]:
+    """Both networks with their optimizers: written at once, or copied and written meanwhile.
+
+    Gives both, and what waits until the second is written.
+    """
     with tempfile.TemporaryDirectory(prefix="s4gan-") as folder:
         store = LocalStore(Path(folder) / "run")
         with publishing(store, Path(folder) / "scratch") as publisher:

@@ -9,6 +9,7 @@ bit as without.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -34,6 +35,8 @@ _HEAD = struct.Struct("<8sII")
 _MAGIC = b"s4gan-1\n"
 _BYTES = {"RGBX": 4, "L": 1}
 """Of a pixel. Pillow holds RGB in four bytes, too; what has three would have to be copied."""
+_LEFT_BYTES = 2 << 30
+"""Of the disk, which stay free for checkpoints on their way and what other programs write."""
 _SAMPLE = 64
 """Images whose size is looked at; all others are taken to be as large."""
 _SHARE = 0.5
@@ -83,6 +86,8 @@ class KeepingDecoder(Decoder):
         image = decode()
         if not self._is_full:
             try:
+                if _free_disk(self._folder) < _LEFT_BYTES:
+                    raise OSError(errno.ENOSPC, "less than 2 GiB would stay free")
                 _write(file, image)
             except OSError as error:
                 self._is_full = True
@@ -256,7 +261,21 @@ def _free_memory() -> int:
         line = next(line for line in lines if line.startswith("MemAvailable:"))
         free.append(int(line.split()[1]) * 1024)
     with contextlib.suppress(OSError, ValueError):  # "max": there is no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        free.append(limit - int((group / "memory.current").read_text()))
+        free.append(_free_in_container(Path("/sys/fs/cgroup")))
     return max(0, min(free, default=0))
+
+
+def _free_in_container(group: Path) -> int:
+    """Bytes below the limit of a control group, by version 2.
+
+    What it has read from files counts as free, as in MemAvailable: data that were just brought here
+    would leave no room otherwise. Source: the kernel's admin-guide/cgroup-v2.
+
+    Raises:
+        OSError: there is no such group.
+        ValueError: it has no limit.
+    """
+    limit = int((group / "memory.max").read_text())
+    statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])
+    return limit - used

@@ -16,7 +16,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from job.config import ModelConfig
 from job.models.backbones import make_backbone
-from job.models.normalization import NORMALIZATIONS, Normalization
+from job.models.normalization import NORMALIZATIONS, Normalization, Normalize
 from job.models.precision import in_float32
 
 ATROUS_RATES = (6, 12, 18, 24)
@@ -148,6 +148,7 @@ class Generator(nn.Module):
         self.backbone = make_backbone(
             architecture.backbone, architecture.output_stride, architecture.stride_in
         )
+        self.normalize = Normalize(architecture.normalization)
         self.head: PyramidHead | DecoderHead = (
             PyramidHead(
                 self.backbone.out_channels, architecture.num_classes, architecture.aspp_branches
@@ -179,7 +180,7 @@ class Generator(nn.Module):
 
     def with_presence(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits as they are, and those of which classes an image holds, (N, K), if it is asked."""
-        normalized = self.architecture.normalization.apply(images)
+        normalized = self.normalize(images)
         if normalized.is_cuda:  # whose convolutions are faster so, in half precision above all
             normalized = normalized.contiguous(memory_format=torch.channels_last)
         low, features = self.backbone(normalized)

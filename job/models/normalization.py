@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -24,15 +24,30 @@ class Normalization:
     channels: Literal["rgb", "bgr"] = "rgb"
     """Order in which the network takes them."""
 
-    def apply(self, images: Tensor) -> Tensor:
+
+class Normalize(nn.Module):
+    """A `Normalization` as a layer.
+
+    Its numbers lie on the network's device: to bring them there for each batch would make the host
+    wait for a GPU each time. They are no part of the state.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, normalization: Normalization) -> None:
+        super().__init__()
+        for name, values in (("mean", normalization.mean), ("std", normalization.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        self._is_bgr = normalization.channels == "bgr"
+
+    def forward(self, images: Tensor) -> Tensor:
         """What a network takes.
 
         Shape: RGB of 0..255, uint8 or floating point (N, 3, H, W) -> floating point (N, 3, H, W).
         """
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
-        normalized = (images.float() / 255 - mean) / std
-        return normalized.flip(1) if self.channels == "bgr" else normalized
+        normalized = (images.float() / 255 - self.mean) / self.std
+        return normalized.flip(1) if self._is_bgr else normalized
 
 
 _BYTE = (1 / 255, 1 / 255, 1 / 255)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from job.data.images import Array, read_labels, read_rgb, scaled_image
 from job.heartbeat import beat
 from job.models.generator import Generator
 from job.training.confusion import ConfusionMatrix, counts_of_each
+from job.training.precision import sizes_differ
 from job.training.protocols import PLAIN, Protocol, logits_of, probabilities
 
 _AHEAD = 4
@@ -62,6 +64,7 @@ class Evaluation:
             del self.extremes[count]  # the middle one
 
 
+@sizes_differ()
 def evaluate(
     generator: Generator,
     items: Sequence[Item],
@@ -145,14 +148,14 @@ def alike(
 
     Args:
         loaded: each item with its image and mask.
-        at_once: pixels that a group may have, but it has at least one image.
+        at_once: pixels that a group's images, or its masks, may have; but it has at least one.
     """
 
     def belongs(
         group: Sequence[tuple[Item, tuple[Array, Array]]], one: tuple[Item, tuple[Array, Array]]
     ) -> bool:
         sizes = [array.shape for array in one[1]]
-        pixels = (len(group) + 1) * sizes[0][0] * sizes[0][1]
+        pixels = (len(group) + 1) * max(math.prod(size[:2]) for size in sizes)
         return pixels <= at_once and sizes == [array.shape for array in group[0][1]]
 
     return in_groups(loaded, belongs)

@@ -24,7 +24,7 @@ from job.models.discriminator import one_hot_maps
 def cross_entropy(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
     """Mean over the pixels that have a label; 0, with a graph, if none has.
 
-    Shape: float logits, unbounded; uint8 labels, classes or IGNORE.
+    Shape: float32 logits, unbounded; uint8 labels, classes or IGNORE.
     """
     return _mean_over(logits_NKHW, labels_NHW, labels_NHW != IGNORE)
 
@@ -32,10 +32,15 @@ def cross_entropy(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
 def _mean_over(logits_NKHW: Tensor, labels_NHW: Tensor, counted_NHW: Tensor) -> Tensor:
     """Cross-entropy of the pixels that have a label, as a mean over those that are counted."""
     count = counted_NHW.sum().clamp_min(1)
-    if logits_NKHW.device.type == "cpu":
+    if _on_host(logits_NKHW):
         return cast(Tensor, _ImageByImage.apply(logits_NKHW, labels_NHW, count))
     total = F.cross_entropy(logits_NKHW, labels_NHW.long(), ignore_index=IGNORE, reduction="sum")
     return total / count
+
+
+def _on_host(values: Tensor) -> bool:
+    """Whether looking at a number, to save what it makes needless, waits for nothing."""
+    return values.device.type == "cpu"
 
 
 _SAFE = 60.0
@@ -69,7 +74,7 @@ class _ImageByImage(torch.autograd.Function):
                 shifted = torch.sub(logits, logits.amax(dim=0), out=own)
             of_label = shifted.gather(0, index).squeeze(0)
             of_all = torch.exp(shifted, out=own).sum(dim=0)
-            total += ((of_all.log() - of_label) * known).sum()
+            total += (of_all.log() - of_label).masked_fill_(~known, 0.0).sum()
             share = known / count
             own.mul_(share / of_all).scatter_add_(0, index, -share.unsqueeze(0))
         ctx.gradient = gradient
@@ -102,7 +107,7 @@ def gate(score_logits_N: Tensor, threshold: float, share: float = 0.0) -> Tensor
     scores_N = score_logits_N.detach()
     accepted_N = scores_N.sigmoid() > threshold
     count = math.ceil(round(share * len(scores_N), 6))  # of 10 images 0.7 are 7, not 8
-    most_real = scores_N.topk(count).indices
+    most_real = scores_N.nan_to_num(nan=-math.inf).topk(count).indices
     return accepted_N.index_fill(0, most_real, True)
 
 
@@ -124,7 +129,7 @@ def most_probable(maps_NKHW: Tensor, wanted_NHW: Tensor) -> tuple[Tensor, Tensor
 
     Shape: probabilities of the classes; bool -> float and integer (N, H, W).
     """
-    if maps_NKHW.device.type != "cpu":  # where nothing may depend on the data
+    if not _on_host(maps_NKHW):  # nothing may depend on the data
         # Both at once: argmax alone takes three times as long.
         probability, labels = maps_NKHW.max(dim=1)
         return probability, labels

@@ -45,6 +45,17 @@ def prepare(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
+def sizes_differ() -> Iterator[None]:
+    """Within the block convolutions are not timed: each size of image would be, and each count."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextlib.contextmanager
 def computed_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Within the block convolutions are computed in a format; weights stay in float32.
 

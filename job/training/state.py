@@ -76,14 +76,16 @@ class TrainState:
         pairs = zip(
             self.teacher.state_dict().values(), self.generator.state_dict().values(), strict=True
         )
-        averages, values = [], []
+        averages: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        counts: list[torch.Tensor] = []  # how many batches the statistics are of
+        counted: list[torch.Tensor] = []
         for average, value in pairs:
-            if average.is_floating_point():
-                averages.append(average)
-                values.append(value)
-            else:
-                average.copy_(value)  # how many batches the statistics are of
+            (averages if average.is_floating_point() else counts).append(average)
+            (values if average.is_floating_point() else counted).append(value)
         torch._foreach_lerp_(averages, values, 1 - keep)
+        if counts:
+            torch._foreach_copy_(counts, counted)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as tensors and plain values."""

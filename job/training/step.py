@@ -179,7 +179,7 @@ def _unlabeled_part(
         label_maps = mixed(unmixed)
         if presence is not None and taught is not None:
             # Not of images with a box of another one: nobody knows what is left in them.
-            whole = torch.tensor(mixed.whole, device=presence.device)
+            whole = torch.from_numpy(np.array(mixed.whole)).to(device, non_blocking=True)
             mlmt = losses.presence_consistency(presence, taught, whole)
     threshold = losses.gate_threshold(config.loss, iteration)
     accepted = losses.gate(score, threshold, config.loss.gate_share)

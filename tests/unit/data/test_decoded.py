@@ -132,6 +132,29 @@ def test_the_free_memory_is_some_of_this_machines() -> None:
     assert 10**6 < decoded._free_memory() < 10**14
 
 
+def test_what_a_container_has_read_from_files_counts_as_free(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("4000\n")
+    (tmp_path / "memory.current").write_text("3500\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 2700\nactive_file 300\n")
+    assert decoded._free_in_container(tmp_path) == 4000 - (3500 - 2700)
+    (tmp_path / "memory.max").write_text("max\n")
+    with pytest.raises(ValueError, match="max"):
+        decoded._free_in_container(tmp_path)
+
+
+def test_some_of_the_disk_stays_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = photo(tmp_path / "a.png")
+    free = [decoded._LEFT_BYTES - 1, decoded._LEFT_BYTES]
+    for left, kept in zip(free, (0, 1), strict=True):
+        monkeypatch.setattr(decoded, "_free_disk", lambda _, left=left: left)
+        keeping = KeepingDecoder(tmp_path / "kept")
+        assert keeping.image(path).size == keeping.image(path).size
+        assert len(list((tmp_path / "kept").glob("*"))) == kept
+    assert caplog.text.count("not kept any more: [Errno 28] less than 2 GiB would stay free") == 1
+
+
 def test_they_are_removed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S4GAN_SCRATCH", str(tmp_path / "scratch"))
     folder = decoded_folder(tmp_path)

@@ -134,10 +134,21 @@ def test_a_group_has_one_size_and_a_bounded_number_of_pixels(dataset: Dataset) -
         return item, (np.zeros((side, side, 3), np.uint8), np.zeros((mask_side,) * 2, np.uint8))
 
     given = [pair(4), pair(4), pair(4), pair(4, 16), pair(2), pair(9), pair(9)]
-    groups = list(alike(given, at_once=32))
+    groups = list(alike(given, at_once=128))
     assert [len(group) for group in groups] == [2, 1, 1, 1, 1, 1]
     assert [one for group in groups for one in group] == given
     assert list(alike([], at_once=32)) == []
+
+
+def test_convolutions_are_not_timed_for_each_size(
+    generator: Generator, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as in training
+    seen: list[bool] = []
+    generator.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.benchmark))
+    evaluate(generator, dataset.val, dataset.info, image_scale=1.0, device=CPU)
+    assert seen == [False] * 4
+    assert torch.backends.cudnn.benchmark
 
 
 def test_only_a_gpu_and_a_single_look_take_several_images() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from job.config import LossConfig
 from job.data.images import IGNORE
+from job.training import losses
 from job.training.losses import (
     cross_entropy,
     discriminator_loss,
@@ -370,3 +371,27 @@ def test_a_discriminator_sure_of_the_wrong_thing_costs_much_but_not_infinity(
     logit: float, truth: float
 ) -> None:
     assert discriminator_loss(torch.tensor([logit]), truth).item() == pytest.approx(1000)
+
+
+# ---------------------------------------------------------------------------- numbers that are none
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_what_a_void_pixel_says_does_not_matter(
+    number: float, on_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_on_host", lambda _: on_host)
+    logits, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5)).to(torch.uint8)
+    labels[0, 1, 2] = IGNORE
+    wanted = cross_entropy(logits, labels).item()
+    logits[0, :, 1, 2] = number
+    assert cross_entropy(logits, labels).item() == pytest.approx(wanted)
+    logits[0, 0, 0, 0] = math.nan
+    assert cross_entropy(logits, labels).isnan()
+
+
+def test_a_score_that_is_no_number_is_not_among_the_most_real() -> None:
+    scores = torch.tensor([math.nan, 1.0, -5.0, math.inf])
+    assert gate(scores, 0.5, 0.5).tolist() == [False, True, False, True]
+    assert gate(scores, 1.0, 0.25).tolist() == [False, False, False, True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,18 +15,28 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from job.config import Config
 from job.data.images import IGNORE
 from job.data.streams import Batch
 from job.models.discriminator import Discriminator, discriminator_input
 from job.models.normalization import IMAGENET_MEAN, IMAGENET_STD
+from job.training import losses
 from job.training.losses import one_hot_maps
 from job.training.state import TrainState
 from job.training.step import StepLosses, _view, train_step
-from tests.unit.training.tiny import CLASSES, SIZE, new_state, random_batch, tiny_config
+from tests.unit.training.tiny import CLASSES, CPU, SIZE, new_state, random_batch, tiny_config
 
 Gradients = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True, params=["as on a CPU", "as on a GPU"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test twice: what only GPUs take the time for is computed here as well."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(losses, "_on_host", lambda _: False)
 
 
 def gradients(network: nn.Module) -> Gradients:
@@ -834,6 +845,92 @@ def test_images_with_a_box_of_another_one_teach_nothing_about_what_they_hold() -
         found.append(train_step(state, batch, config, 1).mlmt.item())
     of_masks = found[1]
     assert found[0] > of_masks + 0.01
+
+
+class _Results(TorchDispatchMode):
+    """Numbers and shapes that depend on what a GPU has computed."""
+
+    OPS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.").partition(".")[0]
+        indices = args[1] if name.startswith("index") else ()
+        by_mask = isinstance(indices, (list, tuple)) and any(
+            isinstance(one, Tensor) and one.dtype == torch.bool for one in indices
+        )
+        if name in self.OPS or by_mask:
+            self._note(name)
+        return func(*args, **(kwargs or {}))
+
+
+class _Copies(TorchFunctionMode):
+    """Numbers of the host that are brought to a GPU, which then has to be done with all else."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        named = (*args[1:], kwargs.get("device"))
+        if any(isinstance(one, torch.device) for one in named) and (
+            func in (torch.tensor, torch.as_tensor)
+            or (func is Tensor.to and not kwargs.get("non_blocking"))
+        ):
+            self._note(func.__name__)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def waiting() -> Iterator[list[str]]:
+    """Each thing that would make the host wait for a GPU, and where."""
+    seen: list[str] = []
+
+    def note(name: str) -> None:
+        calls = [frame for frame in traceback.extract_stack() if "/job/" in frame.filename]
+        seen.append(f"{name}: {calls[-1].name}, {calls[-1].line}" if calls else name)
+
+    with _Results(note), _Copies(note):
+        yield seen
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        MODERN | {"data__photometric_distortion": True, "loss__gate_share": 0.5},
+        {"model__mlmt_threshold": 0.2, "train__ema_decay": 0.9, "train__accumulate": 2},
+        {"model__normalization": "caffe", "model__head": "deeplabv3plus"},
+    ],
+)
+def test_a_step_never_waits_for_a_gpu(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_on_host", lambda _: False)
+    config = tiny_config(**changes)
+    state, batch = new_state(config), random_batch(config)
+    train_step(state, batch, config, 1)  # the optimizers make their state
+    with waiting() as seen:
+        train_step(state, batch, config, 2)
+    assert seen == []
+
+
+def test_the_watch_for_waiting_sees_it() -> None:
+    values = torch.arange(4)
+    for wait in (
+        lambda: values[values > 1],
+        lambda: bool(values.any()),
+        lambda: values.sum().item(),
+        lambda: torch.tensor([1.0], device=values.device),
+        lambda: values.to(CPU),
+    ):
+        with waiting() as seen:
+            wait()
+        assert len(seen) == 1
 
 
 def test_without_the_branch_there_is_no_such_loss() -> None:
