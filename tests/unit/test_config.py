@@ -97,7 +97,6 @@ def test_the_modern_preset_is_still_s4gan():
     assert config.loss.lambda_fm > 0
     assert config.loss.threshold_st > 0
     assert config.data.strong_augment
-    assert config.data.photometric_distortion
     assert min(config.data.cutmix, config.train.ema_decay, config.loss.confidence) > 0
     assert config.loss.gate_warmup > 0
 
