@@ -59,8 +59,7 @@ class _ImageByImage(torch.autograd.Function):
     def forward(ctx: Any, logits_NKHW: Tensor, labels_NHW: Tensor, count: Tensor) -> Tensor:
         # NumPy's zeros are memory that nothing has touched: torch would write those of images that
         # are passed over.
-        zeros = np.zeros(logits_NKHW.shape, logits_NKHW.detach().numpy().dtype)
-        gradient = torch.from_numpy(zeros)
+        gradient = torch.from_numpy(np.zeros(logits_NKHW.shape, np.float32))
         total = logits_NKHW.new_zeros(())
         for logits, labels, own in zip(logits_NKHW, labels_NHW, gradient, strict=True):
             known = labels != IGNORE
