@@ -17,7 +17,6 @@ from job.models.generator import (
     PyramidHead,
     ruled_out,
 )
-from job.models.normalization import NORMALIZATIONS
 
 
 def test_resnet101_with_21_classes_has_the_papers_parameter_count() -> None:
@@ -54,7 +53,7 @@ def test_upsampling_puts_corners_on_corners() -> None:
     generator = Generator(Architecture("tiny", 3)).eval()
     images = torch.randn(1, 3, 41, 49)
     with torch.no_grad():
-        small = generator.head(*generator.backbone(NORMALIZATIONS["imagenet"].apply(images)))
+        small = generator.head(*generator.backbone(generator.normalize(images)))
         logits = generator(images)
     assert small.shape[-2:] == (6, 7)
     torch.testing.assert_close(logits[..., ::8, ::8], small)
