@@ -34,10 +34,8 @@ from job.training.precision import computed_in, number_format
 from job.training.state import TrainState
 from scripts.bench import CLASSES, WARM_UP, Case, machine, random_batch, seconds_of, spread, stepped
 from scripts.bench import state_of as new_state
-from scripts.bench_parts import checkpoint_of, logging_of_100_iterations
+from scripts.bench_parts import PHOTO, checkpoint_of, logging_of_100_iterations
 
-PHOTO = (500, 375)
-"""Width and height; of most of VOC 2012."""
 PHOTOS = 48
 PROCESSES = (1, 2)
 
@@ -68,7 +66,10 @@ def print_shares(case: Case, device: torch.device, rounds: int, data: Path) -> N
         "discriminator, forward and back": discriminator_alone(state, batch, config),
         "optimizers": lambda: (state.optimizer_G.step(), state.optimizer_D.step()),
     }
-    whole: Work = lambda: stepped("ours", state, batch, config)  # noqa: E731
+
+    def whole() -> None:
+        stepped("ours", state, batch, config)
+
     times: dict[str, list[float]] = {name: [] for name in parts}
     iterations: list[float] = []
     for number in range(WARM_UP + rounds):

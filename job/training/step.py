@@ -73,11 +73,11 @@ def train_step(
 
     for number, part in enumerate(parts, start=ranks.rank * len(parts)):
         torch.manual_seed(_seed(config, iteration, number))
-        # Supervised: its own forward and backward, so that only one graph is alive at a time
-        # and batch norm sees labeled and unlabeled images apart (as in the reference).
         shown = part.labeled_images
         if config.data.photometric_distortion:
             shown = distorted(shown, _rng(config, _LABELED_VIEW, iteration, number))
+        # Supervised: its own forward and backward, so that only one graph is alive at a time
+        # and batch norm sees labeled and unlabeled images apart (as in the reference).
         with computed_in(precision, device):
             logits, presence = state.generator.with_presence(shown)
         ce = losses.cross_entropy(logits, part.labeled_masks)
