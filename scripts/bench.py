@@ -13,6 +13,7 @@ lines are the tables for README.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 from job.config import Config, config_from_dict
-from job.data.dataset import IGNORE
+from job.data.dataset import IGNORE, DatasetInfo
 from job.data.scan import scan_dataset
-from job.data.splits import items_of, make_splits
+from job.data.splits import SplitItems, items_of, make_splits
 from job.data.streams import Batch, IterationDataset
 from job.models.discriminator import Discriminator
 from job.models.generator import Architecture, Generator
@@ -129,16 +130,9 @@ def print_input(data: Path, crop: int, rounds: int) -> None:
         crop: its height and width.
         rounds: iterations.
     """
-    torch.set_num_threads(1)  # as in a loader process: waiting threads would count as busy ones
-    chosen = {"crop_size": crop, "labeled_ratio": 0.125, "random_scale": True, "cache": "disk"}
-    config = config_from_dict(
-        {"data": chosen, "train": {"batch_size": 8, "accumulate": 1}}, source="bench"
-    )
-    dataset = scan_dataset(data, config.data)
-    items = items_of(dataset, make_splits(dataset, config))
-    with tempfile.TemporaryDirectory(prefix="s4gan-") as folder:
-        plain = IterationDataset(items, dataset.info, config)
-        kept = IterationDataset(items, dataset.info, config, decoded=Path(folder))
+    given = input_of(data, 8, crop_size=crop, labeled_ratio=0.125, random_scale=True)
+    with tempfile.TemporaryDirectory(prefix="s4gan-") as folder, one_thread():
+        plain, kept = IterationDataset(*given), IterationDataset(*given, decoded=Path(folder))
         times: dict[str, list[float]] = {"decoded each time": [], "kept decoded": []}
         for iteration in range(1, rounds + 1):
             kept[iteration]  # the first time it is decoded as well
@@ -151,6 +145,31 @@ def print_input(data: Path, crop: int, rounds: int) -> None:
         print(f"| {name} | {spread(values, 1)} |")
     pairs = zip(times["kept decoded"], times["decoded each time"], strict=True)
     print(f"| **ratio** | {spread([ours / plain for ours, plain in pairs], 3)} |")
+
+
+def input_of(folder: Path, batch: int, **keys: Any) -> tuple[SplitItems, DatasetInfo, Config]:
+    """What an `IterationDataset` of `batch` images a stream is made of.
+
+    Args:
+        folder: of the data.
+        batch: of each stream, in an iteration.
+        keys: of the section `data`; images are kept decoded where there is a place.
+    """
+    chosen = {"data": {"cache": "disk", **keys}, "train": {"batch_size": batch, "accumulate": 1}}
+    config = config_from_dict(chosen, source="bench")
+    dataset = scan_dataset(folder, config.data)
+    return items_of(dataset, make_splits(dataset, config)), dataset.info, config
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """As in a loader process: threads that wait would count as busy ones."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def spread(values: Sequence[float], digits: int) -> str:

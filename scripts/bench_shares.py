@@ -26,13 +26,22 @@ import yaml
 from PIL import Image
 from torch.autograd import backward, grad
 
-from job.config import Config, config_from_dict
-from job.data.scan import scan_dataset
-from job.data.splits import items_of, make_splits
+from job.config import Config
 from job.data.streams import Batch, IterationDataset
 from job.training.precision import computed_in, number_format
 from job.training.state import TrainState
-from scripts.bench import CLASSES, WARM_UP, Case, machine, random_batch, seconds_of, spread, stepped
+from scripts.bench import (
+    CLASSES,
+    WARM_UP,
+    Case,
+    input_of,
+    machine,
+    one_thread,
+    random_batch,
+    seconds_of,
+    spread,
+    stepped,
+)
 from scripts.bench import state_of as new_state
 from scripts.bench_parts import PHOTO, checkpoint_of, logging_of_100_iterations
 
@@ -143,21 +152,13 @@ def discriminator_alone(state: TrainState, batch: Batch, config: Config) -> Work
 
 def input_alone(case: Case, data: Path, rounds: int) -> list[float]:
     """Seconds of one thread for the batches of an iteration, images kept decoded."""
-    chosen = {"crop_size": case.crop, "random_scale": True, "random_mirror": True, "cache": "disk"}
-    train = {"batch_size": case.batch, "accumulate": 1}
-    config = config_from_dict({"data": chosen, "train": train}, source="bench")
-    dataset = scan_dataset(data, config.data)
-    items = items_of(dataset, make_splits(dataset, config))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        batches = IterationDataset(items, dataset.info, config, decoded=data.parent / "decoded")
-        for iteration in range(1, rounds + 1):
-            batches[iteration]  # the first time it is decoded as well
-        cpu = torch.device("cpu")
+    given = input_of(data, case.batch, crop_size=case.crop, random_scale=True, random_mirror=True)
+    batches = IterationDataset(*given, decoded=data.parent / "decoded")
+    for iteration in range(1, rounds + 1):
+        batches[iteration]  # the first time it is decoded as well
+    cpu = torch.device("cpu")
+    with one_thread():
         return [seconds_of(lambda i=i: batches[i], cpu) for i in range(1, rounds + 1)]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def print_processes(data: Path, folder: Path, device: torch.device) -> None:

@@ -87,7 +87,9 @@ class KeepingDecoder(Decoder):
         if not self._is_full:
             try:
                 if _free_disk(self._folder) < _LEFT_BYTES:
-                    raise OSError(errno.ENOSPC, "less than 2 GiB would stay free")
+                    raise OSError(
+                        errno.ENOSPC, f"less than {_LEFT_BYTES >> 30} GiB would stay free"
+                    )
                 _write(file, image)
             except OSError as error:
                 self._is_full = True

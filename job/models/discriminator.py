@@ -86,7 +86,7 @@ def discriminator_input_of_labels(
     count, height, width = labels_NHW.shape
     seen = torch.empty(count, num_classes + 3, height, width, device=images.device)
     # Each written once, where it is to be: maps of their own would be copied twice. K is no class.
-    shown = labels_NHW.masked_fill(~valid, num_classes)
+    shown = labels_NHW.masked_fill(hidden.squeeze(1), num_classes)
     one_hot_maps(shown, num_classes, out=seen[:, :num_classes])
     seen[:, num_classes:] = _stretched(images, hidden).masked_fill_(hidden, 0.0)
     return seen

@@ -66,7 +66,7 @@ class ConsoleProgress:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._what = ""
-        self._files = self._files_done = self._size = self._size_done = 0
+        self._files = self._files_done = self._size = self._done = 0
         self._began_s = self._line_s = 0.0
 
     def say(self, text: str) -> None:
@@ -76,7 +76,7 @@ class ConsoleProgress:
     def begin(self, what: str, files: int, size: int) -> None:
         """See `TransferProgress.begin`."""
         self._what, self._files, self._size = what, files, size
-        self._files_done = self._size_done = 0
+        self._files_done = self._done = 0  # the latter in bytes, or in files if those are counted
         self._began_s = self._line_s = self._clock()
         if self._console.is_terminal and files:
             count = TextColumn("{task.fields[files]}")
@@ -89,15 +89,15 @@ class ConsoleProgress:
                 console=self._console,
                 transient=True,
             )
-            self._task = self._bar.add_task(what, total=size or files, files=self._count())
+            self._task = self._bar.add_task(what, total=self._whole, files=self._count())
             self._bar.start()
 
     def advance(self, files: int, size: int) -> None:
         """See `TransferProgress.advance`."""
         self._files_done += files
-        self._size_done += size
+        step = size if self._size else files
+        self._done += step
         if self._bar is not None:
-            step = size if self._size else files
             self._bar.update(self._task, advance=step, files=self._count())
         elif self._clock() - self._line_s >= LINE_EVERY_S:
             self._line_s = self._clock()
@@ -109,28 +109,28 @@ class ConsoleProgress:
             self._bar.stop()
             self._bar = None
 
+    @property
+    def _whole(self) -> int:
+        return self._size or self._files
+
     def _count(self) -> str:
         return f"{self._files_done} of {self._files} files"
 
     def _moved(self) -> str:
         if not self._size:
             return ""
-        return f"{megabytes(self._size_done)} of {megabytes(self._size)}, "
+        return f"{megabytes(self._done)} of {megabytes(self._size)}, "
 
     def _rate(self) -> str:
         seconds = max(self._clock() - self._began_s, 1e-3)
-        if self._size:
-            return f"{self._size_done / seconds / 1e6:.1f} MB/s"
-        return f"{self._files_done / seconds:.1f} a second"
+        rate = self._done / seconds
+        return f"{rate / 1e6:.1f} MB/s" if self._size else f"{rate:.1f} a second"
 
     def _left(self) -> str:
-        done, whole = self._size_done, self._size
-        if not whole:
-            done, whole = self._files_done, self._files
-        if not 0 < done < whole:
+        if not 0 < self._done < self._whole:
             return ""
         seconds = self._clock() - self._began_s
-        return f", {seconds * (whole / done - 1):.0f} s left"
+        return f", {seconds * (self._whole / self._done - 1):.0f} s left"
 
 
 def megabytes(size: float) -> str:
