@@ -35,6 +35,7 @@ from job.run import RunIdentity
 from job.storage import LocalStore, ObjectStore
 from job.storage.progress import ConsoleProgress
 from job.storage.sync import data_folder, scratch_root
+from job.training.precision import format_note
 from job.training.state import TrainState, new_train_state
 
 log = logging.getLogger(__name__)
@@ -215,6 +216,8 @@ def restore_or_begin(
         **asdict(attempt.identity),
     }
     console.print(f"device: {_device_name(attempt.device, attempt.gpus)}")
+    if slow := format_note(config.train, attempt.device):
+        console.print(f"note: {slow}")
     if saved is None:
         console.print(f"generator: {note}")
     else:

@@ -32,6 +32,7 @@ from job.events import (
 from job.heartbeat import beat
 from job.preemption import StopRequest
 from job.training.evaluation import Evaluation, evaluate
+from job.training.precision import LEAST_SCALE
 from job.training.ranks import Ranks
 from job.training.saving import NoSaving, Saving
 from job.training.state import TrainState
@@ -259,8 +260,15 @@ def _raise_if_diverged(finite: torch.Tensor, state: TrainState, config: Config) 
     """Called before anything is reported or saved.
 
     Raises:
-        Diverged: a loss so far, or a weight now, is NaN or infinite.
+        Diverged: a loss so far, or a weight now, is NaN or infinite, or float16 holds no gradient.
     """
+    if state.scaler.is_enabled() and state.scaler.get_scale() < LEAST_SCALE:
+        raise Diverged(
+            f"training diverged: gradients have become too large for float16 at or before "
+            f"iteration {state.iteration}; nothing of it was saved",
+            mend="start a new run with --set train.precision=fp32; if that diverges too, with half "
+            "the learning rates",
+        )
     weights = [*state.generator.parameters(), *state.discriminator.parameters()]
     if bool(finite & torch.stack([weight.isfinite().all() for weight in weights]).all()):
         return

@@ -20,7 +20,7 @@ from job.models.discriminator import Discriminator
 from job.models.generator import Architecture, Generator
 from job.models.weights import load_weights
 from job.storage import ObjectStore
-from job.training.precision import prepare
+from job.training.precision import gradient_scaler, prepare
 from job.training.schedule import polynomial
 
 ADAM_BETAS = (0.9, 0.99)
@@ -35,6 +35,10 @@ class TrainState:
     discriminator: Discriminator
     optimizer_G: torch.optim.Optimizer
     optimizer_D: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler = field(
+        default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
+    )
+    """Of the losses of both networks, for float16."""
     teacher: Generator | None = None
     """Moving average of the generator, if `train.ema_decay` asks for one; in evaluation mode."""
     iteration: int = 0
@@ -99,6 +103,7 @@ class TrainState:
             "discriminator": self.discriminator.state_dict(),
             "optimizer_G": self.optimizer_G.state_dict(),
             "optimizer_D": self.optimizer_D.state_dict(),
+            "scaler": self.scaler.state_dict(),
             **teacher,
             "run": dict(self.run_facts),
         }
@@ -113,6 +118,8 @@ class TrainState:
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer_G.load_state_dict(state["optimizer_G"])
         self.optimizer_D.load_state_dict(state["optimizer_D"])
+        if self.scaler.is_enabled() and state.get("scaler"):  # else the run began without one
+            self.scaler.load_state_dict(state["scaler"])
         if self.teacher is not None:
             # A run that goes on with a teacher it did not begin with: from the generator.
             self.teacher.load_state_dict(state.get("teacher", state["generator"]))
@@ -161,6 +168,7 @@ def new_train_state(
         discriminator,
         _sgd(generator, config),
         _adam(discriminator, config),
+        scaler=gradient_scaler(config.train, device),
         teacher=_teacher(generator) if config.train.ema_decay else None,
     ), note
 

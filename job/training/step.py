@@ -21,7 +21,7 @@ from job.models.discriminator import (
     discriminator_input_of_labels,
 )
 from job.training import losses
-from job.training.precision import computed_in, number_format
+from job.training.precision import computed_in, number_format, weights_cast_once
 from job.training.ranks import Ranks, RunningStatistics
 from job.training.state import TrainState
 from job.training.views import Mix, changed_colours, distorted
@@ -61,42 +61,30 @@ def train_step(
     The networks must be in training mode and their learning rates set. `batch` holds this rank's
     share of the batch_size * accumulate images of each stream, on the networks' device.
     """
-    total = StepLosses.zeros(batch.labeled_images.device)
-    share = 1 / config.train.accumulate
+    device = batch.labeled_images.device
+    total = StepLosses.zeros(device)
     state.optimizer_G.zero_grad(set_to_none=True)
     state.optimizer_D.zero_grad(set_to_none=True)
 
     statistics = RunningStatistics(state.generator, ranks)
     parts = batch.split(config.train.batch_size)
-    device = batch.labeled_images.device
-    precision = number_format(config.train, device)
-
-    for number, part in enumerate(parts, start=ranks.rank * len(parts)):
-        torch.manual_seed(_seed(config, iteration, number))
-        shown = part.labeled_images
-        if config.data.photometric_distortion:
-            shown = distorted(shown, _rng(config, _LABELED_VIEW, iteration, number))
-        # Supervised: its own forward and backward, so that only one graph is alive at a time
-        # and batch norm sees labeled and unlabeled images apart (as in the reference).
-        with computed_in(precision, device):
-            logits, presence = state.generator.with_presence(shown)
-        ce = losses.cross_entropy(logits, part.labeled_masks)
-        mlmt = torch.zeros_like(ce)
-        if presence is not None:
-            mlmt = losses.presence(presence, part.labeled_masks)
-        backward(share * (ce + config.loss.lambda_mlmt * mlmt))
-        total.ce += share * ce.detach()
-        total.mlmt += share * mlmt.detach()
-        if part.unlabeled_images is not None:
-            _unlabeled_part(state, part, config, iteration, number, total)
+    with weights_cast_once(device):
+        for number, part in enumerate(parts, start=ranks.rank * len(parts)):
+            torch.manual_seed(_seed(config, iteration, number))
+            # Supervised: its own forward and backward, so that only one graph is alive at a time
+            # and batch norm sees labeled and unlabeled images apart (as in the reference).
+            _labeled_part(state, part, config, iteration, number, total)
+            if part.unlabeled_images is not None:
+                _unlabeled_part(state, part, config, iteration, number, total)
 
     if not ranks.alone:
         updates = len(parts) * (1 if batch.unlabeled_images is None else 2)
         ranks.add_up([*_gradients(state), *statistics.own_part(updates), *vars(total).values()])
         statistics.finish(updates)
-    state.optimizer_G.step()
+    state.scaler.step(state.optimizer_G)
     if batch.unlabeled_images is not None:
-        state.optimizer_D.step()
+        state.scaler.step(state.optimizer_D)
+    state.scaler.update()
     state.update_teacher(iteration, config.train.ema_decay)
     total.g = (
         total.ce
@@ -107,13 +95,33 @@ def train_step(
     return total
 
 
+def _labeled_part(
+    state: TrainState, part: Batch, config: Config, iteration: int, number: int, total: StepLosses
+) -> None:
+    """What the labels of one batch teach the generator; arguments as of `_unlabeled_part`."""
+    share = 1 / config.train.accumulate
+    device = part.labeled_images.device
+    shown = part.labeled_images
+    if config.data.photometric_distortion:
+        shown = distorted(shown, _rng(config, _LABELED_VIEW, iteration, number))
+    with computed_in(number_format(config.train, device), device):
+        logits, presence = state.generator.with_presence(shown)
+    ce = losses.cross_entropy(logits, part.labeled_masks)
+    mlmt = torch.zeros_like(ce)
+    if presence is not None:
+        mlmt = losses.presence(presence, part.labeled_masks)
+    backward(state.scaler.scale(share * (ce + config.loss.lambda_mlmt * mlmt)))
+    total.ce += share * ce.detach()
+    total.mlmt += share * mlmt.detach()
+
+
 def _unlabeled_part(
     state: TrainState, part: Batch, config: Config, iteration: int, number: int, total: StepLosses
 ) -> None:
     """Feature matching, self-training and the discriminator's own loss for one batch.
 
     Args:
-        state: of the networks; their gradients are added to.
+        state: of the networks; their gradients, as its scaler scales them, are added to.
         part: the batch.
         config: of the run.
         iteration: from 1.
@@ -125,7 +133,7 @@ def _unlabeled_part(
     assert part.real_images is not None
     assert part.real_masks is not None
     share = 1 / config.train.accumulate
-    discriminator = state.discriminator
+    discriminator, scaled = state.discriminator, state.scaler.scale
     shown, mixed = _view(part.unlabeled_images, config, iteration, number)
 
     device = part.labeled_images.device
@@ -148,7 +156,7 @@ def _unlabeled_part(
     with computed_in(precision, device):
         score_of_real, real_features = discriminator(real)
     d_real = losses.discriminator_loss(score_of_real, REAL)
-    backward(share * d_real / 2, inputs=weights)
+    backward(scaled(share * d_real / 2), inputs=weights)
     del real
 
     # Cut here: each network gets its own gradient.
@@ -156,11 +164,11 @@ def _unlabeled_part(
     with computed_in(precision, device):
         score_of_fake, fake_features = discriminator(fake)
     fm = losses.feature_matching(fake_features, real_features)
-    (wish,) = grad(fm, fake, retain_graph=True)
+    (wish,) = grad(scaled(fm), fake, retain_graph=True)
     # How the class maps should change; nothing is wished where nothing was seen of them.
     wish = wish[:, : logits.shape[1]].masked_fill(~valid.unsqueeze(1), 0.0)
     d_fake = losses.discriminator_loss(score_of_fake, FAKE)
-    backward(share * d_fake / 2, inputs=weights)
+    backward(scaled(share * d_fake / 2), inputs=weights)
 
     # Which predictions look real, and what they are told to be.
     mlmt = torch.zeros_like(fm)
@@ -194,7 +202,7 @@ def _unlabeled_part(
     rest = config.loss.lambda_st * st + config.loss.lambda_mlmt * mlmt
     roots, gradients = [maps], [share * config.loss.lambda_fm * wish]
     if rest.requires_grad:
-        roots, gradients = [*roots, share * rest], [*gradients, torch.ones_like(rest)]
+        roots, gradients = [*roots, scaled(share * rest)], [*gradients, torch.ones_like(rest)]
     backward(roots, gradients)
 
     total.fm += share * fm.detach()

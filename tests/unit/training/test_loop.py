@@ -36,6 +36,7 @@ from job.storage import LocalStore
 from job.training.confusion import ConfusionMatrix
 from job.training.evaluation import Evaluation
 from job.training.loop import Surroundings, train
+from job.training.precision import LEAST_SCALE
 from job.training.ranks import Ranks
 from job.training.saving import Saving
 from job.training.state import TrainState
@@ -714,6 +715,17 @@ def test_divergence_is_found_before_a_stop_saves(make_run: MakeRun) -> None:
     the_run = make_run(train__log_every=100)
     with pytest.raises(Diverged):
         the_run(prepare=poison, stop_at=("step_done", 3))
+    assert the_run.saved_iterations() == []
+
+
+def test_gradients_too_large_for_float16_are_a_divergence(make_run: MakeRun) -> None:
+    def at_its_least(state: TrainState) -> None:
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=LEAST_SCALE)
+
+    the_run = make_run(train__precision="fp16", loss__lambda_fm=1e12, checkpoint__every=1)
+    with pytest.raises(Diverged, match="too large for float16 at or before iteration 1;") as caught:
+        the_run(prepare=at_its_least)
+    assert "train.precision=fp32" in caught.value.mend
     assert the_run.saved_iterations() == []
 
 
