@@ -228,8 +228,8 @@ class TrainConfig(_Section):
     """Of the generator's moving average, the teacher (Tarvainen and Valpola 2017, arXiv:1703.01780)
     that labels the unlabeled images, is evaluated, and is the model to use; 0: there is none."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """What convolutions are computed in while training; auto: bfloat16 on a GPU that has it, else
-    float32. float16 is for GPUs that have fast units for that alone (T4, V100).
+    """What convolutions are computed in while training; auto: bfloat16 on a GPU that has it,
+    float16 on one that is fast in that alone (T4, V100), else float32.
     Weights, losses and evaluation are float32 in any case (products in TF32 on a GPU)."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides the labeled subset, the data order, every augmentation and the initial weights."""

@@ -35,7 +35,7 @@ from job.run import RunIdentity
 from job.storage import LocalStore, ObjectStore
 from job.storage.progress import ConsoleProgress
 from job.storage.sync import data_folder, scratch_root
-from job.training.precision import format_note
+from job.training.precision import number_format
 from job.training.state import TrainState, new_train_state
 
 log = logging.getLogger(__name__)
@@ -215,9 +215,7 @@ def restore_or_begin(
         "card": asdict(attempt.card),  # with it a checkpoint can be evaluated as it is
         **asdict(attempt.identity),
     }
-    console.print(f"device: {_device_name(attempt.device, attempt.gpus)}")
-    if slow := format_note(config.train, attempt.device):
-        console.print(f"note: {slow}")
+    console.print(f"device: {_device_name(attempt.device, attempt.gpus)}{_in_half(attempt)}")
     if saved is None:
         console.print(f"generator: {note}")
     else:
@@ -289,6 +287,11 @@ def _device_name(device: torch.device, count: int) -> str:
         name = str(torch.cuda.get_device_name(device))
         return f"{count} x {name}" if count > 1 else name
     return f"cpu (no GPU found), {count} processes" if count > 1 else "cpu (no GPU found)"
+
+
+def _in_half(attempt: Attempt) -> str:
+    number = number_format(attempt.config.train, attempt.device)
+    return "" if number == torch.float32 else f", convolutions in {str(number).partition('.')[2]}"
 
 
 def ended_before(state: TrainState, config: Config, stop_rules: StopRules) -> bool:

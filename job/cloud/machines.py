@@ -29,8 +29,8 @@ _DISCRIMINATOR = 1.06
 _TEACHER = 1 / 3
 """Of a pass forward and back: forward alone, over the unlabeled images."""
 _UTILISATION = (0.2, 0.5)
-"""Of a GPU's peak in single precision: dilated convolutions at a quarter of the stride reach no
-more. A guess, which the run's own speed replaces as soon as there is one."""
+"""Of a GPU's peak: dilated convolutions at a quarter of the stride reach no more. A guess, which
+the run's own speed replaces as soon as there is one."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class Machine:
     usd: float
     """An hour, on demand, Linux, in the table's region."""
     tflops: float
-    """Of one GPU, at most."""
+    """Of one GPU, at most, in single precision."""
+    tflops_half: float
+    """Unless `train.precision` is fp32."""
     gpu_gib: int
     """Memory of one GPU."""
 
@@ -82,6 +84,7 @@ def machines() -> dict[str, Machine]:
         name: Machine(
             name=name,
             tflops=raw["tflops"][facts["gpu"]],
+            tflops_half=raw["tflops_fp16"].get(facts["gpu"], raw["tflops"][facts["gpu"]]),
             gpu_gib=raw["gpu_gib"][facts["gpu"]],
             **facts,
         )
@@ -114,7 +117,8 @@ def hours_guessed(config: Config, machine: Machine, gpus: int) -> tuple[float, f
         passes += 1 if labels_itself else 1 + _TEACHER
     images = passes * config.train.batch_size * config.train.accumulate
     flop = images * height * width * _network(config).mflop * 1e6 * _DISCRIMINATOR
-    at_peak_s = config.train.iterations * flop / (gpus * machine.tflops * 1e12)
+    tflops = machine.tflops if config.train.precision == "fp32" else machine.tflops_half
+    at_peak_s = config.train.iterations * flop / (gpus * tflops * 1e12)
     slow, fast = _UTILISATION
     return at_peak_s / fast / 3600, at_peak_s / slow / 3600
 

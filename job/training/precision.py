@@ -16,7 +16,8 @@ def number_format(train: TrainConfig, device: torch.device) -> torch.dtype:
     """What convolutions are computed in.
 
     Args:
-        train: `precision` says it; auto takes bfloat16 where the GPU has it.
+        train: `precision` says it; auto takes bfloat16 where the GPU has it, else float16 where
+            it has units for that (T4, V100).
         device: where they are computed.
 
     Raises:
@@ -29,19 +30,21 @@ def number_format(train: TrainConfig, device: torch.device) -> torch.dtype:
             mend="set train.precision to fp16, fp32 or auto",
         )
     if train.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and has_bf16 else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        if has_bf16:
+            return torch.bfloat16
+        return torch.float16 if _has_float16_units(device) else torch.float32
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[train.precision]
 
 
-def format_note(train: TrainConfig, device: torch.device) -> str:
-    """A sentence for whoever leaves speed unused; empty if nobody does."""
-    unused = train.precision == "auto" and number_format(train, device) == torch.float32
-    if device.type != "cuda" or not unused:
-        return ""
-    return (
-        f"{torch.cuda.get_device_name(device)} has no bfloat16, so float32 is used; with units for "
-        "float16 (T4, V100) a new run with --set train.precision=fp16 is faster"
-    )
+def _has_float16_units(device: torch.device) -> bool:
+    """Whether a GPU is several times as fast in float16: Volta and Turing, without the GTX 16.
+
+    Source: NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities".
+    """
+    capability = torch.cuda.get_device_capability(device)
+    return (7, 0) <= capability < (8, 0) and "GTX" not in torch.cuda.get_device_name(device)
 
 
 LEAST_SCALE = 1.0
@@ -55,9 +58,7 @@ def gradient_scaler(train: TrainConfig, device: torch.device) -> torch.amp.GradS
     good ones it is doubled. With fused optimizers all of it happens on the device.
     Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2; torch.amp.GradScaler.
     """
-    return torch.amp.GradScaler(
-        device.type, enabled=number_format(train, device) == torch.float16
-    )
+    return torch.amp.GradScaler(device.type, enabled=number_format(train, device) == torch.float16)
 
 
 def prepare(device: torch.device) -> None:

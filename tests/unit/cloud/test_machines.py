@@ -126,6 +126,16 @@ def test_every_preset_has_a_guess(preset: str) -> None:
     assert 0 < low < high
 
 
+def test_a_gpu_that_is_fast_in_float16_alone_is_slow_in_float32() -> None:
+    def hours(machine: str, precision: str) -> float:
+        config = load_config("guide", {"train.precision": precision})
+        return hours_guessed(config, machines()[machine], 1)[0]
+
+    assert hours("g4dn.xlarge", "fp32") == pytest.approx(hours("g4dn.xlarge", "auto") * 65 / 8.1)
+    assert hours("g4dn.xlarge", "fp16") == hours("g4dn.xlarge", "auto")
+    assert hours("g6.xlarge", "fp32") == hours("g6.xlarge", "auto")
+
+
 def test_the_guess_goes_with_the_arithmetic() -> None:
     config = load_config("guide")
     machine = machines()["g5.12xlarge"]

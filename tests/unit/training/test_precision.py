@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from job.errors import ConfigError
-from job.training.precision import format_note, number_format
+from job.training.precision import number_format
 from job.training.state import TrainState
 from job.training.step import StepLosses, train_step
 from tests.unit.training.tiny import CPU, new_state, random_batch, tiny_config
@@ -203,24 +203,28 @@ def test_float32_goes_on_from_a_state_of_float16() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "has_bf16", "said"),
+    ("name", "capability", "has_bf16", "wanted"),
     [
-        ("auto", False, "Tesla T4 has no bfloat16, so float32 is used"),
-        ("auto", True, ""),
-        ("fp32", False, ""),
-        ("fp16", False, ""),
+        ("NVIDIA L4", (8, 9), True, torch.bfloat16),
+        ("Tesla T4", (7, 5), False, torch.float16),
+        ("Tesla V100-SXM2-16GB", (7, 0), False, torch.float16),
+        ("NVIDIA GeForce GTX 1660", (7, 5), False, torch.float32),
+        ("Tesla P100-PCIE-16GB", (6, 0), False, torch.float32),
     ],
 )
-def test_a_gpu_without_bfloat16_is_told_of_float16(
-    monkeypatch: pytest.MonkeyPatch, wish: str, has_bf16: bool, said: str
+def test_auto_is_what_the_gpu_is_fast_in(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    capability: tuple[int, int],
+    has_bf16: bool,
+    wanted: torch.dtype,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    train = tiny_config(train__precision=wish).train
-    note = format_note(train, torch.device("cuda"))
-    assert said in note
-    assert bool(note) == bool(said)
-    assert format_note(train, CPU) == ""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    gpu = torch.device("cuda")
+    assert number_format(tiny_config().train, gpu) == wanted
+    assert number_format(tiny_config(train__precision="fp32").train, gpu) == torch.float32
 
 
 def test_bfloat16_asked_of_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
