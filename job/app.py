@@ -31,7 +31,7 @@ from job.checkpoint.resumable import (
     refuse_same_place,
 )
 from job.config import Config
-from job.data.decoded import decoded_folder, kept_within
+from job.data.decoded import decoded_folder
 from job.errors import ExitCode, Preempted, TrainingFailure
 from job.events import Notice
 from job.inference import choose_device
@@ -45,6 +45,7 @@ from job.nodes import Node
 from job.parallel import check_ranks, crew, follow
 from job.preemption import StopRequest, watch_spot
 from job.storage import open_store
+from job.storage.held import kept_within
 from job.storage.progress import ConsoleProgress
 from job.storage.sync import data_folder
 from job.training.loop import Surroundings

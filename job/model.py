@@ -14,8 +14,9 @@ from job.data.images import Array, read_rgb, scaled_image, to_rgb
 from job.errors import ConfigError, DataError
 from job.models.files import ModelCard, load_generator
 from job.models.generator import Generator
-from job.tiles import MIN_TILE, classes_of
+from job.tiles import classes_of
 from job.training.protocols import PLAIN, Protocol
+from job.training.tiling import MIN_TILE
 
 
 class Model(nn.Module):

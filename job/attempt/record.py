@@ -122,10 +122,15 @@ def how_it_ended(failure: BaseException | None) -> tuple[ExitCode, str]:
 def out_of_memory(config: Config) -> OutOfMemory:
     """The error of a GPU that is too small for a configuration, with the batch size to try."""
     train = config.train
+    message = f"{OUT_OF_MEMORY} with batches of {train.batch_size}"
+    if train.batch_size == 1:
+        return OutOfMemory(
+            message, mend="start a new run with a smaller data.crop_size, or a smaller network"
+        )
+    by_itself = "; or go on with this one, which then does it by itself: "
     return OutOfMemory(
-        f"{OUT_OF_MEMORY} with batches of {train.batch_size}",
+        message,
         mend="start a new run with the same images an iteration in smaller batches: "
-        f"--batch-size {max(1, train.batch_size // 2)} "
-        f"--set train.accumulate={train.accumulate * 2}; or go on with this one, which then does "
-        "it by itself: --set monitor.on_oom=halve",
+        f"--batch-size {train.batch_size // 2} --set train.accumulate={train.accumulate * 2}"
+        + (f"{by_itself}--set monitor.on_oom=halve" if config.monitor.on_oom == "stop" else ""),
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import mmap
@@ -18,7 +17,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from job.config import DataConfig
 from job.data.images import read_facts, read_index_mask, read_rgb
 from job.data.splits import SplitItems
 from job.errors import DataError
+from job.storage.held import DECODED
 
 log = logging.getLogger(__name__)
 
@@ -143,69 +143,7 @@ def decoded_folder(data: Path) -> Path:
     from job.storage.sync import scratch_root  # loader processes need nothing of S3
 
     name = hashlib.sha256(os.fsencode(data.absolute())).hexdigest()[:12]
-    return scratch_root() / "decoded" / name
-
-
-@contextlib.contextmanager
-def kept_within(folder: Path) -> Iterator[None]:
-    """Hold a folder of decoded images within this block, and remove those that nobody holds.
-
-    At the beginning what killed processes have left beside it; at the end the folder itself, unless
-    another run uses it. It is held by a lock on the folder, which the kernel takes from a process
-    however that ends, also if it is another container's.
-    """
-    held = _hold(folder)
-    _remove_leftovers(folder.parent)
-    try:
-        yield
-    finally:
-        if held is None or _lock_alone(held):
-            shutil.rmtree(folder, ignore_errors=True)
-        if held is not None:
-            os.close(held)
-
-
-def _hold(folder: Path) -> int | None:
-    """A descriptor that holds a folder until it is closed; None where that cannot be."""
-    with contextlib.suppress(OSError):  # a disk that takes nothing is told of when it is written to
-        while True:
-            folder.mkdir(parents=True, exist_ok=True)
-            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(held, fcntl.LOCK_SH)
-                if os.path.samestat(os.fstat(held), os.stat(folder)):
-                    return held
-            except FileNotFoundError:
-                pass  # removed by another process between the two
-            except OSError:
-                os.close(held)
-                raise
-            os.close(held)
-    return None
-
-
-def _remove_leftovers(place: Path) -> None:
-    """Remove the folders that no living process holds."""
-    with contextlib.suppress(OSError):
-        for folder in list(place.iterdir()):
-            with contextlib.suppress(OSError):  # no folder, or gone by now
-                held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    if _lock_alone(held, if_unknown=False):
-                        shutil.rmtree(folder, ignore_errors=True)
-                finally:
-                    os.close(held)
-
-
-def _lock_alone(held: int, *, if_unknown: bool = True) -> bool:
-    """Whether nobody else holds a folder; then nobody else can until the descriptor is closed."""
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # some network file systems have no such locks
-        return if_unknown
-    return True
+    return scratch_root() / DECODED / name
 
 
 def decoder(items: SplitItems, data: DataConfig, folder: Path | None) -> Decoder:

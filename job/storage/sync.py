@@ -32,6 +32,7 @@ from job.storage.get import (
     find_route,
     folder_etag,
 )
+from job.storage.held import DECODED, remove_leftovers
 from job.storage.large import boot_id
 from job.storage.packindex import INDEX, PackIndex, is_shard
 from job.storage.progress import Silent, TransferProgress, megabytes
@@ -528,6 +529,9 @@ class _Bringer:
         if needed > free:  # seldom: then it is worth looking for what has come already
             size -= sum(begun(self.cache.incoming / path) for path in missing)
             needed = int(size * (1 + SPARE))
+        if needed > free:  # what killed runs have left of theirs
+            remove_leftovers(scratch_root() / DECODED)
+            free = shutil.disk_usage(folder).free
         if needed > free:
             raise StorageError(
                 f"the data needs {megabytes(needed)} in {folder}, {megabytes(free)} are free",

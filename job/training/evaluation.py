@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from job.data.dataset import DatasetInfo, Item
-from job.data.images import Array, read_labels, read_rgb, scaled_image
+from job.data.images import Array, read_facts, read_labels, read_rgb, scaled_image
 from job.heartbeat import beat
 from job.models.generator import Generator
+from job.training import tiling
 from job.training.confusion import ConfusionMatrix, counts_of_each
 from job.training.precision import sizes_differ
 from job.training.protocols import PLAIN, Protocol, logits_of, probabilities
@@ -79,7 +80,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Confusion matrix of a generator over labeled images, not augmented.
 
-    On a GPU images of one size that follow each other pass together.
+    On a GPU images of one size pass together, and come in the order of their sizes. Large ones go
+    through the network in tiles, unless the protocol says how much it sees at a time.
 
     Draws no random number and leaves the generator in the mode it was in.
 
@@ -100,6 +102,11 @@ def evaluate(
     Raises:
         DataError: an image or mask can no longer be read.
     """
+    scale = 1.0 if protocol.resizes else image_scale
+
+    def in_tiles(labels: Array) -> bool:
+        height, width = labels.shape
+        return protocol.window is None and tiling.is_large((width, height), scale)
 
     def load(item: Item) -> tuple[Array, Array]:
         assert item.mask is not None
@@ -107,20 +114,30 @@ def evaluate(
         if protocol.resizes or protocol.centre_crop:
             image = protocol.fitted(image)
             labels = np.array(protocol.fitted(Image.fromarray(labels), labels=True))
-        return scaled_image(image, 1.0 if protocol.resizes else image_scale), labels
+        return np.array(image) if in_tiles(labels) else scaled_image(image, scale), labels
+
+    def predicted(images: Array, labels: Array) -> Tensor:
+        if not in_tiles(labels):
+            return predict(generator, images, labels.shape, device, protocol)
+        (image,) = map(Image.fromarray, images)  # a large one is alone
+        classes = predict_in_tiles(generator, image, scale, device, protocol)
+        return torch.from_numpy(classes).to(device, torch.int64)[None]
 
     found = Evaluation(ConfusionMatrix(info.num_classes, device), {}, [])
     training = generator.training
     generator.eval()
     try:
+        at_once = pixels_at_once(device, protocol)
+        if at_once > 1:
+            items = sorted(items, key=lambda item: read_facts(item.image).size)
         loaded = zip(items, load_ahead(load, items), strict=True)
-        for group in alike(loaded, pixels_at_once(device, protocol)):
+        for group in alike(loaded, at_once):
             if stopped():
                 return None
             some, images, masks = zip(*((item, *arrays) for item, arrays in group), strict=True)
             if not protocol.sees_whole(*images[0].shape[:2]):
                 found.windowed.extend(item.id for item in some)
-            predictions = predict(generator, np.stack(images), masks[0].shape, device, protocol)
+            predictions = predicted(np.stack(images), masks[0])
             truths = torch.from_numpy(np.stack(masks)).to(device)
             counts = counts_of_each(predictions, truths, info.num_classes)
             found.matrix.counts += counts.sum(dim=0)
@@ -198,6 +215,34 @@ def predict(
     if tuple(logits.shape[-2:]) != (height, width):
         logits = F.interpolate(logits, (height, width), mode="bilinear", align_corners=True)
     return logits.argmax(dim=1)
+
+
+def predict_in_tiles(
+    generator: nn.Module,
+    image: Image.Image,
+    image_scale: float,
+    device: torch.device,
+    protocol: Protocol = PLAIN,
+    side: int | None = None,
+) -> Array:
+    """The class of each pixel of an image of any size; uint8 (H, W).
+
+    Args:
+        generator: on `device`, in evaluation mode.
+        image: RGB, before it is scaled.
+        image_scale: of the model.
+        device: where to compute.
+        protocol: how a tile is looked at.
+        side: of a tile in pixels as the network sees them; None: `tiling.TILE`.
+    """
+
+    def look(part: Image.Image) -> Array:
+        size = (part.height, part.width)
+        classes = predict(generator, scaled_image(part, image_scale)[None], size, device, protocol)
+        found: Array = classes[0].to(torch.uint8).cpu().numpy()
+        return found
+
+    return tiling.tiled(image, image_scale, side or tiling.TILE, look)
 
 
 def load_ahead(load: Callable[[Source], Loaded], sources: Iterable[Source]) -> Iterator[Loaded]:

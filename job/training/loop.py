@@ -18,7 +18,7 @@ from job.config import Config
 from job.data.dataset import DatasetInfo
 from job.data.splits import SplitItems
 from job.data.streams import iteration_loader
-from job.errors import DataError, Diverged
+from job.errors import DataError, Diverged, OutOfMemory
 from job.events import (
     EvalEvent,
     LossGuard,
@@ -96,6 +96,7 @@ def train(state: TrainState, around: Surroundings) -> bool:
         Fenced: another attempt has taken over.
         StorageError: the state could not be saved at the end.
         RankLost: another rank is gone.
+        OutOfMemory: an evaluation does not fit into the GPU's memory.
     """
     config, stop, tracker, ranks = around.config, around.stop, around.tracker, around.ranks
     finite = torch.ones((), dtype=torch.bool, device=around.device)
@@ -189,15 +190,22 @@ def _evaluate_if_due(state: TrainState, around: Surroundings) -> bool:
     tracker.evaluation_started(iteration)
     found = []
     for items, keep in ((around.items.train_sample, 0), (around.items.val, EXAMPLES)):
-        one = evaluate(
-            state.predictor,
-            ranks.mine(items),
-            around.info,
-            image_scale=config.data.image_scale,
-            device=around.device,
-            stopped=lambda: ranks.stop_is_near(around.stop.requested),
-            keep=keep,
-        )
+        try:
+            one = evaluate(
+                state.predictor,
+                ranks.mine(items),
+                around.info,
+                image_scale=config.data.image_scale,
+                device=around.device,
+                stopped=lambda: ranks.stop_is_near(around.stop.requested),
+                keep=keep,
+            )
+        except torch.OutOfMemoryError:  # smaller batches would not help
+            raise OutOfMemory(
+                "the GPU's memory is not enough to evaluate whole images",
+                mend="take smaller validation images, or start a new run with a smaller network or "
+                "--set data.image_scale=0.5",
+            ) from None
         if ranks.any(one is None):
             return False
         assert one is not None

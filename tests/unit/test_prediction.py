@@ -296,8 +296,8 @@ def test_with_a_margin_tiles_are_nearly_what_the_whole_is(
 def test_in_a_program_large_images_go_in_the_same_tiles(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("job.tiles.TILED_ABOVE", 200_000)
-    monkeypatch.setattr("job.tiles.TILE", 256)
+    monkeypatch.setattr("job.training.tiling.TILED_ABOVE", 200_000)
+    monkeypatch.setattr("job.training.tiling.TILE", 256)
     rng = np.random.default_rng(1)
     small = Image.fromarray(rng.integers(0, 256, (12, 16, 3)).astype(np.uint8))
     small.resize((640, 480), Image.Resampling.BICUBIC).save(tmp_path / "large.png")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from job.tiles import MARGIN, tiled
+from job.training.tiling import MARGIN, tiled
 
 
 def by_place(image: Image.Image) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import signal
@@ -18,10 +19,11 @@ from PIL import Image
 from job.config import DataConfig
 from job.data import decoded
 from job.data.dataset import DatasetInfo, Item
-from job.data.decoded import Decoder, KeepingDecoder, decoded_folder, decoder, kept_within
+from job.data.decoded import Decoder, KeepingDecoder, decoded_folder, decoder
 from job.data.images import cut_image, cut_mask, random_crop
 from job.data.splits import SplitItems
 from job.errors import DataError
+from job.storage.held import kept_within
 
 INFO = DatasetInfo(("sky", "road"), 255, ((0, 0, 0), (9, 9, 9)))
 NOISE = np.random.default_rng(3)
@@ -169,7 +171,8 @@ def test_they_are_removed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
 HOLDER = """
 import sys
 from pathlib import Path
-from job.data.decoded import KeepingDecoder, kept_within
+from job.data.decoded import KeepingDecoder
+from job.storage.held import kept_within
 folder = Path(sys.argv[1])
 with kept_within(folder):
     KeepingDecoder(folder).image(Path(sys.argv[2]))
@@ -211,7 +214,7 @@ def test_what_a_killed_process_has_left_goes_and_what_a_living_one_uses_stays(
 def test_a_folder_that_is_removed_while_it_is_asked_for_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, lock = tmp_path / "kept", decoded.fcntl.flock
+    folder, lock = tmp_path / "kept", fcntl.flock
     taken = []
 
     def removed_first(descriptor: int, kind: int) -> None:

@@ -22,6 +22,7 @@ from job import heartbeat
 from job.drill.proxy import CorruptReply, CutReply, Hold, Latency, Status, Throttle
 from job.errors import AccessDenied, ConfigError, DataError, ExitCode, Preempted, StorageError
 from job.storage import cache, sync
+from job.storage.held import DECODED
 from job.storage.s3 import S3Store
 from job.storage.sync import data_folder
 from tests.services import s3_client, wait_until
@@ -403,6 +404,23 @@ def test_space_is_checked_before(
         bring(remote)
     assert "S4GAN_SCRATCH" in caught.value.mend
     assert remote.gets == []
+
+
+def test_what_a_killed_run_left_decoded_makes_room(
+    remote: Remote, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote.put_all(FILES)
+    leftover = sync.scratch_root() / DECODED / "0123456789ab"
+    leftover.mkdir(parents=True)
+    (leftover / "00ff").write_bytes(bytes(100_000))
+
+    def usage(_: object) -> object:
+        free = 1000 if leftover.exists() else 101_000
+        return shutil._ntuple_diskusage(102_000, 102_000 - free, free)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(sync.shutil, "disk_usage", usage)
+    bring(remote)
+    assert not leftover.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk, which only root may")

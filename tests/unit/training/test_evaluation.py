@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,8 @@ def test_images_that_pass_together_count_like_images_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     larger = scan_dataset(make_data(name="larger", labeled=2, unlabeled=1, val=2, height=60))
-    items = (*dataset.val[:3], *larger.val, *dataset.val[3:])
+    others = [replace(item, id=f"larger_{item.id}") for item in larger.val]
+    items = (*dataset.val[:3], *others, *dataset.val[3:])
     alone = evaluate(generator, items, dataset.info, image_scale=1.0, device=CPU, keep=2)
     sizes: list[int] = []
     monkeypatch.setattr(evaluation, "pixels_at_once", lambda *_: PIXELS_AT_ONCE)
@@ -118,13 +120,47 @@ def test_images_that_pass_together_count_like_images_alone(
         keep=2,
         look=lambda item, _, truth: seen.append((item.id, float(truth.sum()))),
     )
-    assert sizes == [3, 2, 1]
+    assert sizes == [2, 4]  # neighbours or not
     assert alone is not None
     assert together is not None
     assert torch.equal(alone.matrix.counts, together.matrix.counts)
     assert alone.scores == together.scores
     assert [one.item for one in alone.extremes] == [one.item for one in together.extremes]
-    assert [item for item, _ in seen] == [item.id for item in items]
+    assert sorted(item for item, _ in seen) == sorted(item.id for item in items)
+
+
+@pytest.mark.parametrize("image_scale", [1.0, 0.5])
+def test_large_images_are_evaluated_in_tiles(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, image_scale: float
+) -> None:
+    class OfColour(torch.nn.Module):
+        """Knows a pixel by itself, so that tiles change nothing."""
+
+        seen = 0
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.seen = max(self.seen, images.shape[-1] * images.shape[-2])
+            return images.float()
+
+    def counts(network: OfColour) -> list[list[int]]:
+        found = evaluate(network, dataset.val, dataset.info, image_scale=image_scale, device=CPU)  # type: ignore[arg-type]
+        assert found is not None
+        counts: list[list[int]] = found.matrix.counts.tolist()
+        return counts
+
+    whole, small = OfColour(), OfColour()
+    wanted = counts(whole)
+    monkeypatch.setattr("job.training.tiling.TILED_ABOVE", 100)
+    monkeypatch.setattr("job.training.tiling.TILE", 8)
+    monkeypatch.setattr("job.training.tiling.MARGIN", 2)
+    found = counts(small)
+    assert whole.seen == round(37 * image_scale) * round(51 * image_scale)
+    assert small.seen == 12 * 12
+    if image_scale == 1.0:
+        assert found == wanted
+    else:  # tiles of an odd image are not scaled by quite the same
+        close = np.abs(np.array(found) - np.array(wanted)).sum() / np.array(wanted).sum()
+        assert 0 <= close < 0.2
 
 
 def test_a_group_has_one_size_and_a_bounded_number_of_pixels(dataset: Dataset) -> None:

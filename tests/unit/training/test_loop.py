@@ -27,7 +27,7 @@ from job.data.dataset import DatasetInfo, Item
 from job.data.scan import scan_dataset
 from job.data.splits import SplitItems, items_of, make_splits
 from job.data.streams import Batch
-from job.errors import DataError, Diverged, Fenced
+from job.errors import DataError, Diverged, Fenced, OutOfMemory
 from job.events import EvalEvent, Notice, TrainEvent
 from job.models.files import ModelCard, load_generator, model_file
 from job.models.generator import Architecture
@@ -716,6 +716,18 @@ def test_divergence_is_found_before_a_stop_saves(make_run: MakeRun) -> None:
     with pytest.raises(Diverged):
         the_run(prepare=poison, stop_at=("step_done", 3))
     assert the_run.saved_iterations() == []
+
+
+def test_an_evaluation_that_does_not_fit_into_the_memory_is_called_so(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+    monkeypatch.setattr("job.training.loop.evaluate", too_large)
+    with pytest.raises(OutOfMemory, match="not enough to evaluate whole images") as caught:
+        make_run(train__eval_every=2)()
+    assert "batch" not in caught.value.mend
 
 
 def test_gradients_too_large_for_float16_are_a_divergence(make_run: MakeRun) -> None:
