@@ -27,6 +27,7 @@ from job.data.dataset import IGNORE, DatasetInfo, default_palette
 from job.data.images import cut_image, cut_mask, random_crop
 from job.events import TrainEvent
 from job.models.discriminator import discriminator_input, discriminator_input_of_labels
+from job.models.normalization import NORMALIZATIONS, Normalize
 from job.monitor import Trackers
 from job.monitor.console import ConsoleTracker
 from job.monitor.ledger import Ledger
@@ -145,7 +146,8 @@ def loss_parts() -> list[tuple[str, Work, Work]]:
 
 
 def augmentation() -> tuple[str, Work, Work]:
-    """Scaled, cut and mirrored; images and masks are decoded already."""
+    """Scaled, cut, mirrored and normalized; images and masks are decoded already."""
+    normalize = Normalize(NORMALIZATIONS["reference-voc"])
     rng = np.random.default_rng(0)
     names = tuple(f"class {index}" for index in range(CLASSES))
     info = DatasetInfo(names, IGNORE, default_palette(CLASSES))
@@ -165,9 +167,11 @@ def augmentation() -> tuple[str, Work, Work]:
     def ours() -> tuple[Tensor, Tensor]:
         images = np.stack([cut_image(image, crop) for image, _, crop in pairs])
         masks = np.stack([cut_mask(mask, crop, info) for _, mask, crop in pairs])
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(masks)
+        batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return normalize(batch), torch.from_numpy(masks)
 
-    return f"scaling, cutting and mirroring {PHOTO[0]} x {PHOTO[1]}", plain, ours
+    name = f"scaling, cutting, mirroring and normalizing {PHOTO[0]} x {PHOTO[1]}"
+    return name, plain, ours
 
 
 @contextmanager

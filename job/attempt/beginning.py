@@ -35,7 +35,7 @@ from job.run import RunIdentity
 from job.storage import LocalStore, ObjectStore
 from job.storage.progress import ConsoleProgress
 from job.storage.sync import data_folder, scratch_root
-from job.training.precision import number_format
+from job.training.precision import is_emulated, number_format
 from job.training.state import TrainState, new_train_state
 
 log = logging.getLogger(__name__)
@@ -291,7 +291,11 @@ def _device_name(device: torch.device, count: int) -> str:
 
 def _in_half(attempt: Attempt) -> str:
     number = number_format(attempt.config.train, attempt.device)
-    return "" if number == torch.float32 else f", convolutions in {str(number).partition('.')[2]}"
+    if number == torch.float32:
+        return ""
+    slow = is_emulated(number, attempt.device)
+    name = str(number).partition(".")[2]
+    return f", convolutions in {name}{', which it is slower in than in float32' * slow}"
 
 
 def ended_before(state: TrainState, config: Config, stop_rules: StopRules) -> bool:

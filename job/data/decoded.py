@@ -158,11 +158,13 @@ def decoder(items: SplitItems, data: DataConfig, folder: Path | None) -> Decoder
         return Decoder()
     if data.cache == "auto":
         needed = _expected_bytes(items)
-        room = _SHARE * min(_free_memory(), _free_disk(folder))
-        if needed > room:
-            log.info(
-                "decoded images take %.1f GB, more than half of what is free: not kept",
+        memory, disk = _free_memory(), _free_disk(folder) - _LEFT_BYTES
+        if needed > _SHARE * min(memory, disk):
+            log.warning(
+                "decoded, the images take %.1f GB, which is more than half of the free %s: each "
+                "is decoded whenever it is needed (--set data.cache=disk keeps them all the same)",
                 needed / 1e9,
+                "memory" if memory < disk else "disk",
             )
             return Decoder()
     return KeepingDecoder(folder)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from job.config import Config
-from job.data.dataset import DatasetInfo, Item
+from job.data.dataset import DatasetInfo
 from job.data.decoded import decoder
 from job.data.images import (
     Crop,
@@ -35,6 +35,7 @@ from job.data.images import (
     random_crop,
     valid_pixels,
 )
+from job.data.paths import PathTable
 from job.data.splits import SplitItems
 from job.errors import DataError, JobError, StorageError
 
@@ -117,7 +118,10 @@ class IterationDataset(Dataset[Batch]):
         world: int = 1,
         decoded: Path | None = None,
     ) -> None:
-        self._items = items
+        # What goes to each loader process, and stays there: no more of the items than this.
+        self._labeled_images = PathTable(item.image for item in items.labeled)
+        self._labeled_masks = PathTable(item.mask for item in items.labeled if item.mask)
+        self._unlabeled_images = PathTable(item.image for item in items.unlabeled)
         self._decoder = decoder(items, config.data, decoded)
         self._info = info
         self._config = config
@@ -137,8 +141,10 @@ class IterationDataset(Dataset[Batch]):
 
     def _labeled(self, stream: str, iteration: int, unreadable: list[str]) -> tuple[Tensor, Tensor]:
         images, masks = [], []
-        for index, crop in self._drawn(stream, len(self._items.labeled), iteration):
-            image, mask = self._read_or_next(self._items.labeled, index, unreadable)
+        for index, crop in self._drawn(stream, len(self._labeled_images), iteration):
+            image, mask = self._read_or_next(
+                self._labeled_images, self._labeled_masks, index, unreadable
+            )
             assert mask is not None
             images.append(cut_image(image, crop))
             masks.append(cut_mask(mask, crop, self._info))
@@ -146,29 +152,29 @@ class IterationDataset(Dataset[Batch]):
 
     def _unlabeled(self, iteration: int, unreadable: list[str]) -> tuple[Tensor, Tensor]:
         images, valid = [], []
-        for index, crop in self._drawn("unlabeled", len(self._items.unlabeled), iteration):
-            image, _ = self._read_or_next(self._items.unlabeled, index, unreadable)
+        for index, crop in self._drawn("unlabeled", len(self._unlabeled_images), iteration):
+            image, _ = self._read_or_next(self._unlabeled_images, None, index, unreadable)
             images.append(cut_image(image, crop))
             valid.append(valid_pixels(image.size, crop))
         return _to_nchw(images), torch.from_numpy(np.stack(valid))
 
     def _read_or_next(
-        self, items: Sequence[Item], index: int, unreadable: list[str]
+        self, images: PathTable, masks: PathTable | None, index: int, unreadable: list[str]
     ) -> tuple[Image.Image, Image.Image | None]:
-        """Image and mask, or of the next item that can be decoded, so that a batch stays full."""
-        for offset in range(len(items)):
-            item = items[(index + offset) % len(items)]
-            path = item.image
+        """Image and mask, or the next ones that can be decoded, so that a batch stays full."""
+        for offset in range(len(images)):
+            place = (index + offset) % len(images)
+            path = images[place]
             try:
                 image = self._decoder.image(path)
-                if item.mask is None:
+                if masks is None:
                     return image, None
-                path = item.mask
+                path = masks[place]
                 return image, self._decoder.mask(path)
             except DataError:
                 unreadable.append(str(path))
         raise DataError(
-            f"none of {len(items)} training images can be read any more (last: {unreadable[-1]})",
+            f"none of {len(images)} training images can be read any more (last: {unreadable[-1]})",
             mend="check that the data folder is still there",
         )
 

@@ -46,7 +46,7 @@ class Normalize(nn.Module):
 
         Shape: RGB of 0..255, uint8 or floating point (N, 3, H, W) -> floating point (N, 3, H, W).
         """
-        normalized = (images.float() / 255 - self.mean) / self.std
+        normalized = (images.float() / 255).sub_(self.mean).div_(self.std)
         return normalized.flip(1) if self._is_bgr else normalized
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
@@ -36,6 +37,24 @@ def number_format(train: TrainConfig, device: torch.device) -> torch.dtype:
             return torch.bfloat16
         return torch.float16 if _has_float16_units(device) else torch.float32
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[train.precision]
+
+
+def is_emulated(number: torch.dtype, device: torch.device) -> bool:
+    """Whether a CPU computes convolutions in a format only by way of another: slower than float32.
+
+    Source: the flags of Linux's /proc/cpuinfo.
+    """
+    if device.type != "cpu" or number == torch.float32 or not _CPU_FACTS.is_file():
+        return False
+    flags = set(_CPU_FACTS.read_text(encoding="utf-8").split())
+    return flags.isdisjoint(_FLAGS[number])
+
+
+_CPU_FACTS = Path("/proc/cpuinfo")
+_FLAGS = {
+    torch.bfloat16: {"avx512_bf16", "avx_bf16", "amx_bf16", "bf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
 
 
 def _has_float16_units(device: torch.device) -> bool:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from scripts import bench_parts
-from scripts.plain_step import MEAN_BGR
 
 
 @pytest.fixture
@@ -31,10 +29,9 @@ def test_crops_are_the_same_but_for_how_they_are_interpolated() -> None:
     _, plain, ours = bench_parts.augmentation()
     (plain_images, plain_masks), (images, masks) = plain(), ours()
     assert plain_masks.shape == masks.shape
-    rgb = plain_images.flip(1) + torch.from_numpy(MEAN_BGR[::-1].copy()).view(3, 1, 1)
     inside = masks != bench_parts.IGNORE
     assert (plain_masks == masks)[inside].float().mean() > 0.5  # noise: a pixel beside is another
-    difference = (rgb - images).abs().mean(dim=1)[inside]
+    difference = (plain_images.flip(1) - images).abs().mean(dim=1)[inside]
     assert difference.mean() < 20  # of noise that differs by 85 on the average
 
 
@@ -60,4 +57,4 @@ def test_what_is_between_is_not_measured() -> None:
     )
     assert order == ["plain", "-", "ours", "-"] * 3
     assert [len(values) for values in times.values()] == [2, 2]
-    assert np.all(np.array(list(times.values())) >= 0)
+    assert min(min(values) for values in times.values()) >= 0

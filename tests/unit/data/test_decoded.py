@@ -120,13 +120,20 @@ def test_errors_are_those_of_reading(tmp_path: Path, content: bytes | None) -> N
     ],
 )
 def test_auto_keeps_what_fits_into_half_of_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, memory: int, keeps: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cache: str,
+    memory: int,
+    keeps: bool,
 ) -> None:
     monkeypatch.setattr(decoded, "_free_memory", lambda: memory)
     items = items_of(photo(tmp_path / "a.png"), photo(tmp_path / "b.png"))
     config = DataConfig.model_validate({"cache": cache})
     found = decoder(items, config, tmp_path / "x" / "kept")
     assert isinstance(found, KeepingDecoder) == keeps
+    said = "half of the free memory" in caplog.text
+    assert said == (cache == "auto" and not keeps)
     assert not isinstance(decoder(items, config, None), KeepingDecoder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from job.errors import ConfigError
-from job.training.precision import number_format
+from job.training.precision import is_emulated, number_format
 from job.training.state import TrainState
 from job.training.step import StepLosses, train_step
 from tests.unit.training.tiny import CPU, new_state, random_batch, tiny_config
@@ -233,3 +234,24 @@ def test_bfloat16_asked_of_a_gpu_without_it_is_refused(monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match="Tesla T4 does not have it") as caught:
         number_format(tiny_config(train__precision="bf16").train, torch.device("cuda"))
     assert "fp16" in caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("flags", "emulated"),
+    [
+        ("flags : fpu avx2 avx512f", {"bf16", "fp16"}),
+        ("flags : fpu avx512f avx512_bf16", {"fp16"}),
+        ("flags : fpu avx512_bf16 amx_bf16 avx512_fp16", set()),
+        ("Features : fp asimd fphp asimdhp bf16", set()),
+    ],
+)
+def test_a_cpu_without_units_for_a_format_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, emulated: set[str]
+) -> None:
+    facts = tmp_path / "cpuinfo"
+    facts.write_text(f"processor : 0\n{flags}\n")
+    monkeypatch.setattr("job.training.precision._CPU_FACTS", facts)
+    for name, number in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        assert is_emulated(number, CPU) == (name in emulated)
+        assert not is_emulated(number, torch.device("cuda"))
+    assert not is_emulated(torch.float32, CPU)
