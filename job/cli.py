@@ -301,14 +301,16 @@ def evaluate(
     )
     for warning in scores.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    if csv is not None:
-        csv.write_text(scores.csv(), encoding="utf-8")
-    if per_image is not None:
-        per_image.write_text(scores.per_image_csv(), encoding="utf-8")
     if as_json:
         _print_json(vars(scores))
     else:
         print(scores.markdown() if markdown else scores.text())
+    for file, text in ((csv, scores.csv), (per_image, scores.per_image_csv)):
+        if file is not None:
+            try:
+                file.write_text(text(), encoding="utf-8")
+            except OSError as error:
+                raise StorageError.from_os("write", file, error) from error
 
 
 @app.command()

@@ -348,6 +348,7 @@ def main() -> None:
     # The leader is asked to stop, and then all of us stop together.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     line = sys.stdin.readline()
     if not line:
         return

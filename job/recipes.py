@@ -241,7 +241,8 @@ def _stopping() -> Iterator[_Children]:
     children = _Children()
     before = {
         number: signal.signal(number, lambda *_: children.stop())
-        for number in (signal.SIGTERM, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # nohup
     }
     try:
         yield children

@@ -24,7 +24,7 @@ from job.data.checks import check_data
 from job.data.dataset import FOLDER
 from job.data.report import named_as
 from job.data.scan import scan_dataset
-from job.data.splits import Splits, check_same, items_of, make_splits
+from job.data.splits import Splits, check_same, items_of, make_splits, split_warnings
 from job.errors import ConfigError, ObjectNotFound, Preempted, StorageError
 from job.events import Notice
 from job.monitor.ledger import read_ledger
@@ -140,7 +140,8 @@ def prepare_data(
     unused = config.without_effect()
     if dataset.val and config.data.val_split != DataConfig().val_split:
         unused.append("data.val_split is not used: the data have validation images of their own")
-    for warning in [*unused, *dataset.warnings, *warnings]:
+    few = split_warnings(dataset, splits)
+    for warning in [*unused, *dataset.warnings, *few, *warnings]:
         console.print(f"warning: {named_as(warning, folder, data_uri)}")
     return Data(data_uri, dataset.info, splits, items)
 

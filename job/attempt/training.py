@@ -27,7 +27,7 @@ from job.monitor.live_report import LiveReport
 from job.monitor.notify import Notifier
 from job.monitor.report import Report, open_checklist, report_html, shown_of
 from job.monitor.setting import Setting
-from job.monitor.start import StartClock, StartTracker
+from job.monitor.start import PaceTracker, StartClock, StartTracker
 from job.monitor.summary import provenance
 from job.monitor.wandb_run import RunFacts
 from job.monitor.wandb_tracker import WandbTracker
@@ -78,7 +78,10 @@ def tracking_of(
         on_standing=[wandb.standing],
     )
     start = StartTracker(clock, attempt.record.tell)
-    trackers = Trackers([attempt.record.ledger, progress, wandb, health, start])
+    on_cpu = "presets camvid and demo (--config) are made for CPUs, this one is for a GPU"
+    advice = on_cpu if attempt.device.type == "cpu" else ""
+    pace = PaceTracker(total, attempt.console.print, advice)
+    trackers = Trackers([attempt.record.ledger, progress, wandb, health, start, pace])
     failure: BaseException | None = None
     try:
         with progress:

@@ -9,6 +9,9 @@ from job.config import Config, config_from_yaml, differences
 from job.errors import AccessDenied, ConfigError, ObjectNotFound
 from job.storage import ObjectStore, is_same_place, open_store
 
+_IMAGES = ("train", "val", "JPEGImages", "leftImg8bit")
+"""Folders of a data set where everything that is an image counts. A run beside them is no harm."""
+
 
 def refuse_same_place(data: ObjectStore, store: ObjectStore) -> None:
     """Refuse a run among its own data.
@@ -18,8 +21,13 @@ def refuse_same_place(data: ObjectStore, store: ObjectStore) -> None:
     """
     if is_same_place(data, store):
         raise _run_in_data(store.uri, data.uri)
-    if data.local_path("") is None or store.local_path("") is None:
+    folder, place = data.local_path(""), store.local_path("")
+    if folder is None or place is None:
         refuse_run_in_data(store.uri, data.uri)
+        return
+    images = [folder.resolve() / part for part in _IMAGES]
+    if any(place.resolve().is_relative_to(one) for one in images):
+        raise _run_in_data(store.uri, data.uri)  # its pictures would be images next time
 
 
 def refuse_run_in_data(run_uri: str, data_uri: str) -> None:

@@ -28,9 +28,9 @@ _DISCRIMINATOR = 1.06
 """What the discriminator adds, by the same count."""
 _TEACHER = 1 / 3
 """Of a pass forward and back: forward alone, over the unlabeled images."""
-_UTILISATION = (0.2, 0.5)
-"""Of a GPU's peak: dilated convolutions at a quarter of the stride reach no more. A guess, which
-the run's own speed replaces as soon as there is one."""
+_UTILISATION = (0.1, 0.5)
+"""Of a GPU's peak: dilated convolutions at a quarter of the stride reach no more, and an H200 that
+waited for its host reached 15%. A guess, which the run's own speed replaces soon."""
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,14 @@ def cost_guess(configs: Sequence[Config], needs: Needs) -> list[str]:
     lines = [
         f"What {what} may cost (prices of {prices_of()}; the time is a guess from the arithmetic):",
         f"  {'machine':<14} {'GPU':<5} {'$/h':>6} {'hours':>13} {'on demand, $':>15} "
-        f"{'spot, $ at best':>15}",
+        f"{'spot at -90%, $':>15}",
     ]
     for machine in cheapest.values():
         spans = [hours_guessed(config, machine, needs.gpus * needs.nodes) for config in configs]
         low, high = sum(span[0] for span in spans), sum(span[1] for span in spans)
         hourly = machine.usd * needs.nodes
-        best = "-" if needs.nodes > 1 else _number(low * hourly * (1 - AWS_SAVES_AT_MOST))
+        spot = hourly * (1 - AWS_SAVES_AT_MOST)
+        best = "-" if needs.nodes > 1 else _span(low * spot, high * spot)
         lines.append(
             f"  {machine.name:<14} {machine.gpu:<5} {hourly:>6.2f} "
             f"{_span(low, high):>13} {_span(low * hourly, high * hourly):>15} {best:>15}"

@@ -16,7 +16,7 @@ from job.cloud.machines import Prices, machines
 from job.cloud.waiting import why_waiting
 from job.config import Config, config_from_yaml
 from job.errors import AccessDenied, ExitCode, JobError, ObjectNotFound
-from job.monitor.attempts import Attempt, attempts_of, kept_iteration
+from job.monitor.attempts import Attempt, attempts_of, kept_iteration, last_that_counts
 from job.monitor.ledger import parse_ledger
 from job.storage import ObjectStore
 
@@ -230,7 +230,7 @@ def _state(
 ) -> tuple[str, str]:
     """State and detail of a run."""
     batch = job["status"] if job is not None else ""
-    last = tries[-1] if tries else None
+    last = last_that_counts(tries)
     if job is not None and batch in ("SUBMITTED", "PENDING", "RUNNABLE"):
         return "waiting", why_waiting(job)
     if batch == "STARTING":

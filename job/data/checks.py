@@ -42,7 +42,7 @@ from job.data.report import (
     Pair,
     Place,
 )
-from job.data.splits import SplitItems, items_of, make_splits
+from job.data.splits import SplitItems, items_of, make_splits, split_warnings
 from job.errors import DataError, Preempted
 from job.heartbeat import beat
 from job.storage.progress import Silent, TransferProgress
@@ -86,9 +86,8 @@ def check_data(
         shown = "\n".join([*map(str, seen.common_fault()), *problems[:MAX_SHOWN]])
         more = len(problems) - MAX_SHOWN
         raise DataError(shown + (f"\n... and {more} more files" if more > 0 else ""))
-    all_empty = seen.all_empty()
-    if all_empty:
-        raise all_empty[0]
+    for error in seen.nothing_to_learn():
+        raise error
     return seen.warnings()
 
 
@@ -114,8 +113,11 @@ def inspect(
         Preempted: `stopped` said so.
     """
     split_problem = None
+    few: list[str] = []
     try:
-        items = items_of(dataset, make_splits(dataset, config))
+        splits = make_splits(dataset, config)
+        few = split_warnings(dataset, splits)
+        items = items_of(dataset, splits)
     except DataError as error:
         labeled = tuple(item for item in dataset.train if item.mask is not None)
         if not labeled:
@@ -141,7 +143,7 @@ def inspect(
     problems = [Finding(str(split_problem))] if split_problem else []
     problems += [Finding(str(error)) for error in seen.common_fault()]
     problems += seen.problems
-    problems += [Finding(str(error)) for error in seen.all_empty()]
+    problems += [Finding(str(error)) for error in seen.nothing_to_learn()]
     return CheckReport(
         uri=uri,
         root=dataset.root,
@@ -149,6 +151,7 @@ def inspect(
         problems=problems,
         warnings=[
             *dataset.warnings,
+            *few,
             *seen.warnings(thorough=True),
             *_near_warnings(near, near_counts),
         ],
@@ -408,8 +411,18 @@ class _Seen:
             ]
         return []
 
-    def all_empty(self) -> list[DataError]:
-        """Of each part whose masks are all empty, an error."""
+    def nothing_to_learn(self) -> list[DataError]:
+        """Of each part whose masks are all empty, an error; and of labels of one class."""
+        held = np.flatnonzero(self.balances[LABELED].images)
+        if len(held) == 1 < self._info.num_classes:
+            name = self._info.classes[held[0]]
+            return [
+                DataError(
+                    f"all training masks hold one class alone, {name}: there is nothing to learn",
+                    mend="check how the masks were made, and ignore_index in dataset.yaml (255 "
+                    "without one): pixels of that value count for nothing",
+                )
+            ]
         return [
             DataError(
                 f"every {name} mask is empty: all of it is ignore_index",

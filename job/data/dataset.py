@@ -131,7 +131,7 @@ def scan_folder(root: Path, names: Names = TRAINING, *, needs_train: bool = True
             f"{root / 'train' / 'images'}: no such folder",
             mend="put the training images there and their masks into train/masks",
         )
-    warnings: list[str] = []
+    warnings = _misnamed(root)
     train = _scan_split(root / "train", warnings) if has_train else ()
     if needs_train and not train:
         raise DataError(
@@ -153,6 +153,26 @@ def scan_folder(root: Path, names: Names = TRAINING, *, needs_train: bool = True
             + ", or remove val/ to hold out --val-split of train" * names.splits,
         )
     return Dataset(root=root, info=info, train=train, val=val, warnings=tuple(warnings))
+
+
+_OTHERS = {
+    "valid": "validation images are those in val/: rename it",
+    "validation": "validation images are those in val/: rename it",
+    "test": "s4gan evaluate looks at val/: make a data set of its own of it",
+    "unlabeled": "images without a mask go to train/images, too",
+    "unlabelled": "images without a mask go to train/images, too",
+}
+"""Folders that somebody may take to be read, and what is to be done."""
+
+
+def _misnamed(root: Path) -> list[str]:
+    """What lies beside train/ and val/ as if it counted."""
+    there = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
+    return [
+        f"{entry.name}/ is not read; {_OTHERS[entry.name.lower()]}"
+        for entry in there
+        if entry.name.lower() in _OTHERS
+    ]
 
 
 def load_dataset_info(path: Path, known: DatasetInfo | None = None) -> DatasetInfo:

@@ -16,6 +16,7 @@ from fractions import Fraction
 
 from job.config import Config
 from job.data.dataset import FOLDER, Dataset, Item
+from job.data.names import TRAINING, Names
 from job.errors import ConfigError, DataError
 
 TRAIN_SAMPLE_IMAGES = 100
@@ -128,6 +129,29 @@ def _without_masks(dataset: Dataset) -> DataError:
         f"{dataset.root / 'train' / 'masks'}: no image has a mask",
         mend="label some images: train/masks/NAME.png for train/images/NAME.jpg",
     )
+
+
+FEW_VALIDATION_IMAGES = 4
+"""With fewer there is a warning."""
+
+
+def split_warnings(dataset: Dataset, splits: Splits, names: Names = TRAINING) -> list[str]:
+    """What a split is poor in.
+
+    Args:
+        dataset: that was split.
+        splits: of it.
+        names: of the settings, for advice.
+    """
+    count = len(splits.val)
+    if count >= FEW_VALIDATION_IMAGES:
+        return []
+    images = "image is all there is" if count == 1 else "images are all there are"
+    more = "raise --val-split" if not dataset.val else "add some"
+    return [
+        f"{count} validation {images}: the best model is chosen by them, and scores of so few say "
+        f"little; {more}, or name others with {names.val_list}"
+    ]
 
 
 def items_of(dataset: Dataset, splits: Splits) -> SplitItems:

@@ -337,9 +337,10 @@ def _workers_that_fit(config: Config) -> int:
 
 
 def _prepare_worker(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group; only the main process may act on it."""
+    """Ctrl-C, and a closed terminal, reach the whole process group: the main process acts on it."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Without the destructors of C++: about one process in twenty aborted in them ("terminate
     # called without an active exception", torch 2.15), which the main process takes for a crash.

@@ -149,6 +149,31 @@ def attempts_of(events: Iterable[Mapping[str, Any]]) -> list[Attempt]:
     return ordered
 
 
+def last_that_counts(attempts: Sequence[Attempt]) -> Attempt | None:
+    """The last attempt; of a finished run the one that finished it, whatever failed to begin later.
+
+    Args:
+        attempts: `attempts_of`.
+    """
+    if not attempts:
+        return None
+    trained = next((one for one in reversed(attempts) if one.resumed_at is not None), None)
+    if trained is not None and trained.exit_code == ExitCode.OK and attempts[-1].exit_code:
+        return trained
+    return attempts[-1]
+
+
+def lines_that_count(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of `last_that_counts`; all of a log, which knows no attempts.
+
+    Args:
+        events: a ledger's, or a log's.
+    """
+    events = list(events)
+    last = last_that_counts(attempts_of(events))
+    return [event for event in events if last is None or event.get("attempt") == last.number]
+
+
 def kept_iteration(attempts: Sequence[Attempt]) -> int:
     """The iteration that a next attempt would go on from.
 

@@ -15,6 +15,7 @@ from typing import Any
 from job import run
 from job.config import Config, config_from_yaml
 from job.errors import ConfigError, ExitCode, ObjectNotFound, StorageError
+from job.monitor.attempts import lines_that_count
 from job.monitor.console_log import (
     classes_said,
     events_of_console,
@@ -198,7 +199,8 @@ def diagnose(source: str, config: Config | None = None) -> Diagnosis:
 def _ended(events: Sequence[Mapping[str, Any]]) -> str:
     """What became of the last attempt, as long as it has not failed; "" if it goes on."""
     kinds = ("attempt_started", "train", "attempt_ended")
-    last = next((event for event in reversed(events) if event["event"] in kinds), None)
+    own = reversed(lines_that_count(events))
+    last = next((event for event in own if event["event"] in kinds), None)
     if last is None or last["event"] != "attempt_ended" or OUT_OF_MEMORY in last["reason"]:
         return ""  # of what it ran out of memory for, a finding tells
     if last["exit_code"] == ExitCode.OK:

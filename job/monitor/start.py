@@ -100,3 +100,75 @@ class StartTracker:
                 },
             )
         )
+
+
+MEASURED_S = 20.0
+"""How long iterations are watched before a run's end is foretold."""
+LONG_S = 3 * 86_400
+"""A run that takes longer was hardly meant to."""
+
+
+class PaceTracker:
+    """A tracker that tells once how long the rest of a run will take, soon after it began.
+
+    Args:
+        iterations: of the whole run.
+        say: takes the line; it depends on the machine, so that it is in no file.
+        advice: what to do about a run of days; "" if there is nothing.
+    """
+
+    def __init__(self, iterations: int, say: Callable[[str], None], advice: str = "") -> None:
+        self._iterations = iterations
+        self._say = say
+        self._advice = advice
+        self._first: tuple[int, float] | None = None
+        self._told = False
+
+    def train(self, event: TrainEvent) -> None:
+        """Nothing."""
+
+    def evaluation_started(self, iteration: int) -> None:
+        """Begin anew: an evaluation is no iteration."""
+        self._first = None
+
+    def evaluation(self, event: EvalEvent) -> None:
+        """Nothing."""
+
+    def notice(self, notice: Notice) -> None:
+        """Nothing."""
+
+    def step_done(self, iteration: int) -> None:
+        """Tell, once enough of them have been seen."""
+        if self._told:
+            return
+        now_s = time.monotonic()
+        if self._first is None:
+            self._first = iteration, now_s
+            return
+        since, began_s = self._first
+        if now_s - began_s < MEASURED_S:
+            return
+        self._told = True
+        each_s = (now_s - began_s) / (iteration - since)
+        left = self._iterations - iteration
+        left_s = left * each_s
+        if left == 0:
+            return
+        advice = f"; {self._advice}" if self._advice and left_s > LONG_S else ""
+        self._say(
+            f"{_number(each_s)} s an iteration: the {left:,} to come take about "
+            f"{about(left_s)}, without evaluations{advice}"
+        )
+
+
+def _number(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
+
+
+def about(seconds: float) -> str:
+    """A length of time in the unit that suits it, to two digits."""
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            value = seconds / length
+            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -63,10 +63,14 @@ def checklist(
     errors = [f"{unreadable} images could not be decoded"] if unreadable else []
     if not finished:
         errors.append("it has not finished")
+    # What did not come to train, as it was mistyped, is no error of a training that has finished.
+    mistyped = _attempts(events, "attempt_started") - _attempts(events, "training_started")
     failed = [
         event
         for event in events
-        if event["event"] == "attempt_ended" and event["exit_code"] in ERRORS
+        if event["event"] == "attempt_ended"
+        and event["exit_code"] in ERRORS
+        and not (finished and event.get("attempt") in mistyped)
     ]
     if failed:
         count = f"{len(failed)} attempts" if len(failed) > 1 else "an attempt"
@@ -94,6 +98,10 @@ def checklist(
         ),
         Check("W&B run finished successfully", wandb_finished, wandb_outcome),
     ]
+
+
+def _attempts(events: Sequence[Mapping[str, Any]], kind: str) -> set[int]:
+    return {event["attempt"] for event in events if event["event"] == kind}
 
 
 def summary(

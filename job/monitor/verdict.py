@@ -8,6 +8,7 @@ from typing import Any
 
 from job.config import Config
 from job.errors import ExitCode
+from job.monitor.attempts import lines_that_count
 from job.monitor.divergence import MAX_ROLLBACKS, Remedies
 from job.monitor.guide import MAX_GAP, Fit
 from job.monitor.health import Finding, Standing, Watch
@@ -30,7 +31,7 @@ def failure_of(events: Iterable[Mapping[str, Any]]) -> str:
         events: lines of its ledger.
     """
     why = ""
-    for event in events:
+    for event in lines_that_count(events):
         if event["event"] in ("attempt_started", "train"):
             why = ""
         elif event["event"] == "attempt_ended":

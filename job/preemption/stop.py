@@ -21,6 +21,8 @@ class StopRequest:
         self.reason: str | None = None
         self._deadline_s: float | None = None
         self._save_wanted = False
+        self._terminals: list[int] = []
+        """Descriptors of the output that end with the terminal."""
 
     @property
     def requested(self) -> bool:
@@ -66,11 +68,15 @@ class StopRequest:
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[StopRequest]:
-        """Within this block SIGTERM and SIGINT set the flag; a second SIGINT ends the process."""
-        previous = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        """Within this block SIGTERM, SIGINT and SIGHUP set the flag; a second SIGINT ends all.
+
+        SIGHUP, of a terminal that is closed, stays ignored where it is (nohup).
+        """
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        previous = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield self
         finally:
@@ -82,6 +88,10 @@ class StopRequest:
             _say(b"\nleaving at once, without saving\n")
             os._exit(ExitCode.KILLED_BY_USER)
         self.request(signal.Signals(number).name)
+        if number == signal.SIGHUP:  # whatever is still to be said would fail
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in self._terminals:
+                os.dup2(nowhere, stream)
         if number == signal.SIGINT:
             _say(b"\nfinishing this iteration, then saving (Ctrl-C again leaves at once)\n")
 

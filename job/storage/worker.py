@@ -24,6 +24,7 @@ def main() -> None:
     """Serve groups of units until the parent closes the connection or is gone."""
     # Ctrl-C and a scheduler's signal go to the whole process group: the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     connection: Connection = Connection(int(sys.argv[1]))

@@ -131,6 +131,28 @@ def test_how_it_ended(
     assert found.job_id == ""
 
 
+def did_not_begin(number: int, *, began: float) -> Events:
+    """Lines of an attempt whose command was mistyped."""
+    head = {"attempt": number, "time": NOW - 3600 * began}
+    ending = {"exit_code": 78, "reason": "x/typo: no such data folder", "fingerprint": "x"}
+    return [{"event": "attempt_started", **head}, {"event": "attempt_ended", **head, **ending}]
+
+
+def test_a_finished_run_stays_so_whatever_is_mistyped_later(local: ObjectStore) -> None:
+    done = attempt(1, began=3, resumed_at=0, until=1200, code=0, reason="finished")
+    lay(local, done, did_not_begin(2, began=1))
+    local.write(run.SUMMARY, b"{}")
+    found = looked(local)
+    assert (found.state, found.detail, found.iteration) == ("finished", "", 1200)
+
+
+def test_a_run_that_is_not_finished_is_failed_if_it_cannot_go_on(local: ObjectStore) -> None:
+    half = attempt(1, began=3, resumed_at=0, until=600, code=75, reason="SIGTERM")
+    lay(local, half, did_not_begin(2, began=1))
+    found = looked(local)
+    assert (found.state, found.detail) == ("failed", "x/typo: no such data folder")
+
+
 def test_a_finished_run_whose_summary_is_gone_is_not_called_failed(local: ObjectStore) -> None:
     lay(local, attempt(1, began=2, resumed_at=0, until=1200, code=0))
     found = looked(local)

@@ -325,6 +325,17 @@ def test_only_empty_masks_are_refused(
     assert "ignore_index in dataset.yaml" in error.mend
 
 
+def test_masks_of_one_class_alone_are_refused(make_data: MakeData) -> None:
+    folder = make_data()
+    for index in range(8):
+        write_mask(folder, f"train_{index:04d}", 0 if index % 2 else IGNORE_INDEX)
+    error = refused(folder)
+    assert error.message == (
+        "all training masks hold one class alone, background: there is nothing to learn"
+    )
+    assert "255" in error.mend
+
+
 def test_a_mask_of_nothing_but_background_is_not_empty_and_worth_a_look(
     make_data: MakeData,
 ) -> None:

@@ -53,6 +53,20 @@ def ids(items: tuple[Item, ...]) -> list[str]:
 # ---------------------------------------------------------------- the layout
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("valid", "in val/: rename it"), ("Test", "s4gan evaluate"), ("unlabeled", "train/images")],
+)
+def test_a_folder_that_is_not_read_is_said(make_data: MakeData, name: str, advice: str) -> None:
+    folder = make_data(labeled=2, unlabeled=1, val=1)
+    assert scan_dataset(folder).warnings == ()
+    (folder / name / "images").mkdir(parents=True)
+    (folder / "notes").mkdir()
+    (warning,) = scan_dataset(folder).warnings
+    assert warning.startswith(f"{name}/ is not read")
+    assert advice in warning
+
+
 def test_the_layout_is_listed_with_classes_masks_and_validation(make_data: MakeData) -> None:
     folder = make_data(labeled=2, unlabeled=1, val=1)
     dataset = scan_dataset(folder)

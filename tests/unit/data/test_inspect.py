@@ -32,6 +32,12 @@ from tests.unit.data.test_checks import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A couple of validation images is not what these tests are about."""
+    monkeypatch.setattr("job.data.splits.FEW_VALIDATION_IMAGES", 1)
+
+
 def look(folder: Path, *, ratio: float = 1.0, batch: int = 1, **options: Any) -> CheckReport:
     raw = {"data": {"labeled_ratio": ratio}, "train": {"batch_size": batch}}
     config = config_from_dict(raw, source="test")

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from job.config import Config, config_from_dict
 from job.data.dataset import Dataset, DatasetInfo, Item
 from job.data.scan import scan_dataset
-from job.data.splits import TRAIN_SAMPLE_IMAGES, Splits, check_same, items_of, make_splits
+from job.data.splits import (
+    TRAIN_SAMPLE_IMAGES,
+    Splits,
+    check_same,
+    items_of,
+    make_splits,
+    split_warnings,
+)
 from job.errors import ConfigError, DataError, ExitCode
 from tests.conftest import MakeData
 
@@ -421,3 +428,17 @@ def test_an_image_that_got_its_mask_meanwhile_is_noticed(make_data: MakeData) ->
     (masks / "train_0004.png").write_bytes((masks / "train_0000.png").read_bytes())
     with pytest.raises(ConfigError, match=r"labeled \+1 -0 \(\+train_0004"):
         check_same(before, make_splits(scan_dataset(folder), config))
+
+
+@pytest.mark.parametrize(("labeled", "val", "advice"), [(4, 0, "--val-split"), (2, 2, "add some")])
+def test_a_handful_of_validation_images_is_warned_of(
+    make_data: MakeData, labeled: int, val: int, advice: str
+) -> None:
+    config = config_from_dict({"train": {"batch_size": 1}}, source="x")
+    dataset = scan_dataset(make_data(labeled=labeled, unlabeled=3, val=val))
+    splits = make_splits(dataset, config)
+    (warning,) = split_warnings(dataset, splits)
+    assert warning.startswith(f"{len(splits.val)} validation image")
+    assert advice in warning
+    enough = dataclasses.replace(splits, val=tuple("abcd"))
+    assert split_warnings(dataset, enough) == []

@@ -613,7 +613,7 @@ def test_what_the_run_has_done_about_itself_is_told_with_the_rates_of_now() -> N
 
 
 def test_a_run_that_died_of_an_error_has_not_completed_without_one() -> None:
-    ended = {"event": "attempt_ended", "attempt": 1, "time": 9.0, "exit_code": 70, "reason": "NaN"}
+    ended = {"event": "attempt_ended", "attempt": 2, "time": 9.0, "exit_code": 70, "reason": "NaN"}
     events = [*EVENTS, ended]
     text = report_html(report(events=events, finished=False, checks=open_checklist(events)))
     row = text[text.index("Training completed without errors") - 60 :]

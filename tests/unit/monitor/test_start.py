@@ -6,7 +6,7 @@ import pytest
 
 from job.events import Notice
 from job.monitor import start
-from job.monitor.start import StartClock, StartTracker
+from job.monitor.start import PaceTracker, StartClock, StartTracker, about
 
 
 @pytest.fixture
@@ -51,3 +51,66 @@ def test_where_the_system_does_not_tell_the_clock_begins_now(
     clock = StartClock.of_process()
     clock.done("imports")
     assert clock.total_s == 0
+
+
+# ---------------------------------------------------------------- how long the rest takes
+
+
+def test_the_rest_is_foretold_once_from_what_was_seen(now: list[float]) -> None:
+    said: list[str] = []
+    tracker = PaceTracker(50_000, said.append, advice="take a GPU")
+    for iteration in range(101, 200):
+        tracker.step_done(iteration)
+        now[0] += 0.5
+    (line,) = said
+    assert line == (
+        "0.5 s an iteration: the 49,859 to come take about 6.9 hours, without evaluations"
+    )
+
+
+def test_a_run_of_days_is_advised(now: list[float]) -> None:
+    said: list[str] = []
+    tracker = PaceTracker(50_000, said.append, advice="take a GPU")
+    tracker.step_done(1)
+    now[0] += 200
+    tracker.step_done(2)
+    assert said == [
+        "200 s an iteration: the 49,998 to come take about 116 days, without evaluations; "
+        "take a GPU"
+    ]
+
+
+def test_an_evaluation_in_between_is_no_iteration(now: list[float]) -> None:
+    said: list[str] = []
+    tracker = PaceTracker(1000, said.append)
+    for iteration in range(1, 50):
+        if iteration == 10:
+            tracker.evaluation_started(9)
+            now[0] += 300
+        tracker.step_done(iteration)
+        now[0] += 1
+    assert len(said) == 1
+    assert said[0].startswith("1 s an iteration")
+
+
+def test_a_run_that_is_over_is_not_foretold(now: list[float]) -> None:
+    said: list[str] = []
+    tracker = PaceTracker(2, said.append)
+    tracker.step_done(1)
+    now[0] += 100
+    tracker.step_done(2)
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (50, "50 seconds"),
+        (150, "2.5 minutes"),
+        (3600, "60 minutes"),
+        (7300, "2.0 hours"),
+        (86_400 * 12.4, "12 days"),
+    ],
+)
+def test_a_length_of_time_has_the_unit_that_suits_it(seconds: float, text: str) -> None:
+    assert about(seconds) == text

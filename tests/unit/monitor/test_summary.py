@@ -89,6 +89,22 @@ def test_a_good_run_passes_the_guides_five_lines() -> None:
     assert lines["wandb"].detail == "https://wandb.example/r"
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_attempt_that_did_not_come_to_train_is_no_error_of_the_training(trained: bool) -> None:
+    head: dict[str, Any] = {"attempt": 2, "time": 2.0}
+    begun = [{"event": "training_started", **head, "resumed_at": 500}] if trained else []
+    lines = checked(
+        [
+            evaluated(500),
+            {"event": "attempt_started", **head},
+            *begun,
+            {"event": "attempt_ended", **head, "exit_code": 78, "reason": "x: no such folder"},
+        ]
+    )
+    assert lines["errors"].passed != trained
+    assert ("x: no such folder" in lines["errors"].detail) == trained
+
+
 @pytest.mark.parametrize(
     ("train", "val", "passes"),
     [

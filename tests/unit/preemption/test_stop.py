@@ -175,3 +175,36 @@ def test_a_child_is_asked_to_stop_when_its_parent_is_killed():
         process.kill()
         # The end of the output is the child's end, too.
         assert process.stdout.read() == "asked by SIGTERM\n"
+
+
+HANG_UP = """
+import os, pty, signal, sys, time
+child, terminal = pty.fork()
+if child == 0:
+    if sys.argv[1] == "nohup":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    from job.preemption import StopRequest
+    with StopRequest().on_signals() as stop:
+        print("ready", flush=True)
+        until = time.monotonic() + (2 if sys.argv[1] == "nohup" else 30)
+        while not stop.requested and time.monotonic() < until:
+            time.sleep(0.01)
+        try:
+            print("saving", flush=True)
+        except OSError:
+            stop.reason = "an error"
+    with open(sys.argv[2], "w") as said:
+        said.write(str(stop.reason))
+    os._exit(0)
+while b"ready" not in os.read(terminal, 1000):
+    pass
+os.close(terminal)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.parametrize(("how", "reason"), [("plain", "SIGHUP"), ("nohup", "an error")])
+def test_a_terminal_that_is_closed_asks_to_stop_and_nothing_fails_for_it(tmp_path, how, reason):
+    said = tmp_path / "said"
+    subprocess.run([sys.executable, "-c", HANG_UP, how, str(said)], check=True, timeout=60)
+    assert said.read_text() == reason
