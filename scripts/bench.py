@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -115,8 +116,14 @@ def machine(device: torch.device) -> str:
     return (
         f"{what}, {torch.get_num_threads()} CPU threads; torch {torch.__version__}, torchvision "
         f"{torchvision.__version__}, Python {platform.python_version()}; commit "
-        f"{(git('rev-parse', '--short', 'HEAD') or b'unknown').decode().strip()}"
+        f"{(git('rev-parse', '--short', 'HEAD') or b'unknown').decode().strip()}{_disturbed()}"
     )
+
+
+def _disturbed() -> str:
+    """Ratios of times that others disturb say little, also by turns."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    return f"; DISTURBED: load {load:.1f} on {cores} cores" if load > cores + 0.5 else ""
 
 
 # ---------------------------------------------------------------- input
