@@ -94,7 +94,8 @@ def _stopped_early(number: int, _frame: FrameType | None) -> NoReturn:
     # Not print, whose buffer the signal may have interrupted.
     with contextlib.suppress(OSError):
         name = signal.Signals(number).name
-        os.write(2, f"\nstopped by {name}; run the same command again\n".encode())
+        how = ", with --skip-existing" * ("predict" in sys.argv[1:2])
+        os.write(2, f"\nstopped by {name}; run the same command again{how}\n".encode())
     sys.exit(ExitCode.PREEMPTED if number == signal.SIGTERM else ExitCode.KILLED_BY_USER)
 
 
@@ -131,6 +132,8 @@ def _refuse_no_files(**files: Path | None) -> None:
             raise ConfigError(
                 f"{flag} {file}: there is no folder {file.parent}", mend="make it first"
             )
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise ConfigError(f"{flag} {file}: cannot be written", mend="give another place")
         other = seen.setdefault(file.resolve(), flag)
         if other != flag:
             raise ConfigError(f"{other} and {flag} {file}: are one file", mend="give each its own")
@@ -313,8 +316,9 @@ def evaluate(
                 raise StorageError.from_os("write", file, error) from error
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})  # or what a shell makes of a pattern
 def predict(
+    context: typer.Context,
     weights: Annotated[
         str, typer.Option(help="best_model.pth or final_model.pth of a run; a path or s3://.")
     ],
@@ -349,6 +353,12 @@ def predict(
 
     An image that cannot be decoded is named and left out; the exit code is then 78.
     """
+    if context.args:
+        more = context.args
+        raise ConfigError(
+            f"{len(more)} words too many: {' '.join(more[:3])}{' ...' * (len(more) > 3)}",
+            mend="quote a pattern, so that the shell leaves it alone: --images 'photos/*.jpg'",
+        )
     _refuse_no_files(coco=coco, polygons=polygons)
     if overwrite and skip_existing:
         raise ConfigError("--overwrite and --skip-existing are opposites", mend="give one of them")

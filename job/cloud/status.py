@@ -241,7 +241,8 @@ def _state(
         return "starting", "the container runs, and has not begun with the run yet"
     if last is not None and last.exit_code == ExitCode.OK:
         if store.stat(run.SUMMARY) is not None:
-            return "finished", ""
+            later = "" if last is tries[-1] else f"attempt {tries[-1].number} did not begin: "
+            return "finished", later and later + tries[-1].reason.partition("\n")[0]
         return "interrupted", f"it has finished, but its {run.SUMMARY} is gone; training makes it"
     if job is not None and batch == "FAILED" and all(one.job != job["jobId"] for one in tries):
         return "failed", _job_end(job)  # it never came to the run

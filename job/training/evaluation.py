@@ -119,9 +119,11 @@ def evaluate(
     def predicted(images: Array, labels: Array) -> Tensor:
         if not in_tiles(labels):
             return predict(generator, images, labels.shape, device, protocol)
-        (image,) = map(Image.fromarray, images)  # a large one is alone
-        classes = predict_in_tiles(generator, image, scale, device, protocol)
-        return torch.from_numpy(classes).to(device, torch.int64)[None]
+        classes = [
+            predict_in_tiles(generator, Image.fromarray(image), scale, device, protocol)
+            for image in images
+        ]
+        return torch.from_numpy(np.stack(classes)).to(device, torch.int64)
 
     found = Evaluation(ConfusionMatrix(info.num_classes, device), {}, [])
     training = generator.training

@@ -386,3 +386,10 @@ def test_a_pull_that_is_stopped_says_how_to_go_on(
     assert pulling.finish() == code
     assert "run the same command again" in pulling.output
     assert "Traceback" not in pulling.output
+
+
+def test_a_pattern_that_the_shell_has_replaced_is_called_so(tmp_path, s4gan):
+    ended = s4gan(["predict", "--weights", "x", "--out", tmp_path, "--images", "a.jpg", "b.jpg"])
+    assert ended.code == 78
+    assert "1 words too many: b.jpg" in ended.err
+    assert "quote a pattern" in ended.err

@@ -143,7 +143,8 @@ def test_a_finished_run_stays_so_whatever_is_mistyped_later(local: ObjectStore) 
     lay(local, done, did_not_begin(2, began=1))
     local.write(run.SUMMARY, b"{}")
     found = looked(local)
-    assert (found.state, found.detail, found.iteration) == ("finished", "", 1200)
+    assert (found.state, found.iteration) == ("finished", 1200)
+    assert found.detail == "attempt 2 did not begin: x/typo: no such data folder"
 
 
 def test_a_run_that_is_not_finished_is_failed_if_it_cannot_go_on(local: ObjectStore) -> None:
