@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from job.checkpoint.interval import SaveSchedule
 from job.checkpoint.publisher import Publisher
 from job.config import Config
@@ -10,6 +13,8 @@ from job.events import Notice, Tracker
 from job.preemption import StopRequest
 from job.training.state import TrainState
 
+PATIENCE_S = 15.0
+"""How long a last save may take before that is explained."""
 RESERVE_S = 5.0
 """Of the time a spot notice leaves: for the last ledger line and W&B's."""
 
@@ -113,7 +118,7 @@ class Saving:
                 return False
             self.save(state)
         try:
-            self._publisher.finish(self._seconds_left)
+            self._publisher.finish(self._telling_of_waits(state.iteration))
         except STORAGE_FAILURES as error:
             if self._stop.seconds_left is None:
                 raise
@@ -145,6 +150,31 @@ class Saving:
         """For saving: without what is reserved for the last words."""
         left_s = self._stop.seconds_left
         return None if left_s is None else left_s - RESERVE_S
+
+    def _telling_of_waits(self, iteration: int) -> Callable[[], float | None]:
+        """As `_seconds_left`; asked again and again, it says once why it takes so long."""
+        since_s = time.monotonic()
+        told = False
+
+        def seconds_left() -> float | None:
+            nonlocal told
+            left_s = self._seconds_left()
+            waited_s = time.monotonic() - since_s
+            if left_s is None and waited_s > PATIENCE_S and not told:
+                told = True
+                saved = self._publisher.saved_iteration
+                lost = "all of this attempt" if saved is None else f"what came after {saved}"
+                self._tracker.notice(
+                    Notice(
+                        "save_waits",
+                        f"still waiting until iteration {iteration} is saved: the storage is slow, "
+                        f"or does not answer; whoever stops it now trains {lost} again",
+                        {"waited_s": round(waited_s, 1)},
+                    )
+                )
+            return left_s
+
+        return seconds_left
 
     def _is_numbered(self, iteration: int) -> bool:
         """Whether the checkpoint of an iteration is kept for good."""

@@ -349,3 +349,23 @@ def test_what_is_due_after_a_fencing_raises(saving, slow, publisher):
         saving.due(10)
     with pytest.raises(Fenced):
         saving.before_leaving(State(11))
+
+
+def test_whoever_waits_long_is_told_what_for_and_what_leaving_costs(
+    saving, stop, slow, heard, monkeypatch
+):
+    monkeypatch.setattr("job.training.saving.PATIENCE_S", 0.1)
+    monkeypatch.setattr(publisher_module, "LOOK_AGAIN_S", 0.02)
+    saving.save(State(5))
+    wait_until(lambda: durable(slow) == [5])
+    slow.close_gate()
+    stop.request("SIGINT")
+    leaving = threading.Thread(target=saving.before_leaving, args=(State(7),))
+    leaving.start()
+    wait_until(lambda: bool(heard.notices))
+    slow.gate.set()
+    leaving.join(60)
+    assert durable(slow) == [7, 5]
+    assert heard.only.kind == "save_waits"
+    assert "until iteration 7 is saved" in heard.only.message
+    assert "what came after 5" in heard.only.message
