@@ -11,6 +11,8 @@ import contextlib
 import datetime
 import email.utils
 import functools
+import logging
+import math
 import os
 import random
 import time
@@ -39,6 +41,8 @@ from job.errors import (
 from job.heartbeat import beat
 from job.storage.store import ABSENT, ObjectInfo
 
+log = logging.getLogger(__name__)
+
 PART_BYTES = 16 * 2**20
 """Of multipart transfers; times PART_THREADS, an upper bound of what they hold in memory."""
 PART_THREADS = 8
@@ -49,6 +53,8 @@ READ_TIMEOUT_S = 60
 """Between two bytes, not for a whole object; a contended conditional write can take seconds."""
 ATTEMPTS = 7
 """Of one request, by botocore, with exponential waits: half a minute in all."""
+TELL_AGAIN_S = 30.0
+"""Between two words of a client about a storage that does not answer."""
 BODY_ATTEMPTS = 4
 """Of reading an object whose body breaks off or arrives changed, which botocore does not retry."""
 CONFLICT_ATTEMPTS = 10
@@ -128,9 +134,33 @@ def make_client(**options: Any) -> Any:
         "user_agent_extra": "s4gan-job",
     }
     try:
-        return aws_session().client("s3", config=Config(**(config | options)))
+        client = aws_session().client("s3", config=Config(**(config | options)))
     except (aws.BotoCoreError, ValueError) as error:
         raise _no_client(error) from None
+    client.meta.events.register("needs-retry.s3", _RetryWarning(), unique_id="s4gan-retry")
+    return client
+
+
+class _RetryWarning:
+    """Says that S3 does not answer while botocore tries again, which may take minutes."""
+
+    def __init__(self) -> None:
+        self._told_s = -math.inf
+
+    def __call__(
+        self, attempts: int, caught_exception: BaseException | None = None, **_: Any
+    ) -> None:
+        """Botocore's event `needs-retry`, before it decides."""
+        if caught_exception is None or attempts >= ATTEMPTS:
+            return
+        now_s = time.monotonic()
+        if now_s - self._told_s < TELL_AGAIN_S:
+            return
+        self._told_s = now_s
+        log.warning(
+            "S3 does not answer, trying again (%d of %d): %s",
+            *(attempts, ATTEMPTS - 1, reason(caught_exception)),
+        )
 
 
 def split_uri(uri: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +74,8 @@ WRITING = ("write", "create", "replace", "upload")
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries as many as ever, but at once."""
     monkeypatch.setattr(botocore.retryhandler, "delay_exponential", lambda *_, **__: 0.0)
-    monkeypatch.setattr(s3_module, "time", SimpleNamespace(sleep=lambda seconds: None))
+    no_sleep = SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic)
+    monkeypatch.setattr(s3_module, "time", no_sleep)
 
 
 @contextlib.contextmanager
@@ -284,6 +286,21 @@ def test_an_endpoint_that_is_down_is_a_storage_error(store, fault_proxy, tmp_pat
         assert type(error) is StorageError
         assert error.exit_code == 74
         assert "AWS_ENDPOINT_URL" in error.mend
+
+
+def test_while_nobody_answers_it_is_said_once_in_a_while(
+    store, fault_proxy, tmp_path, monkeypatch, caplog
+):
+    fault_proxy.down = True
+    for again_s, most in ((1000.0, 1), (0.0, 100)):
+        monkeypatch.setattr(s3_module, "TELL_AGAIN_S", again_s)
+        caplog.clear()
+        with opened(store.uri) as fresh, pytest.raises(StorageError):
+            fresh.read("x")
+        said = [text for text in caplog.messages if text.startswith("S3 does not answer, trying")]
+        assert 1 <= len(said) <= most
+    assert len(said) == s3_module.ATTEMPTS - 1
+    assert "trying again (1 of 6): " in said[0]
 
 
 def test_an_endpoint_that_does_not_answer_is_a_storage_error(
