@@ -81,14 +81,18 @@ class StopRequest:
             yield self
         finally:
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as of a closed terminal
+                    signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested:
             _say(b"\nleaving at once, without saving\n")
             os._exit(ExitCode.KILLED_BY_USER)
         self.request(signal.Signals(number).name)
-        if number == signal.SIGHUP:  # whatever is still to be said would fail
+        if number == signal.SIGHUP:
+            # It comes twice, to the leader of the session and to its group, and the second one may
+            # be late. And whatever is still to be said would fail.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for stream in self._terminals:
                 os.dup2(nowhere, stream)

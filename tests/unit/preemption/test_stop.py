@@ -177,34 +177,39 @@ def test_a_child_is_asked_to_stop_when_its_parent_is_killed():
         assert process.stdout.read() == "asked by SIGTERM\n"
 
 
-HANG_UP = """
-import os, pty, signal, sys, time
-child, terminal = pty.fork()
-if child == 0:
-    if sys.argv[1] == "nohup":
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    from job.preemption import StopRequest
-    with StopRequest().on_signals() as stop:
-        print("ready", flush=True)
-        until = time.monotonic() + (2 if sys.argv[1] == "nohup" else 30)
-        while not stop.requested and time.monotonic() < until:
-            time.sleep(0.01)
-        try:
-            print("saving", flush=True)
-        except OSError:
-            stop.reason = "an error"
-    with open(sys.argv[2], "w") as said:
-        said.write(str(stop.reason))
-    os._exit(0)
-while b"ready" not in os.read(terminal, 1000):
-    pass
-os.close(terminal)
-os.waitpid(child, 0)
-"""
+def test_a_closed_terminal_asks_to_stop_and_comes_twice():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with StopRequest().on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.reason == "SIGHUP"
+            os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)  # late: to the group of the session's leader
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize(("how", "reason"), [("plain", "SIGHUP"), ("nohup", "an error")])
-def test_a_terminal_that_is_closed_asks_to_stop_and_nothing_fails_for_it(tmp_path, how, reason):
-    said = tmp_path / "said"
-    subprocess.run([sys.executable, "-c", HANG_UP, how, str(said)], check=True, timeout=60)
-    assert said.read_text() == reason
+def test_what_is_said_after_a_terminal_was_closed_fails_nothing():
+    before = signal.getsignal(signal.SIGHUP)
+    leader, terminal = os.openpty()
+    try:
+        with StopRequest().on_signals() as stop:
+            stop._terminals = [terminal]
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.close(leader)
+            assert os.write(terminal, b"saving") == 6  # an error before
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        os.close(terminal)
+
+
+def test_a_process_that_ignores_its_terminal_goes_on_without_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with StopRequest().on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
