@@ -84,7 +84,7 @@ def machines() -> dict[str, Machine]:
         name: Machine(
             name=name,
             tflops=raw["tflops"][facts["gpu"]],
-            tflops_half=raw["tflops_fp16"].get(facts["gpu"], raw["tflops"][facts["gpu"]]),
+            tflops_half=raw["tflops_half"].get(facts["gpu"], raw["tflops"][facts["gpu"]]),
             gpu_gib=raw["gpu_gib"][facts["gpu"]],
             **facts,
         )

@@ -86,8 +86,8 @@ def check_data(
         shown = "\n".join([*map(str, seen.common_fault()), *problems[:MAX_SHOWN]])
         more = len(problems) - MAX_SHOWN
         raise DataError(shown + (f"\n... and {more} more files" if more > 0 else ""))
-    for error in seen.nothing_to_learn():
-        raise error
+    if nothing := seen.nothing_to_learn():
+        raise nothing[0]
     return seen.warnings()
 
 

@@ -16,7 +16,7 @@ from fractions import Fraction
 
 from job.config import Config
 from job.data.dataset import FOLDER, Dataset, Item
-from job.data.names import TRAINING, Names
+from job.data.names import TRAINING
 from job.errors import ConfigError, DataError
 
 TRAIN_SAMPLE_IMAGES = 100
@@ -135,13 +135,12 @@ FEW_VALIDATION_IMAGES = 4
 """With fewer there is a warning."""
 
 
-def split_warnings(dataset: Dataset, splits: Splits, names: Names = TRAINING) -> list[str]:
+def split_warnings(dataset: Dataset, splits: Splits) -> list[str]:
     """What a split is poor in.
 
     Args:
         dataset: that was split.
         splits: of it.
-        names: of the settings, for advice.
     """
     count = len(splits.val)
     if count >= FEW_VALIDATION_IMAGES:
@@ -150,7 +149,7 @@ def split_warnings(dataset: Dataset, splits: Splits, names: Names = TRAINING) ->
     more = "raise --val-split" if not dataset.val else "add some"
     return [
         f"{count} validation {images}: the best model is chosen by them, and scores of so few say "
-        f"little; {more}, or name others with {names.val_list}"
+        f"little; {more}, or name others with {TRAINING.val_list}"
     ]
 
 
